@@ -1,0 +1,1 @@
+"""Hanse: organisations train one model together while each keeps its data at home."""

@@ -1,0 +1,288 @@
+"""Every error that Hanse raises, in one tree that says whose it is.
+
+::
+
+    HanseError
+    ├── InternalError            ours: a bug
+    ├── OperatorError            whoever configures or commands: fix the input and try again
+    │   ├── ConfigError          a settings file, a kit, an argument
+    │   ├── JobInvalid           a job's definition
+    │   ├── NotFound             no such job, client, file
+    │   └── Conflict             the thing is not in a state that allows this
+    ├── AccessError              someone who may not
+    │   ├── Unauthenticated      who they are is not proven
+    │   ├── Unauthorized         who they are may not do this
+    │   └── NotInService         this server is not the one to ask now
+    ├── SiteError                something at one client
+    │   ├── SiteRefused          the site's policy says no
+    │   ├── TrainingFailed       the job's code raised there
+    │   ├── ProcessDied          the job's process ended without being asked
+    │   └── UpdateRejected       what the client sent is not what the job expects
+    ├── WorkflowError            the run as a whole
+    │   ├── WorkflowFailed       the workflow's code raised
+    │   └── TooFewClients        a round could not get the answers that it needs
+    └── EnvironmentFault         network, disk, clock, time
+        ├── Unreachable          nobody answers there
+        ├── TimedOut             an answer did not come in time
+        ├── ProtocolError        bytes that are not what was agreed
+        ├── StoreFailed          the database or the disk
+        └── StaleEpoch           this server's tenure has ended; nothing was written
+
+A class carries the data of what happened and builds its sentence from it; whoever raises passes data. The sentence says
+what happened, to what, and what to do. ``code`` is stable and documented; ``retryable`` says whether the same
+call may succeed later without anybody changing anything; ``exit_status`` is what the command line ends with.
+"""
+
+from typing import ClassVar
+
+
+class HanseError(Exception):
+    """The root: ``str(error)`` is one sentence for the person who can act on it."""
+
+    code: ClassVar[str] = "error"
+    exit_status: ClassVar[int] = 1
+    retryable: ClassVar[bool] = False
+
+    @property
+    def reason(self) -> str:
+        """The sentence, as peers and job records get it."""
+        return str(self)
+
+
+class InternalError(HanseError):
+    """A bug in Hanse: the sentence says what was being done."""
+
+    code = "internal"
+    exit_status = 70
+
+    def __init__(self, doing: str) -> None:
+        super().__init__(f"Hanse failed while {doing}; this is a bug, and the log has the traceback")
+        self.doing = doing
+
+
+class OperatorError(HanseError):
+    """Input that a person gave and can mend."""
+
+    code = "usage"
+    exit_status = 2
+
+
+class ConfigError(OperatorError):
+    """A setting, file or argument is not usable; *field* names it."""
+
+    code = "config"
+
+    def __init__(self, field: str, *, got: object, expected: str, where: str = "") -> None:
+        place = f" in {where}" if where else ""
+        super().__init__(f"{field}{place} is {_shown(got)}; expected {expected}")
+        self.field, self.got, self.expected, self.where = field, got, expected, where
+
+
+class JobInvalid(OperatorError):
+    """A job's definition does not hold; *field* names the part that does not."""
+
+    code = "job-invalid"
+
+    def __init__(self, field: str, *, got: object, expected: str) -> None:
+        super().__init__(f"the job's {field} is {_shown(got)}; expected {expected}")
+        self.field, self.got, self.expected = field, got, expected
+
+
+class NotFound(OperatorError):
+    """There is no such thing."""
+
+    code = "not-found"
+    exit_status = 3
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(f"there is no {kind} {name!r}")
+        self.kind, self.name = kind, name
+
+
+class Conflict(OperatorError):
+    """The thing is in a state that does not allow this."""
+
+    code = "conflict"
+    exit_status = 4
+
+    def __init__(self, thing: str, *, state: str, wanted: str) -> None:
+        super().__init__(f"{thing} is {state}, so it cannot be {wanted}")
+        self.thing, self.state, self.wanted = thing, state, wanted
+
+
+class AccessError(HanseError):
+    """A request from someone who may not make it."""
+
+    code = "access"
+    exit_status = 5
+
+
+class Unauthenticated(AccessError):
+    """Who the peer is has not been proven; *why* is the sentence."""
+
+    code = "unauthenticated"
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+
+
+class Unauthorized(AccessError):
+    """*who* is known, and may not do *what*."""
+
+    code = "unauthorized"
+
+    def __init__(self, who: str, what: str, *, needs: str) -> None:
+        super().__init__(f"{who} may not {what}; that needs {needs}")
+        self.who, self.what, self.needs = who, what, needs
+
+
+class NotInService(AccessError):
+    """The server asked does not serve now; another one may."""
+
+    code = "not-in-service"
+    retryable = True
+
+    def __init__(self, why: str = "Server not in service") -> None:
+        super().__init__(why)
+
+
+class SiteError(HanseError):
+    """Something that happened at one client."""
+
+    code = "site"
+    exit_status = 10
+
+
+class SiteRefused(SiteError):
+    """A site's policy does not let the job run there."""
+
+    code = "site-refused"
+
+    def __init__(self, client: str, why: str) -> None:
+        super().__init__(f"{client} refused the job: {why}")
+        self.client, self.why = client, why
+
+
+class TrainingFailed(SiteError):
+    """The job's code raised at a client."""
+
+    code = "training-failed"
+
+    def __init__(self, client: str, task: str, why: str) -> None:
+        super().__init__(f"task {task!r} failed at {client}: {why}")
+        self.client, self.task, self.why = client, task, why
+
+
+class ProcessDied(SiteError):
+    """A job's process ended without being asked."""
+
+    code = "process-died"
+    retryable = True
+
+    def __init__(self, where: str, status: int, last_line: str = "") -> None:
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        tail = f"; its log ends with: {last_line}" if last_line else ""
+        super().__init__(f"the job's process at {where} {how}{tail}")
+        self.where, self.status, self.last_line = where, status, last_line
+
+
+class UpdateRejected(SiteError):
+    """What a client sent is not what the job expects: a tensor, a digest, a round."""
+
+    code = "update-rejected"
+
+    def __init__(self, client: str, why: str) -> None:
+        super().__init__(f"{client} sent {why}")
+        self.client, self.why = client, why
+
+
+class WorkflowError(HanseError):
+    """The run as a whole cannot go on."""
+
+    code = "workflow"
+    exit_status = 11
+
+
+class WorkflowFailed(WorkflowError):
+    """The workflow's own code raised."""
+
+    code = "workflow-failed"
+
+    def __init__(self, workflow: str, round_number: int, why: str) -> None:
+        super().__init__(f"workflow {workflow!r} failed in round {round_number}: {why}")
+        self.workflow, self.round_number, self.why = workflow, round_number, why
+
+
+class TooFewClients(WorkflowError):
+    """A round ended without the answers that it needs."""
+
+    code = "too-few-clients"
+
+    def __init__(self, *, got: int, needed: int, why: str) -> None:
+        super().__init__(f"only {got} of the {needed} answers that the round needs can come: {why}")
+        self.got, self.needed, self.why = got, needed, why
+
+
+class EnvironmentFault(HanseError):
+    """Network, disk, clock or time did not do what was hoped."""
+
+    code = "environment"
+    exit_status = 12
+    retryable = True
+
+
+class Unreachable(EnvironmentFault):
+    """Nobody answers at *where*."""
+
+    code = "unreachable"
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(f"cannot reach {where}: {why}")
+        self.where, self.why = where, why
+
+
+class TimedOut(EnvironmentFault):
+    """*who* did not answer *what* in time."""
+
+    code = "timed-out"
+
+    def __init__(self, who: str, what: str, after_s: float) -> None:
+        super().__init__(f"{who} did not answer {what!r} within {after_s:g} s")
+        self.who, self.what, self.after_s = who, what, after_s
+
+
+class ProtocolError(EnvironmentFault):
+    """Bytes arrived that are not what was agreed; *field* names the part."""
+
+    code = "protocol"
+    retryable = False
+
+    def __init__(self, field: str, *, got: object, expected: str) -> None:
+        super().__init__(f"{field} is {_shown(got)}; expected {expected}")
+        self.field, self.got, self.expected = field, got, expected
+
+
+class StoreFailed(EnvironmentFault):
+    """The database or the disk failed while *doing*."""
+
+    code = "store-failed"
+
+    def __init__(self, doing: str, why: str) -> None:
+        super().__init__(f"the store failed while {doing}: {why}")
+        self.doing, self.why = doing, why
+
+
+class StaleEpoch(EnvironmentFault):
+    """A write named an epoch that is over: another server holds the lease, and nothing was written."""
+
+    code = "stale-epoch"
+    retryable = False
+
+    def __init__(self, *, ours: int, current: int) -> None:
+        super().__init__(f"epoch {ours} has ended (the store is at {current}); this server may not write any more")
+        self.ours, self.current = ours, current
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,650 @@
+"""What participants say to each other: one frozen type per meaning, and the table of who answers which topic with what.
+
+A ``Message`` is headers and a typed payload. On the wire a payload is msgpack of its type; ``CATALOGUE`` names the
+types
+of each (channel, topic), and whatever does not decode as such is refused at the edge with the field that is wrong.
+Fields that a newer release added are ignored, and a field added later must have a default, so that neighbouring
+releases
+understand each other.
+
+Tensors never travel in a message, except small ones (``INLINE_LIMIT_BYTES``), whose bytes ride along in their reference
+because a transfer of their own would cost more than they weigh.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, TypeAlias
+
+import msgspec
+
+from hanse.ids import ClientName, Digest, Fqcn, JobId, Ssid, Token
+from hanse.job import Config, JobSpec, Resources
+
+PROTOCOL_VERSIONS: Final = (1,)
+INLINE_LIMIT_BYTES: Final = 16 * 1024
+
+Metrics: TypeAlias = dict[str, float]
+
+ITEM_BYTES: Final[Mapping[str, int]] = {
+    "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8,
+    "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8,
+}  # fmt: skip
+"""The dtypes that a tensor may have, by NumPy's name, with the bytes of one element."""
+
+
+class ReturnCode(StrEnum):
+    """How a request went; every reply carries one, and a ``reason`` when it is not OK."""
+
+    OK = "ok"
+    COMM_ERROR = "comm_error"
+    UNAUTHENTICATED = "unauthenticated"
+    UNAUTHORIZED = "unauthorized"
+    INVALID_REQUEST = "invalid_request"
+    NOT_FOUND = "not_found"
+    CONFLICT = "conflict"
+    REFUSED = "refused"
+    ABORT_RUN = "abort_run"
+    TIMED_OUT = "timed_out"
+    INTERNAL = "internal"
+
+
+class Header:
+    """The names of headers that mean something to Hanse."""
+
+    RETURN_CODE: Final = "return_code"
+    REASON: Final = "reason"
+    ERROR_CODE: Final = "error_code"
+    ORIGIN: Final = "origin"
+    PROJECT: Final = "project"
+    CLIENT: Final = "client"
+    TOKEN: Final = "token"  # noqa: S105 - the header's name, not a secret
+    TOKEN_SIGNATURE: Final = "token_signature"  # noqa: S105 - the header's name, not a secret
+    SSID: Final = "ssid"
+    ROLE: Final = "role"
+
+
+Payload: TypeAlias = msgspec.Struct | None
+
+
+@dataclass(slots=True)
+class Message:
+    """A request or a reply: text headers beside one typed payload."""
+
+    headers: dict[str, str] = field(default_factory=dict)
+    payload: Payload = None
+
+    def get_header(self, key: str, default: str | None = None) -> str | None:
+        """Return the header *key*, or *default* when the message has none."""
+        return self.headers.get(key, default)
+
+    def set_header(self, key: str, value: str) -> None:
+        """Set the header *key*, in place of what it was."""
+        self.headers[key] = value
+
+    @property
+    def return_code(self) -> ReturnCode:
+        """How the request went, for a reply; OK where no code was set."""
+        return ReturnCode(self.headers.get(Header.RETURN_CODE, ReturnCode.OK))
+
+    @property
+    def reason(self) -> str:
+        """Why it did not go well: one sentence, empty when it did."""
+        return self.headers.get(Header.REASON, "")
+
+
+def ok(payload: Payload = None) -> Message:
+    """Return the reply to a request that went well."""
+    return Message({Header.RETURN_CODE: ReturnCode.OK.value}, payload)
+
+
+def refusal(code: ReturnCode, reason: str, *, error_code: str = "") -> Message:
+    """Return the reply to a request that did not go well, with the sentence that says why."""
+    headers = {Header.RETURN_CODE: code.value, Header.REASON: reason}
+    if error_code:
+        headers[Header.ERROR_CODE] = error_code
+    return Message(headers)
+
+
+@dataclass(slots=True)
+class Client:
+    """A registered client, as the server knows it.
+
+    ``last_connect_time`` is in seconds of the server's monotonic clock. ``props`` holds what the client said of itself
+    (its resources, its version) and what the server noted.
+    """
+
+    name: ClientName
+    token: Token
+    fqcn: Fqcn
+    last_connect_time: float
+    props: dict[str, object] = field(default_factory=dict)
+
+
+# Opening a stream -----------------------------------------------------------------------------------------------------
+
+
+class Credentials(msgspec.Struct, frozen=True):
+    """A token and the server's signature over it: who someone is, once proven."""
+
+    name: str
+    token: Token
+    signature: str
+    ssid: Ssid
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """The first frame of a stream: what I speak, which cell I am, and what proves it (none before registration)."""
+
+    versions: tuple[int, ...]
+    fqcn: Fqcn
+    project: str
+    release: str = ""
+    credentials: Credentials | None = None
+
+
+class Welcome(msgspec.Struct, frozen=True):
+    """The server's answer: the version that both speak from here on, and where the limits are."""
+
+    version: int
+    server: str
+    ssid: Ssid
+    release: str = ""
+    max_payload_bytes: int = 0
+
+
+# Registration ---------------------------------------------------------------------------------------------------------
+
+
+class Challenge(msgspec.Struct, frozen=True):
+    """First half of mutual identification: *certificate* is PEM, *nonce* 32 fresh random bytes."""
+
+    client: str
+    project: str
+    nonce: bytes
+    certificate: bytes = b""
+
+
+class ChallengeReply(msgspec.Struct, frozen=True):
+    """The server's half: its nonce, and its signature over the transcript of both."""
+
+    server: str
+    nonce: bytes
+    certificate: bytes
+    signature: bytes
+
+
+class Register(msgspec.Struct, frozen=True):
+    """Second half: the client's (or administrator's) signature over the same transcript."""
+
+    client: str
+    project: str
+    certificate: bytes = b""
+    signature: bytes = b""
+    resources: Resources = Resources()
+    release: str = ""
+
+
+class Registered(msgspec.Struct, frozen=True):
+    """What registration, renewal and login give: a signed token with its lifetime, and the session it belongs to."""
+
+    token: Token
+    token_signature: str
+    ssid: Ssid
+    expires_in_s: float
+    heartbeat_s: float = 5.0
+    role: str = ""
+
+
+class Renew(msgspec.Struct, frozen=True):
+    """A request for a fresh token before the present one expires."""
+
+
+class Quit(msgspec.Struct, frozen=True):
+    """An existing client leaves."""
+
+    reason: str = ""
+
+
+class Heartbeat(msgspec.Struct, frozen=True):
+    """A client is alive, and runs these jobs."""
+
+    jobs: tuple[JobId, ...] = ()
+
+
+class HeartbeatReply(msgspec.Struct, frozen=True):
+    """The server heard it; it does not run these jobs, so the client should end them."""
+
+    abort_jobs: tuple[JobId, ...] = ()
+    ssid: Ssid = Ssid("")
+
+
+class Goodbye(msgspec.Struct, frozen=True):
+    """The server is going; *retry* says whether it means to come back."""
+
+    reason: str
+    retry: bool = True
+
+
+# Jobs at a client -----------------------------------------------------------------------------------------------------
+
+
+class JobCredentials(msgspec.Struct, frozen=True):
+    """What a job's process needs to be its cell: a token for this job alone and, with TLS, its own certificate."""
+
+    credentials: Credentials
+    certificate: bytes = b""
+    key: bytes = b""
+
+
+class DeployJob(msgspec.Struct, frozen=True):
+    """Fetch this job's package, check it against the site's policy, and be ready to start it."""
+
+    job_id: JobId
+    name: str
+    submitter: str
+    spec: JobSpec
+    package: Digest
+    package_bytes: int
+
+
+class StartJob(msgspec.Struct, frozen=True):
+    """Start the deployed job's process with these credentials."""
+
+    job_id: JobId
+    identity: JobCredentials
+    attempt: int = 1
+
+
+class AbortJob(msgspec.Struct, frozen=True):
+    """End the job's process."""
+
+    job_id: JobId
+    reason: str
+
+
+class JobEnded(msgspec.Struct, frozen=True):
+    """A job's process at a client ended: *status* as from ``wait`` (negative: a signal), and its log's last lines."""
+
+    job_id: JobId
+    attempt: int
+    status: int
+    log_tail: str = ""
+
+
+class JobFailure(msgspec.Struct, frozen=True):
+    """A client reports that a job failed there for good: *kind* is ``config``, ``exception`` or ``unsafe``."""
+
+    job_id: JobId
+    kind: str
+    reason: str
+    code: str = ""
+
+
+# Tensors by name ------------------------------------------------------------------------------------------------------
+
+
+class TensorRef(msgspec.Struct, frozen=True):
+    """A tensor by name: ``digest`` is BLAKE3 of its bytes (C order, little-endian), which small ones carry along."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: Digest
+    inline: bytes | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of the tensor: elements × item size."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class ModelRef(msgspec.Struct, frozen=True):
+    """A model by name: its tensors in order, and its metadata."""
+
+    tensors: tuple[TensorRef, ...] = ()
+    metadata: dict[str, str] = {}
+
+
+class UpdateRef(msgspec.Struct, frozen=True):
+    """A client's update by name: ``model`` is ``None`` where only metrics were asked for."""
+
+    model: ModelRef | None
+    num_examples: int
+    metrics: Metrics = {}
+
+
+# Tasks ----------------------------------------------------------------------------------------------------------------
+
+
+class TaskKey(msgspec.Struct, frozen=True):
+    """Names one task within its run: the *sequence*-th of that name in that round for that client."""
+
+    round: int
+    name: str
+    sequence: int
+    client: ClientName
+
+
+class TaskAssignment(msgspec.Struct, frozen=True):
+    """A task for one client; ``expects_model`` says whether the answer must hold tensors like ``model``'s."""
+
+    key: TaskKey
+    model: ModelRef | None
+    config: Config = {}
+    expects_model: bool = True
+
+
+class TaskFault(msgspec.Struct, frozen=True):
+    """Why a task has no update: a stable code and a sentence."""
+
+    code: str
+    reason: str
+    retryable: bool = False
+
+
+class TaskResult(msgspec.Struct, frozen=True):
+    """The answer to a task: an update or a fault, never both."""
+
+    key: TaskKey
+    update: UpdateRef | None = None
+    fault: TaskFault | None = None
+
+
+class TaskCancelled(msgspec.Struct, frozen=True):
+    """The answer to this task is no longer wanted."""
+
+    key: TaskKey
+
+
+class LogMetrics(msgspec.Struct, frozen=True):
+    """Numbers that the training code logs while it works on a task."""
+
+    key: TaskKey
+    step: int
+    metrics: Metrics
+
+
+# A run's process and its server ---------------------------------------------------------------------------------------
+
+
+class StateRef(msgspec.Struct, frozen=True):
+    """A workflow's state by name: see ``hanse.learning.workflow.State``."""
+
+    round: int
+    model: ModelRef
+    extra: dict[str, ModelRef] = {}
+    values: dict[str, object] = {}
+    metrics: Metrics = {}
+    done: bool = False
+
+
+class Attach(msgspec.Struct, frozen=True):
+    """A run's process asks for what it must know to begin or to go on."""
+
+
+class RunSnapshot(msgspec.Struct, frozen=True):
+    """Where a run stands: the last committed state (``None`` before the first) and the answers accepted since."""
+
+    job_id: JobId
+    spec: JobSpec
+    clients: tuple[ClientName, ...]
+    state: StateRef | None = None
+    answers: tuple[TaskResult, ...] = ()
+    lost_clients: tuple[ClientName, ...] = ()
+
+
+class IssueTasks(msgspec.Struct, frozen=True):
+    """Journal these tasks and hand them to their clients; a task already journalled under its key stays as it was."""
+
+    tasks: tuple[TaskAssignment, ...]
+
+
+class CancelTasks(msgspec.Struct, frozen=True):
+    """These tasks' answers are no longer wanted: later ones are answered as stale."""
+
+    keys: tuple[TaskKey, ...]
+
+
+class CommitRound(msgspec.Struct, frozen=True):
+    """Commit this state as the run's newest; round 0 is the initial model."""
+
+    state: StateRef
+    took_s: float = 0.0
+    answered: tuple[ClientName, ...] = ()
+
+
+class RunEnded(msgspec.Struct, frozen=True):
+    """The run's process has reached its end: completed, or failed with a reason."""
+
+    completed: bool
+    code: str = ""
+    reason: str = ""
+
+
+class ClientChanged(msgspec.Struct, frozen=True):
+    """A client of the run was lost, came back, or failed for good (``lost``, ``back``, ``failed``)."""
+
+    client: ClientName
+    change: str
+    reason: str = ""
+
+
+class RunHeartbeat(msgspec.Struct, frozen=True):
+    """A run's process is alive."""
+
+
+class AbortRun(msgspec.Struct, frozen=True):
+    """End the run; what is committed stays."""
+
+    reason: str
+
+
+# Administration -------------------------------------------------------------------------------------------------------
+
+
+class SubmitJob(msgspec.Struct, frozen=True):
+    """Run this package, uploaded before under its digest."""
+
+    package: Digest
+    package_bytes: int
+
+
+class JobSubmitted(msgspec.Struct, frozen=True):
+    """The job is stored, under this id."""
+
+    job_id: JobId
+    name: str
+
+
+class JobQuery(msgspec.Struct, frozen=True):
+    """Which job is meant: its id, or a prefix that only one job has."""
+
+    job_id: str
+
+
+class ListJobs(msgspec.Struct, frozen=True):
+    """All jobs, newest first; ``state`` narrows them."""
+
+    state: str = ""
+    limit: int = 100
+
+
+class RoundView(msgspec.Struct, frozen=True):
+    """One committed round, for people."""
+
+    round: int
+    metrics: Metrics
+    took_s: float
+    committed_at: float
+    answered: tuple[str, ...] = ()
+
+
+class ClientView(msgspec.Struct, frozen=True):
+    """A client's part in a job, for people."""
+
+    name: str
+    state: str
+    reason: str = ""
+    since: float = 0.0
+
+
+class JobView(msgspec.Struct, frozen=True):
+    """A job, for people; times are POSIX seconds, 0 where it has not happened."""
+
+    job_id: JobId
+    name: str
+    state: str
+    submitter: str
+    submitted_at: float
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    code: str = ""
+    reason: str = ""
+    waiting_for: str = ""
+    waiting_until: float = 0.0
+    round: int = 0
+    rounds: int = 0
+    metrics: Metrics = {}
+    clients: tuple[ClientView, ...] = ()
+    history: tuple[RoundView, ...] = ()
+    result: Digest = Digest("")
+    result_bytes: int = 0
+
+
+class JobList(msgspec.Struct, frozen=True):
+    """Several jobs, for people."""
+
+    jobs: tuple[JobView, ...]
+
+
+class JobEvent(msgspec.Struct, frozen=True):
+    """Something happened in a job that is being watched; ``kind`` is the event's name in ``hanse.events``."""
+
+    job_id: JobId
+    kind: str
+    at: float
+    round: int = 0
+    client: str = ""
+    metrics: Metrics = {}
+    text: str = ""
+
+
+class LogQuery(msgspec.Struct, frozen=True):
+    """A job's log at the server (``client`` empty) or as one client last reported it; the last *lines* of it."""
+
+    job_id: str
+    client: str = ""
+    lines: int = 200
+
+
+class LogText(msgspec.Struct, frozen=True):
+    """Lines of a log."""
+
+    text: str
+
+
+class ListClients(msgspec.Struct, frozen=True):
+    """All registered clients."""
+
+
+class RegisteredClient(msgspec.Struct, frozen=True):
+    """A registered client, for people."""
+
+    name: str
+    state: str
+    last_heard_s: float
+    jobs: tuple[JobId, ...] = ()
+    resources: Resources = Resources()
+    release: str = ""
+
+
+class ClientList(msgspec.Struct, frozen=True):
+    """Several registered clients, for people."""
+
+    clients: tuple[RegisteredClient, ...]
+
+
+class DisableClient(msgspec.Struct, frozen=True):
+    """Refuse *client* from now on (or no longer)."""
+
+    client: str
+    disabled: bool = True
+
+
+class ServerStop(msgspec.Struct, frozen=True):
+    """Shut the server down in order; running jobs stay resumable."""
+
+
+class ServerStatus(msgspec.Struct, frozen=True):
+    """How the server is."""
+
+    state: str
+    ssid: Ssid
+    project: str
+    release: str
+    clients: int
+    jobs_running: int
+    since: float
+
+
+class StatusQuery(msgspec.Struct, frozen=True):
+    """A question for ``ServerStatus``."""
+
+
+class Channel(StrEnum):
+    """Groups of topics: what the listener lets a peer use depends on them."""
+
+    SERVER = "server"
+    JOB = "job"
+    RUN = "run"
+    TASK = "task"
+    ADMIN = "admin"
+
+
+Topic: TypeAlias = tuple[Channel, str]
+
+CATALOGUE: Final[Mapping[Topic, tuple[type[msgspec.Struct] | None, type[msgspec.Struct] | None]]] = {
+    # a client (or an administrator, for the first three) to the server
+    (Channel.SERVER, "challenge"): (Challenge, ChallengeReply),
+    (Channel.SERVER, "register"): (Register, Registered),
+    (Channel.SERVER, "renew"): (Renew, Registered),
+    (Channel.SERVER, "quit"): (Quit, None),
+    (Channel.SERVER, "heartbeat"): (Heartbeat, HeartbeatReply),
+    (Channel.SERVER, "job_failure"): (JobFailure, None),
+    (Channel.SERVER, "job_ended"): (JobEnded, None),
+    # the server to a client
+    (Channel.JOB, "deploy"): (DeployJob, None),
+    (Channel.JOB, "start"): (StartJob, None),
+    (Channel.JOB, "abort"): (AbortJob, None),
+    (Channel.JOB, "goodbye"): (Goodbye, None),
+    # a run's process to its server, and back
+    (Channel.RUN, "attach"): (Attach, RunSnapshot),
+    (Channel.RUN, "issue"): (IssueTasks, None),
+    (Channel.RUN, "cancel"): (CancelTasks, None),
+    (Channel.RUN, "commit"): (CommitRound, None),
+    (Channel.RUN, "ended"): (RunEnded, None),
+    (Channel.RUN, "heartbeat"): (RunHeartbeat, None),
+    (Channel.RUN, "answer"): (TaskResult, None),
+    (Channel.RUN, "client"): (ClientChanged, None),
+    (Channel.RUN, "abort"): (AbortRun, None),
+    # the server to a job's process at a client, and back
+    (Channel.TASK, "task"): (TaskAssignment, None),
+    (Channel.TASK, "cancelled"): (TaskCancelled, None),
+    (Channel.TASK, "result"): (TaskResult, None),
+    (Channel.TASK, "metrics"): (LogMetrics, None),
+    # an administrator to the server, and events back
+    (Channel.ADMIN, "job.submit"): (SubmitJob, JobSubmitted),
+    (Channel.ADMIN, "job.list"): (ListJobs, JobList),
+    (Channel.ADMIN, "job.show"): (JobQuery, JobView),
+    (Channel.ADMIN, "job.watch"): (JobQuery, JobView),
+    (Channel.ADMIN, "job.event"): (JobEvent, None),
+    (Channel.ADMIN, "job.abort"): (JobQuery, JobView),
+    (Channel.ADMIN, "job.log"): (LogQuery, LogText),
+    (Channel.ADMIN, "client.list"): (ListClients, ClientList),
+    (Channel.ADMIN, "client.disable"): (DisableClient, None),
+    (Channel.ADMIN, "server.status"): (StatusQuery, ServerStatus),
+    (Channel.ADMIN, "server.stop"): (ServerStop, None),
+}
+"""For each topic, the type of a request's payload and of its reply's (``None``: it has none)."""

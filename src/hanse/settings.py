@@ -1,0 +1,185 @@
+"""Settings: one frozen type for a server and one for a client, read from ``settings.toml`` once and passed down.
+
+Unknown fields are errors. The few time limits are derived from ``heartbeat_s``, so that they cannot contradict each
+other. A relative path in a file is relative to the file.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+
+from hanse.errors import ConfigError
+from hanse.ids import NAME_RULE, is_name
+from hanse.job import Config, Resources
+
+SETTINGS_FILE: Final = "settings.toml"
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def _expect(holds: bool, field: str, got: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(field, got=got, expected=expected)
+
+
+class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a server runs."""
+
+    project: str
+    """The project that this server serves; clients and kits of another are refused."""
+
+    name: str = "server"
+    """The server's name, as in its certificate."""
+
+    target: str = "0.0.0.0:6007"
+    """Where it listens: ``host:port``; an IPv6 host in brackets; port 0 picks a free one."""
+
+    workspace: str = "workspace"
+    """The folder for the store, the tensor files and the logs of this server; made with mode 0700."""
+
+    min_num_clients: int = 2
+    """Below this many registered clients no job is scheduled."""
+
+    max_num_clients: int = 1000
+    """Above this many no client is registered."""
+
+    max_running_jobs: int = 4
+    """Above this many running jobs further ones wait; each has a process here and at each of its clients."""
+
+    heartbeat_s: float = 5.0
+    """Seconds between a client's heartbeats; with missing ones a broken network is noticed in a few of these."""
+
+    lost_after_s: float = 0.0
+    """A client without a stream for this long is lost to its runs; 0 means three heartbeats."""
+
+    heart_beat_timeout_s: float = 600.0
+    """A client not heard of for this long is removed from the registry."""
+
+    shutdown_period_s: float = 30.0
+    """At shutdown, clients are waited for at most this long."""
+
+    token_lifetime_s: float = 3600.0
+    """A token expires after this long; clients renew it over their stream at half of it."""
+
+    client_certificates: bool = True
+    """Whether TLS itself demands a client's certificate. Turn it off behind a proxy that ends TLS: identity is then
+    proven by challenge and registration alone, which are always demanded."""
+
+    tls: bool = True
+    """Whether the port speaks TLS. Without it all can be read and changed on the way: loopback and tests only."""
+
+    def __post_init__(self) -> None:
+        _expect(is_name(self.name), "name", self.name, NAME_RULE)
+        _expect(is_name(self.project), "project", self.project, NAME_RULE)
+        _expect(
+            1 <= self.min_num_clients <= self.max_num_clients,
+            "min_num_clients",
+            self.min_num_clients,
+            f"1 to max_num_clients ({self.max_num_clients})",
+        )
+        _expect(self.max_running_jobs >= 1, "max_running_jobs", self.max_running_jobs, "1 or more")
+        for field in ("heartbeat_s", "heart_beat_timeout_s", "shutdown_period_s", "token_lifetime_s"):
+            _expect(getattr(self, field) > 0, field, getattr(self, field), "more than 0 seconds")
+        _expect(self.lost_after_s >= 0, "lost_after_s", self.lost_after_s, "0 or more seconds")
+
+    @property
+    def lost_after(self) -> float:
+        """Seconds without a stream after which a client is lost."""
+        return self.lost_after_s or 3 * self.heartbeat_s
+
+
+class SitePolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a site lets jobs do there; the site's word is the last."""
+
+    job_code: str = "allow"
+    """``allow``: code that comes with a job may run here. ``deny``: only code that is installed here, which a job must
+    name (``module:app`` of an installed package)."""
+
+    submitters: tuple[str, ...] = ()
+    """Whose jobs may run here, by administrator's name; empty lets everybody's."""
+
+    max_update_norm: float = 0.0
+    """Updates are scaled down to at most this L2 distance from the received model; 0 leaves them as they are."""
+
+    def __post_init__(self) -> None:
+        _expect(self.job_code in ("allow", "deny"), "policy.job_code", self.job_code, "'allow' or 'deny'")
+        _expect(self.max_update_norm >= 0, "policy.max_update_norm", self.max_update_norm, "0 or more")
+
+
+class ClientSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a client runs."""
+
+    project: str
+    """The project that the client takes part in."""
+
+    name: str
+    """The client's name, as in its certificate."""
+
+    servers: tuple[str, ...]
+    """Where servers listen: ``host:port`` each; tried in order."""
+
+    server_name: str = "server"
+    """The name in the server's certificate that the challenge must prove."""
+
+    workspace: str = "workspace"
+    """The folder for jobs' code, tensor files and logs at this site; made with mode 0700."""
+
+    config: Config = {}
+    """What training code here may read of its site, as ``ctx.site``: where its data lies, which share it holds."""
+
+    resources: Resources = Resources()
+    """What jobs may use here; the server gives a job only to clients that have what it asks for. 0 promises nothing."""
+
+    policy: SitePolicy = SitePolicy()
+    """What jobs may do here."""
+
+    tls: bool = True
+    """Whether the server's port speaks TLS. Turn it off for loopback and tests only."""
+
+    def __post_init__(self) -> None:
+        _expect(is_name(self.name), "name", self.name, NAME_RULE)
+        _expect(is_name(self.project), "project", self.project, NAME_RULE)
+        _expect(bool(self.servers), "servers", self.servers, "at least one 'host:port'")
+
+
+class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How an administrator's commands find and prove themselves to the server."""
+
+    project: str
+    """The project."""
+
+    name: str
+    """The administrator's name, as in their certificate."""
+
+    servers: tuple[str, ...]
+    """Where servers listen: ``host:port`` each; tried in order."""
+
+    server_name: str = "server"
+    """The name in the server's certificate that the challenge must prove."""
+
+    tls: bool = True
+    """Whether the server's port speaks TLS."""
+
+
+def read(path: Path, kind: type[T]) -> T:
+    """Return the settings of *kind* that the TOML file at *path* holds.
+
+    Raises:
+        ConfigError: the file cannot be read or parsed, or a field is unknown, missing or out of range; it names the
+        field.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("settings file", got=str(path), expected=f"a readable file ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("settings file", got=str(path), expected=f"TOML ({error})") from error
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        what, _, field = str(error).partition(" - at `$.")
+        name = field.rstrip("`") or "settings"
+        raise ConfigError(name, got=table.get(name.partition(".")[0]), expected=what, where=str(path)) from None
