@@ -176,7 +176,10 @@ class ChallengeReply(msgspec.Struct, frozen=True):
 
 
 class Register(msgspec.Struct, frozen=True):
-    """Second half: the client's (or administrator's) signature over the same transcript."""
+    """Second half: the client's (or administrator's) signature over the same transcript.
+
+    ``role`` (``client``, ``admin:<role>``) is believed where there are no certificates; else the certificate's counts.
+    """
 
     client: str
     project: str
@@ -184,6 +187,7 @@ class Register(msgspec.Struct, frozen=True):
     signature: bytes = b""
     resources: Resources = Resources()
     release: str = ""
+    role: str = "client"
 
 
 class Registered(msgspec.Struct, frozen=True):
@@ -385,20 +389,25 @@ class Attach(msgspec.Struct, frozen=True):
 
 
 class RunSnapshot(msgspec.Struct, frozen=True):
-    """Where a run stands: the last committed state (``None`` before the first) and the answers accepted since."""
+    """Where a run stands: the last committed state (``None`` before the first), and who takes part.
+
+    Answers accepted since that state are not here: whoever issues an answered task again is handed its answer.
+    """
 
     job_id: JobId
     spec: JobSpec
     clients: tuple[ClientName, ...]
     state: StateRef | None = None
-    answers: tuple[TaskResult, ...] = ()
     lost_clients: tuple[ClientName, ...] = ()
 
 
 class IssueTasks(msgspec.Struct, frozen=True):
-    """Journal these tasks and hand them to their clients; a task already journalled under its key stays as it was."""
+    """Journal one task for each key and hand it to its client; a key that is answered already brings its answer."""
 
-    tasks: tuple[TaskAssignment, ...]
+    keys: tuple[TaskKey, ...]
+    model: ModelRef | None
+    config: Config = {}
+    expects_model: bool = True
 
 
 class CancelTasks(msgspec.Struct, frozen=True):
@@ -416,11 +425,13 @@ class CommitRound(msgspec.Struct, frozen=True):
 
 
 class RunEnded(msgspec.Struct, frozen=True):
-    """The run's process has reached its end: completed, or failed with a reason."""
+    """The run's process has reached its end: completed with a result in its folder, or failed with a reason."""
 
     completed: bool
     code: str = ""
     reason: str = ""
+    result: Digest = Digest("")
+    result_bytes: int = 0
 
 
 class ClientChanged(msgspec.Struct, frozen=True):

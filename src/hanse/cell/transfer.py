@@ -1,0 +1,362 @@
+"""Tensors by digest, as a client moves them: ask what is missing, fetch, send; resumable and verified.
+
+A tensor's bytes go in chunks of 1 MiB from the offset that the receiving side already has; the receiving side verifies
+the digest before the tensor exists for anyone. A connection that breaks is dialled again and the transfer goes on from
+where it was, as long as each try moves something or the tries without progress are few. Files are written in threads,
+several chunks at a time, while the next chunks arrive.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Final, Protocol, TypeVar
+
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+
+from hanse.cell import wire_pb2
+from hanse.cell.backoff import Backoff
+from hanse.cell.rpc import (
+    CHUNK_BYTES,
+    DOWNLOAD,
+    MAX_DIGESTS,
+    MISSING,
+    UPLOAD,
+    ClientTls,
+    decode_chunk,
+    encode_chunk,
+    error_of,
+    metadata_of,
+    open_channel,
+)
+from hanse.errors import HanseError, ProtocolError, TimedOut, Unreachable
+from hanse.ids import Digest
+from hanse.messages import Hello
+
+BATCH_BYTES: Final = 4 * CHUNK_BYTES
+"""What is written to a file at once: enough that handing it to a thread costs little beside it."""
+
+MAX_AT_ONCE: Final = 4
+MAX_TRIES: Final = 6
+STALL_S: Final = 60.0
+"""A transfer that moves nothing for this long is given up, or tried again."""
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+
+
+class Partial(Protocol):
+    """A tensor on its way into a file."""
+
+    @property
+    def offset(self) -> int:
+        """How many of its bytes are there."""
+
+    def write(self, chunk: bytes | memoryview) -> object:
+        """Append *chunk*."""
+
+    def finish(self) -> object:
+        """Verify digest and size, and make it a tensor; raise ``ProtocolError`` and forget it when they do not hold."""
+
+    def close(self) -> None:
+        """Keep what is there for another time; harmless after ``finish``."""
+
+
+class Files(Protocol):
+    """Tensors by digest in a place of their own (``hanse.storage.tensors.TensorFiles``)."""
+
+    def has(self, digest: Digest) -> bool:
+        """Return whether the tensor is there, whole."""
+
+    def missing(self, digests: Iterable[Digest]) -> list[Digest]:
+        """Return those of *digests* that are not there."""
+
+    def map(self, digest: Digest) -> memoryview:
+        """Return the tensor's bytes, read-only and unread."""
+
+    def begin(self, digest: Digest, size: int) -> Partial:
+        """Begin to write a tensor of *size* bytes, or go on with one begun before."""
+
+
+class TensorTransfers(Protocol):
+    """Moves tensors between here and the server's *scope*: ``job/<job id>``, or what else the server offers."""
+
+    async def missing(self, scope: str, digests: Sequence[Digest]) -> list[Digest]:
+        """Return those of *digests* that the server has not, in the order given."""
+
+    async def download(self, scope: str, digest: Digest, size: int, into: Partial) -> None:
+        """Fetch a tensor into *into*, from its offset on, and finish it; on failure what came is kept."""
+
+    async def upload(self, scope: str, digest: Digest, buffer: memoryview) -> None:
+        """Send a tensor, from what the server has of it on; return when the server has verified it."""
+
+
+class Inflow:
+    """Writes arriving chunks into a ``Partial`` in threads: one batch is being written while the next comes in."""
+
+    def __init__(self, into: Partial) -> None:
+        self._into = into
+        self._batch: list[bytes | memoryview] = []
+        self._batch_bytes = 0
+        self._writing: asyncio.Future[None] | None = None
+
+    async def add(self, chunk: bytes | memoryview) -> None:
+        """Take *chunk*; wait when two batches are full."""
+        self._batch.append(chunk)
+        self._batch_bytes += len(chunk)
+        if self._batch_bytes >= BATCH_BYTES:
+            await self._hand_over()
+
+    async def flush(self) -> None:
+        """Return when all that was taken is written."""
+        if self._batch:
+            await self._hand_over()
+        await self._written()
+
+    async def finish(self) -> None:
+        """Write what is left, verify the tensor and put it in its place."""
+        await self._written()
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        self._writing = self._in_thread(batch, finish=True)
+        await self._written()
+
+    def close(self) -> None:
+        """Close the ``Partial``, as soon as no thread writes to it."""
+        if self._writing is not None and not self._writing.done():
+            self._writing.add_done_callback(lambda _: self._into.close())
+        else:
+            self._into.close()
+
+    async def _hand_over(self) -> None:
+        await self._written()
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        self._writing = self._in_thread(batch, finish=False)
+
+    def _in_thread(self, batch: list[bytes | memoryview], *, finish: bool) -> asyncio.Future[None]:
+        return asyncio.get_running_loop().run_in_executor(None, self._write, batch, finish)
+
+    async def _written(self) -> None:
+        if self._writing is not None:
+            # Shielded: a cancelled transfer must still know when its thread is done with the file.
+            await asyncio.shield(self._writing)
+
+    def _write(self, batch: list[bytes | memoryview], finish: bool) -> None:
+        for chunk in batch:
+            self._into.write(chunk)
+        if finish:
+            self._into.finish()
+
+
+class Transfers:
+    """``TensorTransfers`` over gRPC, on a connection of its own, so that no heartbeat waits behind a tensor.
+
+    *target* tells where to (a ``Connector``'s ``target``), *hello* what proves who calls. At most four tensors move at
+    once; more wait. ``close`` gives up what is under way.
+
+    Raises, from each method: ``Unreachable`` or ``TimedOut`` when the tries are used up, and whatever the server
+    refuses with.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: Callable[[], str],
+        hello: Callable[[], Hello],
+        tls: ClientTls | None,
+        rng: random.Random,
+        max_tries: int = MAX_TRIES,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self._target, self._hello, self._tls, self._rng = target, hello, tls, rng
+        self._max_tries, self._stall_s = max_tries, stall_s
+        self._places = asyncio.Semaphore(MAX_AT_ONCE)
+        self._channel: tuple[str, grpc.aio.Channel] | None = None
+        self._is_closed = False
+
+    async def missing(self, scope: str, digests: Sequence[Digest]) -> list[Digest]:
+        """Return those of *digests* that the server has not, in the order given."""
+        found: list[Digest] = []
+        for at in range(0, len(digests), MAX_DIGESTS):
+            some = digests[at : at + MAX_DIGESTS]
+            found += await self._persist(partial(self._missing, scope, some), moved=lambda: 0)
+        return found
+
+    async def download(self, scope: str, digest: Digest, size: int, into: Partial) -> None:
+        """Fetch a tensor into *into*, from its offset on, and finish it; if that fails, what came is kept."""
+        inflow = Inflow(into)
+        try:
+            async with self._places:
+                if into.offset < size:
+                    await self._persist(
+                        lambda: self._download(scope, digest, size, into, inflow), moved=lambda: into.offset
+                    )
+                await inflow.finish()
+        finally:
+            inflow.close()
+
+    async def upload(self, scope: str, digest: Digest, buffer: memoryview) -> None:
+        """Send a tensor, from what the server has of it on; return when the server has verified it."""
+        view = buffer.cast("B") if buffer.nbytes else memoryview(b"")
+        first = wire_pb2.UploadPart(scope=scope, digest=digest, size=len(view)).SerializeToString()
+        there = 0
+
+        async def attempt() -> None:
+            nonlocal there
+            async with self._call(UPLOAD) as (call, limit):
+                await call.write(first)
+                status = await _upload_status(call, digest)
+                there = status.offset
+                if not status.complete:
+                    await _send(call, view[there:], moved=lambda: self._extend(limit))
+                    status = await _upload_status(call, digest)
+                if not status.complete:
+                    raise ProtocolError("UploadStatus.complete", got=False, expected="the tensor to be complete")
+
+        async with self._places:
+            await self._persist(attempt, moved=lambda: there)
+
+    async def close(self) -> None:
+        """Close the connection; transfers that are under way raise ``Unreachable``."""
+        self._is_closed = True
+        await self._hang_up()
+
+    async def _missing(self, scope: str, digests: Sequence[Digest]) -> list[Digest]:
+        request = wire_pb2.MissingRequest(scope=scope, digests=digests).SerializeToString()
+        async with self._call(MISSING, request) as (call, _):
+            reply = await call
+        return [Digest(digest) for digest in _parsed(wire_pb2.MissingReply, reply).digests]
+
+    async def _download(self, scope: str, digest: Digest, size: int, into: Partial, inflow: Inflow) -> None:
+        offset = into.offset
+        request = wire_pb2.DownloadRequest(scope=scope, digest=digest, size=size, offset=offset).SerializeToString()
+        try:
+            async with self._call(DOWNLOAD, request) as (call, limit):
+                async for message in call:
+                    chunk = decode_chunk(message) or memoryview(_parsed(wire_pb2.Chunk, message).data)
+                    offset += len(chunk)
+                    if offset > size:
+                        raise ProtocolError(f"tensor {digest}", got=f"{offset} bytes", expected=f"{size} bytes")
+                    await inflow.add(chunk)
+                    self._extend(limit)
+        finally:
+            # What came before the break is kept, and the next try goes on from there.
+            await inflow.flush()
+        if offset < size:
+            raise Unreachable(self._target(), f"it sent {offset} of the {size} bytes of tensor {digest}")
+
+    async def _persist(self, attempt: Callable[[], Awaitable[T]], *, moved: Callable[[], int]) -> T:
+        """Return what *attempt* returns; try again while that may help, unless too many tries have *moved* nothing."""
+        backoff = Backoff(self._rng)
+        tries = 0
+        while True:
+            before = moved()
+            try:
+                return await attempt()
+            except HanseError as error:
+                tries = tries + 1 if moved() == before else 1
+                if not error.retryable or tries >= self._max_tries or self._is_closed:
+                    raise
+                delay_s = backoff.next_s()
+                _log.info("transfer will be tried again", extra={"in_s": delay_s, "reason": error.reason})
+            await asyncio.sleep(delay_s)
+
+    @asynccontextmanager
+    async def _call(self, path: str, request: bytes | None = None) -> AsyncIterator[tuple[Any, asyncio.Timeout]]:
+        """Open a call to *path* (with one *request*, or with a stream of them); translate what can go wrong with it."""
+        target = self._target()
+        channel = await self._connected(target)
+        open_call = {MISSING: channel.unary_unary, DOWNLOAD: channel.unary_stream, UPLOAD: channel.stream_stream}[path]
+        metadata = metadata_of(self._hello())
+        try:
+            async with asyncio.timeout(self._stall_s) as limit:
+                if request is None:
+                    call = open_call(path)(metadata=metadata)
+                else:
+                    call = open_call(path)(request, metadata=metadata)
+                try:
+                    yield call, limit
+                finally:
+                    call.cancel()
+        except TimeoutError:
+            raise TimedOut(target, path.rpartition("/")[2], self._stall_s) from None
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, target) from error
+        except (asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+            raise Unreachable(target, "the connection was closed") from error
+
+    def _extend(self, limit: asyncio.Timeout) -> None:
+        limit.reschedule(asyncio.get_running_loop().time() + self._stall_s)
+
+    async def _connected(self, target: str) -> grpc.aio.Channel:
+        if self._is_closed:
+            raise Unreachable(target, "its transfers are closed")
+        if self._channel is None or self._channel[0] != target:
+            await self._hang_up()
+            self._channel = target, open_channel(target, self._tls)
+        return self._channel[1]
+
+    async def _hang_up(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel[1].close(None)
+
+
+class LocalTransfers:
+    """``TensorTransfers`` where both sides share one place: nothing moves, and what is there is missing nowhere."""
+
+    def __init__(self, files: Callable[[str], Files]) -> None:
+        self._files = files
+
+    async def missing(self, scope: str, digests: Sequence[Digest]) -> list[Digest]:
+        """Return those of *digests* that the scope's place has not."""
+        return self._files(scope).missing(digests)
+
+    async def download(self, scope: str, digest: Digest, size: int, into: Partial) -> None:
+        """Copy the tensor into *into*, from its offset on; nothing to copy where *into* lies in the same place."""
+        inflow = Inflow(into)
+        try:
+            if into.offset < size:
+                await inflow.add(self._files(scope).map(digest)[into.offset :])
+            await inflow.finish()
+        finally:
+            inflow.close()
+
+    async def upload(self, scope: str, digest: Digest, buffer: memoryview) -> None:
+        """Copy *buffer* to the scope's place, unless it is there."""
+        files = self._files(scope)
+        if files.has(digest):
+            return
+        inflow = Inflow(await asyncio.to_thread(files.begin, digest, buffer.nbytes))
+        try:
+            await inflow.add(buffer)
+            await inflow.finish()
+        finally:
+            inflow.close()
+
+
+async def _send(call: Any, view: memoryview, *, moved: Callable[[], None]) -> None:
+    try:
+        for at in range(0, len(view), CHUNK_BYTES):
+            await call.write(encode_chunk(view[at : at + CHUNK_BYTES]))
+            moved()
+        await call.done_writing()
+    except asyncio.InvalidStateError:
+        pass  # the server has ended the call; reading its answer tells why
+
+
+async def _upload_status(call: Any, digest: Digest) -> wire_pb2.UploadStatus:
+    data = await call.read()
+    if data is grpc.aio.EOF:
+        raise Unreachable("the server", f"it ended the upload of tensor {digest} without a word")
+    return _parsed(wire_pb2.UploadStatus, data)
+
+
+def _parsed(kind: type[M], data: bytes) -> M:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise ProtocolError(kind.DESCRIPTOR.name, got=data[:32], expected="what wire.proto says it is") from error

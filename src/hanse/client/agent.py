@@ -1,0 +1,293 @@
+"""A site's agent: registers, stays connected, beats, and runs the jobs that the server gives it.
+
+It dials out and nothing listens. Registration happens once; afterwards the token proves the client whenever the
+stream is opened again, is renewed at half of its life, and is thrown away when the server does not take it, which
+means to register anew. All else is waiting, and ``status`` says in one sentence for what. What the server refuses for
+good (another project's CA, a disabled client) ends the agent with that reason.
+"""
+
+import asyncio
+import logging
+import random
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from hanse.cell.cell import RemoteError
+from hanse.cell.connector import Connector, Dial
+from hanse.cell.link import Link, Peer
+from hanse.cell.rpc import ClientTls
+from hanse.cell.transfer import TensorTransfers, Transfers
+from hanse.client.jobs import SiteJobs
+from hanse.client.registration import Registrant, utc_now
+from hanse.client.uplink import Uplink
+from hanse.errors import EnvironmentFault, HanseError, ProtocolError, Unauthenticated
+from hanse.identity.certificates import Identity
+from hanse.ids import SERVER, Fqcn
+from hanse.launch.process import Launcher
+from hanse.messages import (
+    PROTOCOL_VERSIONS,
+    Channel,
+    Credentials,
+    Goodbye,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    Message,
+    Quit,
+    Registered,
+    Renew,
+    ReturnCode,
+    Welcome,
+)
+from hanse.settings import ClientSettings
+
+_log = logging.getLogger(__name__)
+
+QUIT_TIMEOUT_S: Final = 5.0
+"""How long an agent that stops waits for the server to take note."""
+
+RENEW_TIMEOUT_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """What registration gave, and when (monotonic seconds) half of the token's life is over."""
+
+    credentials: Credentials
+    heartbeat_s: float
+    renew_at: float
+
+
+class ClientAgent:
+    """One client, for as long as ``run`` runs. Belongs to one event loop, which must be running when it is made.
+
+    *workspace* is where *settings* say, made absolute. *identity* and *roots* (PEM) are the kit's; ``None`` and empty
+    without TLS. *dial* and *transfers* stand in for gRPC where the server is in the same process. *random_bytes* and
+    *wall* are what registration uses.
+    """
+
+    def __init__(
+        self,
+        settings: ClientSettings,
+        *,
+        workspace: Path,
+        launcher: Launcher,
+        rng: random.Random,
+        identity: Identity | None = None,
+        roots: bytes = b"",
+        release: str = "",
+        dial: Dial | None = None,
+        transfers: TensorTransfers | None = None,
+        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+        wall: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._settings = settings
+        self._release = release
+        self._registrant = Registrant(
+            settings.project,
+            settings.name,
+            settings.server_name,
+            identity,
+            roots,
+            settings.resources,
+            release,
+            random_bytes,
+            wall,
+        )
+        self._uplink = Uplink(Fqcn(settings.name), rng)
+        tls = ClientTls(roots, identity.certificate, identity.key_pem) if settings.tls and identity else None
+        self._connector = Connector(
+            self._uplink.cell,
+            targets=settings.servers,
+            hello=self._hello,
+            tls=tls,
+            rng=rng,
+            on_welcome=self._on_welcome,
+            on_waiting=self._on_waiting,
+            on_refused=self._on_refused,
+            dial=dial,
+        )
+        self._own_transfers = None
+        if transfers is None:
+            transfers = self._own_transfers = Transfers(
+                target=lambda: self._connector.target, hello=self._hello, tls=tls, rng=rng
+            )
+        self._jobs = SiteJobs(
+            self._uplink,
+            settings=settings,
+            workspace=workspace,
+            roots=roots if tls else b"",
+            launcher=launcher,
+            transfers=transfers,
+        )
+        self._session: _Session | None = None
+        self._stopping = asyncio.Event()
+        self._beat_now = asyncio.Event()
+        self._waiting_for = f"an answer from {' or '.join(settings.servers)}"
+        cell = self._uplink.cell
+        cell.on(Channel.JOB, "goodbye", self._on_goodbye)
+        cell.on_link_up(lambda _: self._beat_now.set())
+        cell.on_link_down(self._on_link_down)
+
+    @property
+    def status(self) -> str:
+        """What the agent is doing, or waits for, in one sentence."""
+        if self._stopping.is_set():
+            return "stopping"
+        if not self._uplink.is_up:
+            return f"waiting for {self._waiting_for}"
+        running = self._jobs.running
+        doing = f"running {', '.join(running)}" if running else "waiting for a job"
+        return f"registered at {self._connector.target}; {doing}"
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the server knows the client and can be asked."""
+        return self._uplink.is_up and self._session is not None
+
+    async def wait_registered(self) -> None:
+        """Return when the client is registered and its link is up."""
+        await self._uplink.wait_up()
+
+    def stop(self) -> None:
+        """Have ``run`` end in order: the server is told, jobs' processes are ended. From the loop's thread."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Take part until ``stop``, or until the server says goodbye for good; nothing is left running then.
+
+        Raises:
+            HanseError: the server refuses this client for good.
+        """
+        try:
+            async with self._jobs.serving(), asyncio.TaskGroup() as group:
+                connection = group.create_task(self._connector.run(), name=f"connection of {self._settings.name}")
+                beat = group.create_task(self._beat(), name=f"heartbeat of {self._settings.name}")
+                await self._stopping.wait()
+                beat.cancel()
+                await self._quit()
+                await self._connector.close()
+                await connection
+        except ExceptionGroup as errors:
+            raise _first_of(errors) from None
+        finally:
+            if self._own_transfers is not None:
+                await self._own_transfers.close()
+            await self._uplink.cell.close()
+            _log.info("stopped", extra={"client": self._settings.name})
+
+    # The connection ---------------------------------------------------------------------------------------------------
+
+    def _hello(self) -> Hello:
+        credentials = self._session.credentials if self._session else None
+        return Hello(PROTOCOL_VERSIONS, self._uplink.cell.fqcn, self._settings.project, self._release, credentials)
+
+    async def _on_welcome(self, link: Link, welcome: Welcome) -> None:
+        if self._session is not None:
+            # The stream was opened with the token, so the server knows who this is; TLS has told who the server is.
+            self._uplink.trust(link.peer, ssid=welcome.ssid)
+            _log.info("connected again", extra={"target": self._connector.target})
+            return
+        registered = await self._registrant.register(
+            self._uplink.cell, link, on_server_proven=lambda: self._uplink.trust(link.peer, ssid=welcome.ssid)
+        )
+        self._take(registered)
+        _log.info("registered", extra={"target": self._connector.target, "client": self._settings.name})
+
+    def _on_waiting(self, reason: str) -> None:
+        self._waiting_for = f"the server: {reason}"
+        _log.info("waiting for the server", extra={"reason": reason})
+
+    def _on_link_down(self, peer: Peer, reason: str) -> None:
+        if not self._stopping.is_set():
+            self._waiting_for = f"the server to come back: {reason}"
+            _log.warning("the connection to the server ended", extra={"reason": reason})
+
+    def _on_refused(self, error: HanseError) -> bool:
+        """Say whether to dial again after a refusal: with a token that is not taken any more, to register anew."""
+        if isinstance(error, Unauthenticated) and self._session is not None:
+            _log.info("the token is not taken any more; registering anew", extra={"reason": error.reason})
+            self._session = None
+            return True
+        # A bug at the server's end need not be the end of the client; a refusal is.
+        return isinstance(error, RemoteError) and error.return_code is ReturnCode.INTERNAL
+
+    def _on_goodbye(self, message: Message) -> None:
+        if not isinstance(message.payload, Goodbye):
+            raise ProtocolError("payload", got=message.payload, expected="Goodbye")
+        goodbye = message.payload
+        if goodbye.retry:
+            _log.info("the server is going and means to come back", extra={"reason": goodbye.reason})
+        else:
+            _log.warning("the server has ended for good; stopping", extra={"reason": goodbye.reason})
+            self.stop()
+
+    async def _quit(self) -> None:
+        """Tell the server that the client leaves, if it can be told."""
+        if not self._uplink.is_up:
+            return
+        try:
+            await self._uplink.ask(Channel.SERVER, "quit", Quit("the client is stopping"), timeout_s=QUIT_TIMEOUT_S)
+        except HanseError as error:
+            _log.info("the server was not told of the stop", extra={"reason": error.reason})
+
+    # The heartbeat ----------------------------------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        """Beat when the link comes up and then every so often, and renew the token when half of its life is over."""
+        while True:
+            await self._uplink.wait_up()
+            self._beat_now.clear()
+            try:
+                await self._renew_if_due()
+                await self._beat_once()
+            except Unauthenticated as error:
+                # Dialled again, the stream is refused or the client registers anew.
+                self._session = None
+                self._uplink.cell.drop(SERVER, error)
+            except (EnvironmentFault, HanseError) as error:
+                _log.warning("heartbeat not answered", extra={"reason": error.reason})
+            try:
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._beat_now.wait()
+            except TimeoutError:
+                continue
+
+    async def _beat_once(self) -> None:
+        heartbeat = Heartbeat(self._jobs.running)
+        reply = await self._uplink.ask(Channel.SERVER, "heartbeat", heartbeat, timeout_s=3 * self._heartbeat_s)
+        answer = reply.payload
+        if not isinstance(answer, HeartbeatReply):
+            raise ProtocolError("reply to heartbeat", got=answer, expected="HeartbeatReply")
+        if answer.ssid:
+            self._uplink.enter_session(answer.ssid)
+        for job_id in answer.abort_jobs:
+            self._jobs.abort(job_id, "the server does not run it any more")
+
+    async def _renew_if_due(self) -> None:
+        if self._session is None or asyncio.get_running_loop().time() < self._session.renew_at:
+            return
+        reply = await self._uplink.ask(Channel.SERVER, "renew", Renew(), timeout_s=RENEW_TIMEOUT_S)
+        if not isinstance(reply.payload, Registered):
+            raise ProtocolError("reply to renew", got=reply.payload, expected="Registered")
+        self._take(reply.payload)
+
+    def _take(self, registered: Registered) -> None:
+        credentials = Credentials(self._settings.name, registered.token, registered.token_signature, registered.ssid)
+        renew_at = asyncio.get_running_loop().time() + registered.expires_in_s / 2
+        self._session = _Session(credentials, registered.heartbeat_s, renew_at)
+        self._uplink.enter_session(registered.ssid)
+
+    @property
+    def _heartbeat_s(self) -> float:
+        return self._session.heartbeat_s if self._session else 5.0
+
+
+def _first_of(errors: ExceptionGroup[Exception]) -> Exception:
+    """Return what ended a group of tasks: its first error that is no group."""
+    first = errors.exceptions[0]
+    return _first_of(first) if isinstance(first, ExceptionGroup) else first

@@ -1,0 +1,279 @@
+"""A job's cell at a site: tasks come in, updates go out.
+
+Tasks are worked on one at a time, in the order in which they came: fetch the tensors that are missing here, run the
+job's code, let the site's privacy filters have the last word, check the result against what the task expects, send what
+the server lacks, and answer with names. An answer is offered until the server takes or refuses it, through as many
+broken connections as it takes; the same answer may be offered twice, because its key names it. A task that is
+cancelled is dropped wherever it is, and code that runs on is not listened to any more.
+"""
+
+import asyncio
+import logging
+import operator
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from typing import Final
+
+from hanse.cell.cell import RemoteError
+from hanse.cell.transfer import TensorTransfers
+from hanse.client.task import TaskContext
+from hanse.client.trainer import Trainer
+from hanse.client.uplink import ANSWER_TIMEOUT_S, Uplink
+from hanse.errors import Conflict, HanseError, InternalError, ProtocolError, TrainingFailed, UpdateRejected
+from hanse.ids import SERVER, ClientName, Digest, JobId
+from hanse.job import Config, JobSpec
+from hanse.learning.filters import Filter, NormClip, apply
+from hanse.messages import (
+    Channel,
+    LogMetrics,
+    Message,
+    Metrics,
+    ModelRef,
+    TaskAssignment,
+    TaskCancelled,
+    TaskFault,
+    TaskKey,
+    TaskResult,
+    UpdateRef,
+)
+from hanse.model import Model, TensorMismatch, Update, check
+from hanse.settings import SitePolicy
+from hanse.storage.models import digests_of, load_model, store_model
+from hanse.storage.records import check_model_ref
+from hanse.storage.tensors import TensorFiles
+
+_log = logging.getLogger(__name__)
+
+MAX_QUEUED_TASKS: Final = 64
+MAX_LOGS_PER_S: Final = 100
+"""More metrics than this are dropped: training code that logs every step must not fill the link's queue."""
+
+
+def filters_of(policy: SitePolicy) -> tuple[Filter, ...]:
+    """Return what *policy* puts between the job's code and the network."""
+    return (NormClip(policy.max_update_norm),) if policy.max_update_norm else ()
+
+
+class ClientJob:
+    """One job's tasks at one site; ``run`` is its life.
+
+    *keep_only* is called with the tensors that the next task may share with the last one, when its answer has been
+    dealt with: ``files.keep_only`` where *files* are this job's alone, nothing where others use them too.
+    """
+
+    def __init__(
+        self,
+        uplink: Uplink,
+        *,
+        job_id: JobId,
+        client: ClientName,
+        spec: JobSpec,
+        site: Config,
+        transfers: TensorTransfers,
+        files: TensorFiles,
+        keep_only: Callable[[Collection[Digest]], object],
+        trainer: Trainer,
+        filters: Sequence[Filter] = (),
+    ) -> None:
+        self._uplink = uplink
+        self._job_id, self._client, self._spec, self._site = job_id, client, spec, site
+        self._transfers, self._files, self._keep_only = transfers, files, keep_only
+        self._trainer, self._filters = trainer, filters
+        self._scope = f"job/{job_id}"
+        self._queue: dict[TaskKey, TaskAssignment] = {}
+        self._queued = asyncio.Event()
+        self._current: tuple[TaskKey, asyncio.Task[None]] | None = None
+        self._log = logging.LoggerAdapter(_log, {"job": job_id})
+        self._loop = asyncio.get_running_loop()
+        self._logs_since, self._logs = self._loop.time(), 0
+        uplink.cell.on(Channel.TASK, "task", self._on_task)
+        uplink.cell.on(Channel.TASK, "cancelled", self._on_cancelled)
+
+    async def run(self) -> None:
+        """Work on tasks until cancelled."""
+        while True:
+            await self._queued.wait()
+            if not self._queue:
+                self._queued.clear()
+                continue
+            key, assignment = next(iter(self._queue.items()))
+            del self._queue[key]
+            async with asyncio.TaskGroup() as group:  # which lets a task that was cancelled alone end in peace
+                work = group.create_task(self._work(assignment), name=f"task {key.name} of round {key.round}")
+                self._current = key, work
+            self._current = None
+
+    # What the server says ---------------------------------------------------------------------------------------------
+
+    def _on_task(self, message: Message) -> None:
+        assignment = message.payload
+        if not isinstance(assignment, TaskAssignment) or assignment.key.client != self._client:
+            raise ProtocolError("TaskAssignment.key.client", got=assignment, expected=f"a task for {self._client}")
+        key = assignment.key
+        if key in self._queue or (self._current is not None and self._current[0] == key):
+            return  # sent again because the link broke; it is being dealt with
+        if len(self._queue) >= MAX_QUEUED_TASKS:
+            raise Conflict(self._client, state=f"busy with {len(self._queue)} tasks", wanted="given another")
+        self._queue[key] = assignment
+        self._queued.set()
+        self._log.info("task received", extra={"task": key.name, "round": key.round})
+
+    def _on_cancelled(self, message: Message) -> None:
+        if not isinstance(message.payload, TaskCancelled):
+            raise ProtocolError("payload", got=message.payload, expected="TaskCancelled")
+        key = message.payload.key
+        self._queue.pop(key, None)
+        if self._current is not None and self._current[0] == key:
+            self._current[1].cancel()
+            self._log.info("task cancelled", extra={"task": key.name, "round": key.round})
+
+    # A task's way -----------------------------------------------------------------------------------------------------
+
+    async def _work(self, assignment: TaskAssignment) -> None:
+        result = await self._result_of(assignment)
+        if result.fault is not None:
+            extra = {"task": assignment.key.name, "round": assignment.key.round, "reason": result.fault.reason}
+            self._log.warning("task failed", extra=extra)
+        await self._deliver(result)
+        if assignment.model is not None:
+            await asyncio.to_thread(self._keep_only, digests_of(assignment.model))
+
+    async def _result_of(self, assignment: TaskAssignment) -> TaskResult:
+        """Return the answer to a task: whatever goes wrong on the way to it is its fault."""
+        key = assignment.key
+        try:
+            received = None if assignment.model is None else await self._fetch(assignment.model)
+            update = await self._trained(assignment, received)
+            reference = None
+            if update.model is not None:
+                reference = await asyncio.to_thread(store_model, update.model, self._files)
+            return TaskResult(key, UpdateRef(reference, update.num_examples, update.metrics))
+        except TrainingFailed as error:
+            return TaskResult(key, fault=TaskFault(error.code, error.why))
+        except HanseError as error:
+            return TaskResult(key, fault=TaskFault(error.code, error.reason, error.retryable))
+        except Exception:
+            self._log.exception("task failed")
+            error = InternalError(f"working on task {key.name!r} at {self._client}")
+            return TaskResult(key, fault=TaskFault(error.code, error.reason))
+
+    async def _fetch(self, reference: ModelRef) -> Model:
+        """Return the model that *reference* names, its missing tensors fetched."""
+        check_model_ref(reference, "the task's model")
+        sizes = {tensor.digest: tensor.size_bytes for tensor in reference.tensors if tensor.inline is None}
+        missing = await asyncio.to_thread(self._files.missing, sizes)
+        await _together({f"download {digest}": self._download(digest, sizes[digest]) for digest in missing})
+        return await asyncio.to_thread(load_model, reference, self._files)
+
+    async def _download(self, digest: Digest, size: int) -> None:
+        async def attempt() -> None:
+            partial = await asyncio.to_thread(self._files.begin, digest, size)
+            await self._transfers.download(self._scope, digest, size, partial)
+
+        await self._uplink.persist(attempt, doing=f"download of tensor {digest}")
+
+    async def _trained(self, assignment: TaskAssignment, received: Model | None) -> Update:
+        """Return what leaves the site: what the job's code returned, filtered, and found to be what is expected."""
+        update = await self._trainer.run(received or Model({}), self._context(assignment))
+        update = _plain(update, assignment.key, self._client)
+        if not assignment.expects_model:
+            return Update(None, update.num_examples, update.metrics)
+        if update.model is None:
+            raise UpdateRejected(self._client, f"no model; task {assignment.key.name!r} expects one")
+        if received is not None:
+            try:
+                check(update.model.spec, received.spec)
+            except TensorMismatch as mismatch:
+                raise UpdateRejected(self._client, mismatch.reason) from mismatch
+        return await asyncio.to_thread(apply, self._filters, update, received)
+
+    def _context(self, assignment: TaskAssignment) -> TaskContext:
+        key = assignment.key
+        return TaskContext(
+            client=self._client,
+            job=self._job_id,
+            round=key.round,
+            name=key.name,
+            config={**self._spec.config, **assignment.config},
+            site=self._site,
+            seed=self._spec.seed,
+            log_metrics=lambda step, metrics: self._log_from_anywhere(LogMetrics(key, step, metrics)),
+        )
+
+    async def _deliver(self, result: TaskResult) -> None:
+        """Offer *result* until the server takes or refuses it."""
+        extra = {"task": result.key.name, "round": result.key.round}
+        try:
+            await self._uplink.persist(lambda: self._offer(result), doing=f"answer to {result.key.name}")
+        except HanseError as error:
+            self._log.warning("answer refused", extra={**extra, "reason": error.reason})
+        else:
+            self._log.info("answer accepted", extra=extra)
+
+    async def _offer(self, result: TaskResult) -> None:
+        await self._upload(result)
+        try:
+            await self._ask(result)
+        except RemoteError as error:
+            # The server found a tensor missing that it had when it was asked: it has restarted in between.
+            if error.error_code != ProtocolError.code or not await self._upload(result):
+                raise
+            await self._ask(result)
+
+    async def _ask(self, result: TaskResult) -> None:
+        await self._uplink.ask(Channel.TASK, "result", result, timeout_s=ANSWER_TIMEOUT_S)
+
+    async def _upload(self, result: TaskResult) -> int:
+        """Send what the server lacks of *result*; return how many tensors that were."""
+        if result.update is None or result.update.model is None:
+            return 0
+        digests = sorted(digests_of(result.update.model))
+        missing = await self._transfers.missing(self._scope, digests) if digests else []
+        uploads = {digest: self._transfers.upload(self._scope, digest, self._files.map(digest)) for digest in missing}
+        await _together({f"upload {digest}": upload for digest, upload in uploads.items()})
+        return len(missing)
+
+    # Metrics ----------------------------------------------------------------------------------------------------------
+
+    def _log_from_anywhere(self, logged: LogMetrics) -> None:
+        """Send metrics from whichever thread the training code runs in."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._tell_metrics, logged)
+
+    def _tell_metrics(self, logged: LogMetrics) -> None:
+        now = self._loop.time()
+        if now - self._logs_since >= 1.0:
+            self._logs_since, self._logs = now, 0
+        self._logs += 1
+        if self._logs > MAX_LOGS_PER_S:
+            return
+        try:
+            self._uplink.cell.tell(SERVER, Channel.TASK, "metrics", logged)
+        except HanseError as error:
+            self._log.debug("metrics lost", extra={"reason": error.reason})
+
+
+async def _together(works: Mapping[str, Coroutine[None, None, None]]) -> None:
+    """Await all of *works*, each a task of that name; the first error ends the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for name, work in works.items():
+                group.create_task(work, name=name)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+def _plain(update: Update, key: TaskKey, client: ClientName) -> Update:
+    """Return *update* with plain numbers in place of NumPy's, which do not travel.
+
+    Raises:
+        TrainingFailed: ``num_examples`` is no whole number, or a metric no number.
+    """
+    try:
+        return Update(update.model, operator.index(update.num_examples), _plain_metrics(update.metrics))
+    except (TypeError, ValueError) as error:
+        why = f"an update needs a whole number for num_examples and numbers for metrics ({error})"
+        raise TrainingFailed(client, key.name, why) from error
+
+
+def _plain_metrics(metrics: Mapping[str, float]) -> Metrics:
+    return {str(name): float(value) for name, value in metrics.items()}

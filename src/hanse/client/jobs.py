@@ -1,0 +1,304 @@
+"""The jobs at one site: deployed if the site's policy lets them, each run in a process of its own, always reaped.
+
+A job has a folder, ``jobs/<job id>`` of the workspace: its package, its code, its tensors while it runs, and its log,
+which alone stays. What the server asks about one job happens in order, and may be asked twice. A process that ends
+without having been asked is reported until the server has heard of it, or wants the job ended.
+"""
+
+import asyncio
+import importlib.util
+import logging
+import shutil
+import weakref
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from hanse.cell.transfer import TensorTransfers
+from hanse.client.process_spec import PROCESS_MODULE, JobProcessSpec
+from hanse.client.uplink import Uplink
+from hanse.coordination.policy import may_run
+from hanse.errors import HanseError, JobInvalid, NotFound, ProtocolError, SiteRefused
+from hanse.ids import ClientName, JobId, is_job_id
+from hanse.job import JobSpec
+from hanse.launch.process import Handle, Launcher
+from hanse.messages import AbortJob, Channel, DeployJob, JobCredentials, JobEnded, Message, StartJob
+from hanse.settings import ClientSettings
+from hanse.storage.packages import unpack_package
+from hanse.storage.tensors import TensorFiles
+
+_log = logging.getLogger(__name__)
+
+STOP_GRACE_S: Final = 5.0
+"""How long a job's process may take to end once asked; it needs two seconds at most."""
+
+TAIL_LINES: Final = 20
+TAIL_CHARS: Final = 8 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class JobFolder:
+    """Where a site keeps what belongs to one job."""
+
+    path: Path
+
+    @property
+    def package(self) -> Path:
+        """The job's package, under its digest."""
+        return self.path / "package"
+
+    @property
+    def code(self) -> Path:
+        """The job's code, unpacked."""
+        return self.path / "code"
+
+    @property
+    def tensors(self) -> Path:
+        """The job's tensor files."""
+        return self.path / "tensors"
+
+    @property
+    def log(self) -> Path:
+        """What the job's process said, all attempts in one."""
+        return self.path / "job.log"
+
+    def clear(self) -> None:
+        """Delete all but the log."""
+        for path in (self.package, self.code, self.tensors):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@dataclass(slots=True, eq=False)
+class _Process:
+    """A job's process; ``is_asked`` once the agent has asked it to end, so that its end is no news."""
+
+    handle: Handle
+    attempt: int
+    is_asked: bool = False
+    watcher: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    deployed: DeployJob
+    folder: JobFolder
+    process: _Process | None = None
+
+
+class SiteJobs:
+    """The jobs at one site; they live within ``serving``, after which no process of theirs is left.
+
+    ``uplink`` is the agent's; *roots* is the project's CA in PEM, empty without TLS.
+    """
+
+    def __init__(
+        self,
+        uplink: Uplink,
+        *,
+        settings: ClientSettings,
+        workspace: Path,
+        roots: bytes,
+        launcher: Launcher,
+        transfers: TensorTransfers,
+    ) -> None:
+        self._uplink, self._settings, self._roots = uplink, settings, roots
+        self._workspace = workspace
+        self._launcher, self._transfers = launcher, transfers
+        self._client = ClientName(settings.name)
+        self._jobs: dict[JobId, _Job] = {}
+        self._locks: weakref.WeakValueDictionary[JobId, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._group: asyncio.TaskGroup | None = None
+        cell = uplink.cell
+        cell.on(Channel.JOB, "deploy", self._on_deploy)
+        cell.on(Channel.JOB, "start", self._on_start)
+        cell.on(Channel.JOB, "abort", self._on_abort)
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Answer the server within this block; at its end, stop and reap every process.
+
+        What an agent that was killed left behind is cleared away first; its processes ended with it.
+        """
+        await asyncio.to_thread(self._clear_leftovers)
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            try:
+                yield
+            finally:
+                self._group = None
+                await self._stop_all()
+
+    @property
+    def running(self) -> tuple[JobId, ...]:
+        """The jobs with a process here, or with one whose end the server has not heard of yet; sorted."""
+        return tuple(sorted(job_id for job_id, job in self._jobs.items() if job.process is not None))
+
+    def abort(self, job_id: JobId, reason: str) -> None:
+        """End *job_id*, if it is here, and forget it; returns at once."""
+        if job_id in self._jobs:
+            _log.info("ending job", extra={"job": job_id, "reason": reason})
+            self._serving_group().create_task(self._end(job_id), name=f"end job {job_id}")
+
+    # What the server asks ---------------------------------------------------------------------------------------------
+
+    async def _on_deploy(self, message: Message) -> None:
+        deploy = message.payload
+        if not isinstance(deploy, DeployJob) or not is_job_id(deploy.job_id):
+            raise ProtocolError("DeployJob.job_id", got=deploy, expected="lower-case letters, digits and dashes")
+        refusal = may_run(
+            self._settings.policy,
+            submitter=deploy.submitter,
+            spec=deploy.spec,
+            installed=_is_installed(deploy.spec),
+        )
+        if refusal is not None:
+            _log.warning("job refused", extra={"job": deploy.job_id, "job_name": deploy.name, "reason": refusal})
+            raise SiteRefused(self._client, refusal)
+        async with self._lock_of(deploy.job_id):
+            job = self._jobs.get(deploy.job_id)
+            if job is None or job.deployed.package != deploy.package:
+                await self._deploy(deploy)
+
+    async def _on_start(self, message: Message) -> None:
+        start = message.payload
+        if not isinstance(start, StartJob):
+            raise ProtocolError("payload", got=start, expected="StartJob")
+        async with self._lock_of(start.job_id):
+            job = self._jobs.get(start.job_id)
+            if job is None:
+                raise NotFound("deployed job", start.job_id)
+            if job.process is not None and job.process.attempt >= start.attempt:
+                return  # asked again because the answer was lost
+            await self._stop_process(job)
+            await self._start(job, start)
+
+    def _on_abort(self, message: Message) -> None:
+        if not isinstance(message.payload, AbortJob):
+            raise ProtocolError("payload", got=message.payload, expected="AbortJob")
+        self.abort(message.payload.job_id, message.payload.reason)
+
+    # Doing it ---------------------------------------------------------------------------------------------------------
+
+    async def _deploy(self, deploy: DeployJob) -> None:
+        folder = JobFolder(self._workspace / "jobs" / deploy.job_id)
+        packages = await asyncio.to_thread(TensorFiles, folder.package)
+        partial = await asyncio.to_thread(packages.begin, deploy.package, deploy.package_bytes)
+        await self._transfers.download(f"job/{deploy.job_id}", deploy.package, deploy.package_bytes, partial)
+        spec = await asyncio.to_thread(unpack_package, packages.path(deploy.package), folder.code)
+        if spec != deploy.spec:
+            raise JobInvalid("package", got=f"another definition of {spec.name}", expected="the one that was announced")
+        if not _comes_with(spec, folder.code) and not _is_installed(spec):
+            raise JobInvalid("client", got=spec.client, expected="a module of the job, or one installed at the site")
+        self._jobs[deploy.job_id] = _Job(deploy, folder)
+        _log.info("job deployed", extra={"job": deploy.job_id, "job_name": deploy.name, "submitter": deploy.submitter})
+
+    async def _start(self, job: _Job, start: StartJob) -> None:
+        handle = await self._launcher.launch(
+            PROCESS_MODULE,
+            spec=msgspec.msgpack.encode(self._process_spec(job, start.identity)),
+            log_path=job.folder.log,
+            env={},
+            name=f"job {start.job_id}",
+        )
+        job.process = process = _Process(handle, start.attempt)
+        process.watcher = self._serving_group().create_task(self._watch(job, process), name=f"watch job {start.job_id}")
+        _log.info("job started", extra={"job": start.job_id, "attempt": start.attempt, "pid": handle.pid})
+
+    def _process_spec(self, job: _Job, identity: JobCredentials) -> JobProcessSpec:
+        settings = self._settings
+        return JobProcessSpec(
+            job_id=job.deployed.job_id,
+            client=self._client,
+            project=settings.project,
+            spec=job.deployed.spec,
+            identity=identity,
+            servers=settings.servers,
+            roots=self._roots,
+            # A file of the job must not stand in for the installed module that the site agreed to.
+            code=str(job.folder.code) if settings.policy.job_code == "allow" else "",
+            tensors=str(job.folder.tensors),
+            site=settings.config,
+            policy=settings.policy,
+        )
+
+    async def _watch(self, job: _Job, process: _Process) -> None:
+        """Wait for the process to end; if nobody asked it to, tell the server until it has heard."""
+        status = await process.handle.wait()
+        if process.is_asked:
+            return
+        tail = process.handle.log_tail(TAIL_LINES)[-TAIL_CHARS:]
+        extra = {"job": job.deployed.job_id, "attempt": process.attempt, "status": status}
+        _log.warning("a job's process ended unasked", extra=extra)
+        end = JobEnded(job.deployed.job_id, process.attempt, status, tail)
+        try:
+            await self._uplink.ask_until_answered(Channel.SERVER, "job_ended", end)
+        except HanseError as error:
+            _log.info("the server does not want to hear of it", extra={**extra, "reason": error.reason})
+        if job.process is process:
+            job.process = None
+
+    async def _end(self, job_id: JobId) -> None:
+        async with self._lock_of(job_id):
+            job = self._jobs.get(job_id)
+            if job is None:
+                return
+            await self._stop_process(job)
+            await asyncio.to_thread(job.folder.clear)
+            del self._jobs[job_id]
+            _log.info("job ended", extra={"job": job_id})
+
+    async def _stop_process(self, job: _Job) -> None:
+        process, job.process = job.process, None
+        if process is None:
+            return
+        process.is_asked = True
+        await process.handle.stop(STOP_GRACE_S)
+        if process.watcher is not None:
+            process.watcher.cancel()  # it may be reporting an end that came before
+
+    async def _stop_all(self) -> None:
+        jobs = list(self._jobs.values())
+        self._jobs.clear()
+        await asyncio.gather(*(self._stop_process(job) for job in jobs))
+        await asyncio.gather(*(asyncio.to_thread(job.folder.clear) for job in jobs))
+
+    # Parts ------------------------------------------------------------------------------------------------------------
+
+    def _lock_of(self, job_id: JobId) -> asyncio.Lock:
+        return self._locks.setdefault(job_id, asyncio.Lock())
+
+    def _serving_group(self) -> asyncio.TaskGroup:
+        if self._group is None:
+            raise SiteRefused(self._client, "its agent is stopping")
+        return self._group
+
+    def _clear_leftovers(self) -> None:
+        folder = self._workspace / "jobs"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            JobFolder(path).clear()
+
+
+def _is_installed(spec: JobSpec) -> bool:
+    """Return whether the job's client is a module that is installed here; only found, never imported."""
+    if spec.is_script:
+        return False
+    try:
+        return importlib.util.find_spec(_top_module(spec)) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _comes_with(spec: JobSpec, code: Path) -> bool:
+    if spec.is_script:
+        return (code / spec.client).is_file()
+    top = code / _top_module(spec)
+    return top.is_dir() or top.with_suffix(".py").is_file()
+
+
+def _top_module(spec: JobSpec) -> str:
+    return spec.client.partition(":")[0].partition(".")[0]

@@ -1,0 +1,30 @@
+"""What a job's process at a site is told when it starts: written to its standard input, never on a command line."""
+
+import msgspec
+
+from hanse.ids import ClientName, JobId
+from hanse.job import Config, JobSpec
+from hanse.messages import JobCredentials
+from hanse.settings import SitePolicy
+
+PROCESS_MODULE = "hanse.client.job_process"
+
+
+class JobProcessSpec(msgspec.Struct, frozen=True):
+    """All that a job's process needs: the job, its folders, where the server listens, and what proves it there.
+
+    ``code`` is the folder of the job's own code; empty where the site lets none run, so that nothing of it can be
+    imported in place of what is installed. ``roots`` is the project's CA in PEM; empty without TLS.
+    """
+
+    job_id: JobId
+    client: ClientName
+    project: str
+    spec: JobSpec
+    identity: JobCredentials
+    servers: tuple[str, ...]
+    roots: bytes
+    code: str
+    tensors: str
+    site: Config = {}
+    policy: SitePolicy = SitePolicy()

@@ -1,0 +1,93 @@
+"""Registration, the client's side: the server proves itself first, then the client does, over one transcript.
+
+The client's challenge holds a fresh nonce; the server answers with its own, its certificate and a signature over all
+that both have said. Only when that holds does the client sign its half. A registrant without an identity (a project
+without TLS) is not challenged and proves nothing: loopback and tests only. Administrators register the same way.
+"""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Final
+
+from hanse.cell.cell import Cell
+from hanse.cell.link import Link
+from hanse.errors import ProtocolError, Unauthenticated
+from hanse.identity.certificates import Identity, verify_certificate, verify_signature
+from hanse.identity.transcript import client_half, server_half, transcript
+from hanse.ids import SERVER
+from hanse.job import Resources
+from hanse.messages import Challenge, ChallengeReply, Channel, Register, Registered
+
+NONCE_BYTES: Final = 32
+REGISTER_TIMEOUT_S: Final = 30.0
+
+
+def utc_now() -> datetime:
+    """Return the time of day, aware."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Registrant:
+    """Who registers, and whom it expects: the server called *server_name* in a certificate that *roots* (PEM)
+    issued.
+    """
+
+    project: str
+    name: str
+    server_name: str
+    identity: Identity | None = None
+    roots: bytes = field(default=b"", repr=False)
+    resources: Resources = Resources()
+    release: str = ""
+    random_bytes: Callable[[int], bytes] = secrets.token_bytes
+    wall: Callable[[], datetime] = utc_now
+
+    async def register(self, cell: Cell, link: Link, *, on_server_proven: Callable[[], None]) -> Registered:
+        """Register over *link*, which is not up yet, and return what the server gives.
+
+        *on_server_proven* is called as soon as the server has shown who it is, before it can know who the client is.
+
+        Raises:
+            Unauthenticated: the server does not prove itself, or does not accept the client; the sentence says which.
+            HanseError: the link broke, the server did not answer in time, or does not serve now.
+        """
+        if self.identity is None:
+            on_server_proven()
+            request = Register(self.name, self.project, resources=self.resources, release=self.release)
+        else:
+            proof = await self._identify(self.identity, cell, link)
+            on_server_proven()
+            request = Register(self.name, self.project, self.identity.certificate, proof, self.resources, self.release)
+        reply = await cell.ask(SERVER, Channel.SERVER, "register", request, timeout_s=REGISTER_TIMEOUT_S, link=link)
+        if not isinstance(reply.payload, Registered):
+            raise ProtocolError("reply to register", got=reply.payload, expected="Registered")
+        return reply.payload
+
+    async def _identify(self, identity: Identity, cell: Cell, link: Link) -> bytes:
+        """Challenge the server; return the client's signature, once the server's has been found good."""
+        nonce = self.random_bytes(NONCE_BYTES)
+        challenge = Challenge(self.name, self.project, nonce, identity.certificate)
+        reply = await cell.ask(SERVER, Channel.SERVER, "challenge", challenge, timeout_s=REGISTER_TIMEOUT_S, link=link)
+        half = reply.payload
+        if not isinstance(half, ChallengeReply) or len(half.nonce) != NONCE_BYTES:
+            raise ProtocolError("reply to challenge", got=type(half).__name__, expected="ChallengeReply with a nonce")
+        said = transcript(
+            project=self.project,
+            client=self.name,
+            server=self.server_name,
+            client_nonce=nonce,
+            server_nonce=half.nonce,
+            client_certificate=identity.certificate,
+            server_certificate=half.certificate,
+        )
+        if half.server != self.server_name:
+            raise Unauthenticated(f"the server calls itself {half.server!r}; this kit expects {self.server_name!r}")
+        server = verify_certificate(
+            half.certificate, self.roots, now=self.wall(), role_prefix="server", name=self.server_name
+        )
+        if not verify_signature(server.public_key, half.signature, server_half(said)):
+            raise Unauthenticated(f"the server's signature does not prove that it is {self.server_name!r}")
+        return identity.sign(client_half(said))

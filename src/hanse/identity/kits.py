@@ -1,0 +1,109 @@
+"""Startup kits: a folder with all that one participant needs to take part.
+
+A kit holds ``settings.toml``, the project's certificate (``ca.pem``) and the participant's own certificate and key
+(``cert.pem``, ``key.pem``). ``Kit.load`` returns it only if the parts belong together, so a mix-up is found where it
+was made and not as a refusal by somebody else. ``provision`` makes kits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Generic, TypeVar
+
+from hanse.errors import ConfigError, Unauthenticated
+from hanse.identity.certificates import (
+    ADMIN_ROLE,
+    CLIENT_ROLE,
+    SERVER_ROLE,
+    Identity,
+    Subject,
+    parse_certificate,
+    require_issued_by,
+)
+from hanse.identity.private_files import read_file, require_private
+from hanse.identity.project import AnySettings
+from hanse.settings import SETTINGS_FILE, AdminSettings, ClientSettings, ServerSettings, read
+
+CA_FILE: Final = "ca.pem"
+CERTIFICATE_FILE: Final = "cert.pem"
+KEY_FILE: Final = "key.pem"
+REQUEST_FILE: Final = "request.pem"
+
+_ROLES: Final[Mapping[type[AnySettings], str]] = {
+    ServerSettings: SERVER_ROLE,
+    ClientSettings: CLIENT_ROLE,
+    AdminSettings: ADMIN_ROLE,
+}
+
+S = TypeVar("S", bound=AnySettings)
+
+
+def settings_kind(role: str) -> type[AnySettings]:
+    """Return the type of settings that a kit for *role*, as in certificates, has.
+
+    Raises:
+        ConfigError: there is no such role.
+    """
+    for kind, prefix in _ROLES.items():
+        if role.partition(":")[0] == prefix:
+            return kind
+    raise ConfigError("certificate's role", got=role, expected="'server', 'client' or 'admin:<role>'")
+
+
+@dataclass(frozen=True, slots=True)
+class Kit(Generic[S]):
+    """A startup kit that has been read and holds together.
+
+    ``identity`` is ``None`` and ``ca_pem`` empty in a kit without certificates, which only ``tls = false`` allows.
+    """
+
+    folder: Path
+    settings: S
+    identity: Identity | None
+    ca_pem: bytes = field(repr=False)
+
+    @classmethod
+    def load(cls, folder: Path, kind: type[S]) -> "Kit[S]":
+        """Return the kit in *folder*, whose settings are of *kind*.
+
+        Whether its certificate is valid today is not asked: who verifies it has the clock that counts.
+
+        Raises:
+            ConfigError: a file is missing or not what it should be, others can read the key, or the parts do not
+            belong together: key and certificate, certificate and authority, certificate and settings.
+        """
+        settings = read(folder / SETTINGS_FILE, kind)
+        paths = {name: folder / name for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE)}
+        if not settings.tls and not any(path.exists() for path in paths.values()):
+            return cls(folder, settings, None, b"")
+        if (folder / REQUEST_FILE).exists() and not paths[CERTIFICATE_FILE].exists():
+            raise ConfigError(
+                "kit", got=f"{folder} without {CERTIFICATE_FILE}", expected="what 'hanse kit install' makes of it"
+            )
+        require_private(paths[KEY_FILE])
+        identity = Identity.load(paths[CERTIFICATE_FILE], paths[KEY_FILE])
+        ca_pem = read_file(paths[CA_FILE], what="certificate file")
+        _require_coherent(folder, settings, identity, ca_pem)
+        return cls(folder, settings, identity, ca_pem)
+
+    def resolve(self, path: str) -> Path:
+        """Return the place that *path* in the settings means: relative ones start at the kit's folder."""
+        return self.folder / path
+
+
+def _require_coherent(folder: Path, settings: AnySettings, identity: Identity, ca_pem: bytes) -> None:
+    where = str(folder / CERTIFICATE_FILE)
+    authority = Subject.of(parse_certificate(ca_pem, folder / CA_FILE).subject)
+    try:
+        require_issued_by(parse_certificate(identity.certificate, folder / CERTIFICATE_FILE), ca_pem)
+    except Unauthenticated as error:
+        raise ConfigError("certificate file", got=where, expected=f"one issued by {folder / CA_FILE}") from error
+    role = _ROLES[type(settings)]
+    if identity.role != role and not identity.role.startswith(f"{role}:"):
+        raise ConfigError("certificate's role", got=identity.role, expected=repr(role), where=where)
+    if identity.name != settings.name:
+        raise ConfigError("name", got=settings.name, expected=f"{identity.name!r}, as {where} says")
+    if authority.organisation != settings.project:
+        raise ConfigError(
+            "project", got=settings.project, expected=f"{authority.organisation!r}, as {folder / CA_FILE} says"
+        )

@@ -1,0 +1,198 @@
+"""A job's process on this machine: started by exec, fed its specification, always reaped.
+
+A process gets its specification on its standard input, as four bytes of length (big-endian) and that many bytes. The
+pipe then stays open as a *life line*: the child reads from it and sees its end when its parent dies, however the
+parent dies. Output and errors go to the log file. The process leads a session of its own, so that Ctrl-C in a
+terminal reaches only its parent, who decides; and what it started in turn (data loaders, say) is killed with it.
+
+``Launcher`` and ``Handle`` are what users of this module depend on; the simulator brings others that run jobs
+in-process.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import struct
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, Final, Protocol
+
+from hanse.errors import ProtocolError
+
+MAX_SPEC_BYTES: Final = 64 * 1024 * 1024
+_LENGTH: Final = struct.Struct(">I")
+_TAIL_BYTES: Final = 64 * 1024
+_PYTHON_FLAGS: Final = ("-P", "-m")
+"""``-P`` keeps the parent's working directory out of the child's module search path: a file that happens to lie there
+must not stand in for a module."""
+
+
+class Handle(Protocol):
+    """A started process."""
+
+    @property
+    def pid(self) -> int:
+        """The process's number; 0 for one that runs in this process."""
+        ...
+
+    async def wait(self) -> int:
+        """Wait for the end; return its status: 0 went well, negative is the signal that killed it."""
+        ...
+
+    async def stop(self, grace_s: float = 5.0) -> int:
+        """Ask it to end, and force it after *grace_s* seconds; return its status. Stopped already is fine."""
+        ...
+
+    def log_tail(self, lines: int = 20) -> str:
+        """Return at most the last *lines* lines of what it has logged itself."""
+        ...
+
+
+class Launcher(Protocol):
+    """Starts processes."""
+
+    async def launch(self, module: str, *, spec: bytes, log_path: Path, env: Mapping[str, str], name: str) -> Handle:
+        """Start ``python -m module`` with *spec*; *name* is for people, *env* comes on top of this process's own."""
+        ...
+
+
+class ProcessLauncher:
+    """Starts processes with this interpreter, on this machine."""
+
+    def __init__(self, python: str = sys.executable) -> None:
+        self._python = python
+
+    async def launch(
+        self, module: str, *, spec: bytes, log_path: Path, env: Mapping[str, str], name: str
+    ) -> "RunningProcess":
+        """Start ``python -m module``, hand it *spec*, and return when it has been handed over (or the child has died).
+
+        The log file is appended to and readable by its owner alone; missing folders are made likewise. When this call
+        is cancelled, the child is killed and reaped before it returns.
+
+        Raises:
+            OSError: the interpreter or the log file cannot be opened.
+        """
+        if len(spec) > MAX_SPEC_BYTES:
+            raise ValueError(f"the specification of {name} has {len(spec)} bytes; at most {MAX_SPEC_BYTES} are allowed")
+        child_end, life_line = os.pipe()  # not asyncio's: its ``wait`` also waits for grandchildren that hold the pipe
+        try:
+            with _log_file(log_path) as log:
+                log_start = log.tell()
+                process = await asyncio.create_subprocess_exec(
+                    self._python,
+                    *_PYTHON_FLAGS,
+                    module,
+                    stdin=child_end,
+                    stdout=log,
+                    stderr=asyncio.subprocess.STDOUT,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **env},
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(life_line)
+            raise
+        finally:
+            os.close(child_end)
+        running = RunningProcess(process, life_line=life_line, log_path=log_path, log_start=log_start, name=name)
+        try:
+            await asyncio.to_thread(_write_spec, life_line, spec)  # blocks while the child has not read a large one
+        except BaseException:
+            await running.stop(grace_s=0)
+            raise
+        return running
+
+
+class RunningProcess:
+    """A process started by ``ProcessLauncher``; whoever holds it awaits ``wait`` or ``stop``, which reap it."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, *, life_line: int, log_path: Path, log_start: int, name: str
+    ) -> None:
+        self._process = process
+        self._life_line: int | None = life_line
+        self._log_path = log_path
+        self._log_start = log_start
+        self.name = name
+
+    @property
+    def pid(self) -> int:
+        """The process's number, also of its group."""
+        return self._process.pid
+
+    async def wait(self) -> int:
+        """Wait for the end, then end what the process left behind; return the status."""
+        status = await self._process.wait()
+        if self._life_line is not None:
+            # Only once: later the number could be another group's.
+            self._kill_group()
+            os.close(self._life_line)
+            self._life_line = None
+        return status
+
+    async def stop(self, grace_s: float = 5.0) -> int:
+        """Ask with SIGTERM, wait *grace_s* seconds, kill the whole group; return the status.
+
+        When the caller is cancelled while it waits, the group is killed at once.
+        """
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            try:
+                async with asyncio.timeout(grace_s):
+                    await self.wait()
+            except TimeoutError:
+                pass
+            finally:
+                if self._process.returncode is None:
+                    self._kill_group()
+        return await self.wait()
+
+    def log_tail(self, lines: int = 20) -> str:
+        """Return at most the last *lines* lines that this process has logged; its predecessors' are not among them."""
+        try:
+            with self._log_path.open("rb") as log:
+                end = log.seek(0, os.SEEK_END)
+                log.seek(max(self._log_start, end - _TAIL_BYTES))
+                text = log.read().decode("utf-8", errors="replace")
+        except OSError as error:
+            return f"(the log {self._log_path} cannot be read: {error.strerror})"
+        return "\n".join(text.splitlines()[-lines:])
+
+    def _kill_group(self) -> None:
+        # macOS answers EPERM for a group of which only the dead leader is left.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def read_spec(stream: BinaryIO) -> bytes:
+    """Return the specification that a launcher wrote to *stream*, the child's standard input; blocks until it is there.
+
+    Raises:
+        ProtocolError: the stream ended early, or holds something else.
+    """
+    length = _LENGTH.unpack(_read_exactly(stream, _LENGTH.size))[0]
+    if length > MAX_SPEC_BYTES:
+        raise ProtocolError("the specification's length", got=length, expected=f"at most {MAX_SPEC_BYTES} bytes")
+    return _read_exactly(stream, length)
+
+
+def _read_exactly(stream: BinaryIO, count: int) -> bytes:
+    data = stream.read(count)
+    if len(data) != count:
+        raise ProtocolError("standard input", got=f"{len(data)} bytes", expected=f"{count} bytes of a specification")
+    return data
+
+
+def _write_spec(life_line: int, spec: bytes) -> None:
+    remaining = memoryview(_LENGTH.pack(len(spec)) + spec)
+    with contextlib.suppress(BrokenPipeError):  # the child has died; its status says how
+        while remaining:
+            remaining = remaining[os.write(life_line, remaining) :]
+
+
+def _log_file(path: Path) -> BinaryIO:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")

@@ -1,0 +1,264 @@
+"""A workflow is a step: ``async def round(state, federation) -> state``.
+
+The runner takes ``workflow.start(model)`` as the state of round 0 and commits it; then it awaits ``workflow.round``
+with the last committed state, checks that the state it returns is the next round's, and commits that, until
+``is_over``. A workflow keeps nothing between rounds but its ``State``, so one that is killed anywhere goes on from the
+last commit: the round is run again, and the answers that were accepted are handed out again without asking anybody
+twice. For that to give the same bytes, a workflow takes randomness from ``federation.rng`` alone and asks in the same
+order.
+
+A workflow is written in a job as a short name of ``WORKFLOWS`` or as ``module:Class``, with settings: the fields of
+that class, a dataclass or ``msgspec.Struct``.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Final, Protocol, runtime_checkable
+
+import msgspec
+import numpy as np
+
+from hanse.errors import JobInvalid, WorkflowFailed
+from hanse.ids import ClientName
+from hanse.job import Config, WorkflowSpec
+from hanse.messages import Metrics, TaskFault
+from hanse.model import Model, ModelSpec, Update
+
+DEADLINE: Final = "deadline"
+"""The code of the fault that stands for a client that had not answered at the deadline."""
+
+CLIENT_LOST: Final = "client-lost"
+"""The code of the fault that stands for a client that was lost before it answered."""
+
+WORKFLOWS: Final[Mapping[str, str]] = {
+    "fedavg": "hanse.learning.fedavg:FedAvg",
+    "fedavgm": "hanse.learning.fedopt:FedAvgM",
+    "fedadagrad": "hanse.learning.fedopt:FedAdagrad",
+    "fedadam": "hanse.learning.fedopt:FedAdam",
+    "fedyogi": "hanse.learning.fedopt:FedYogi",
+    "fedprox": "hanse.learning.fedprox:FedProx",
+    "cyclic": "hanse.learning.cyclic:Cyclic",
+    "evaluation": "hanse.learning.evaluation:Evaluation",
+}
+"""The short names by which jobs name workflows, and the classes behind them; moving a class breaks no job."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All that a workflow knows after a round; what it does not hold here, it does not know in the next one.
+
+    ``round`` is 0 for the initial model. ``extra`` holds further models by name (a server optimizer's moments);
+    ``values`` plain values that msgpack can carry. ``metrics`` are this round's, for people. ``done`` ends the run
+    before ``Workflow.rounds`` are over.
+    """
+
+    model: Model
+    round: int = 0
+    extra: Mapping[str, Model] = field(default_factory=dict)
+    values: Mapping[str, object] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What clients are asked to do.
+
+    ``name`` picks their function (``train``, ``evaluate``); ``config`` is laid over the job's; ``expects_model`` says
+    whether an answer must hold a model with the tensors of ``model``.
+    """
+
+    name: str
+    model: Model | None
+    config: Config = field(default_factory=dict)
+    expects_model: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a task at one client: an update or a fault, never both and never neither.
+
+    A client that was lost or too late answers too: with the fault ``CLIENT_LOST`` or ``DEADLINE``.
+    """
+
+    client: ClientName
+    update: Update | None = None
+    fault: TaskFault | None = None
+
+    def __post_init__(self) -> None:
+        if (self.update is None) == (self.fault is None):
+            raise ValueError(f"an answer of {self.client} holds an update or a fault, and not both")
+
+
+class Federation(Protocol):
+    """The clients of a run, as a workflow sees them in one round."""
+
+    @property
+    def clients(self) -> tuple[ClientName, ...]:
+        """All participants of the run in name order, also those that are lost just now.
+
+        Lost ones are among them so that who is chosen depends on the seed alone and not on the moment.
+        """
+
+    @property
+    def round(self) -> int:
+        """The round that is being made: one more than the round of the state that the workflow was given."""
+
+    @property
+    def seed(self) -> int:
+        """The job's seed."""
+
+    def rng(self, *purpose: str) -> np.random.Generator:
+        """Return the generator of this round for *purpose*: ``rng_for(seed, round, *purpose)``."""
+
+    def ask(
+        self, task: Task, clients: Sequence[ClientName], *, deadline_s: float | None = None
+    ) -> AsyncGenerator[Answer, None]:
+        """Give *task* to each of *clients* and yield one answer per client, in the order of arrival.
+
+        It ends when all have answered. At the deadline, *deadline_s* seconds after the first step of the iteration, the
+        missing ones answer with the fault ``DEADLINE``. Closing the generator early cancels what is outstanding; since
+        ``break`` alone does not close it, iterate within ``contextlib.aclosing``. Later answers are then stale and
+        reach nobody.
+        """
+
+    def allocate(self, spec: ModelSpec) -> Model:
+        """Return a model of *spec* with writable arrays of undefined content; large ones lie in mapped files.
+
+        Returning such a model in a state costs no copy. Nobody writes into it once it was asked with or returned. It
+        may be called from any thread.
+        """
+
+
+@runtime_checkable
+class Workflow(Protocol):
+    """What a job runs at the server."""
+
+    @property
+    def rounds(self) -> int:
+        """After this many rounds the run is over, at the latest."""
+
+    def start(self, model: Model) -> State:
+        """Return the state of round 0, which holds the initial *model*."""
+
+    async def round(self, state: State, federation: Federation) -> State:
+        """Return the state that follows *state*: its round is one more.
+
+        What it raises fails the run; a run that is to survive something handles it here.
+        """
+
+
+def is_over(workflow: Workflow, state: State) -> bool:
+    """Return whether the run ends with *state*."""
+    return state.done or state.round >= workflow.rounds
+
+
+def check_next(previous: State, state: object, *, workflow: str) -> State:
+    """Return *state*, which *workflow* returned for *previous*, if it is the state of the next round.
+
+    Raises:
+        WorkflowFailed: it is not.
+    """
+    expected = previous.round + 1
+    if not isinstance(state, State):
+        raise WorkflowFailed(workflow, expected, f"round() returned {type(state).__name__}; expected a State")
+    if state.round != expected:
+        raise WorkflowFailed(workflow, expected, f"round() returned a state of round {state.round}")
+    return state
+
+
+def rng_for(seed: int, round_number: int, *purpose: str) -> np.random.Generator:
+    """Return the random generator of *purpose*: the same for the same arguments, independent of all others.
+
+    What the purposes are is up to who asks, for example a client's name and a task's. Nothing else has a part in it:
+    not time, order, process or machine.
+    """
+    digest = hashlib.blake2b(person=b"hanse rng")
+    for part in (str(seed), str(round_number), *purpose):
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)  # so that ("ab", "c") and ("a", "bc") differ
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest.digest(), "little")))
+
+
+def load_workflow(spec: WorkflowSpec, import_module: Callable[[str], ModuleType]) -> Workflow:
+    """Return the workflow that *spec* describes; *import_module* imports its module (``importlib.import_module``).
+
+    Raises:
+        JobInvalid: there is no such workflow, it is not one, or a setting is unknown or not what it should be; the
+        error names the field.
+    """
+    cls = _workflow_class(spec.name, import_module)
+    known = _field_names(cls)
+    if known is None:
+        raise JobInvalid("workflow", got=spec.name, expected="a class that is a dataclass or a msgspec.Struct")
+    for name, value in spec.settings.items():
+        if name not in known:
+            raise JobInvalid(
+                f"workflow.{name}", got=value, expected=f"no such field; it has {', '.join(sorted(known))}"
+            )
+    try:
+        workflow: object = msgspec.convert(spec.settings, cls)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at `$.")
+        name = path.rstrip("`").partition("[")[0]
+        raise JobInvalid(
+            f"workflow.{name}" if name else "workflow",
+            got=spec.settings.get(name, spec.settings),
+            expected=what.removeprefix("Expected "),
+        ) from None
+    if not isinstance(workflow, Workflow):
+        raise JobInvalid("workflow", got=spec.name, expected="a class with 'rounds', 'start' and 'round'")
+    return workflow
+
+
+def workflow_spec(workflow: object) -> WorkflowSpec:
+    """Return *workflow*, an instance, as plain data from which ``load_workflow`` makes an equal one.
+
+    All settings are in it, defaults too, so that a stored job stays what it was when a release changes a default.
+
+    Raises:
+        JobInvalid: it is not a workflow, not a dataclass or struct, holds what is not plain data, or its class cannot
+        be imported by name.
+    """
+    cls = type(workflow)
+    reference = f"{cls.__module__}:{cls.__qualname__}"
+    if isinstance(workflow, type) or not isinstance(workflow, Workflow):
+        raise JobInvalid("workflow", got=workflow, expected="an instance with 'rounds', 'start' and 'round'")
+    names = _field_names(cls)
+    if names is None:
+        raise JobInvalid("workflow", got=workflow, expected="a dataclass or a msgspec.Struct")
+    if "." in cls.__qualname__ or cls.__module__ == "__main__":
+        raise JobInvalid("workflow", got=reference, expected="a class at the top of a module that the job can import")
+    try:
+        settings = {name: msgspec.to_builtins(getattr(workflow, name)) for name in sorted(names)}
+    except TypeError as error:
+        raise JobInvalid("workflow", got=reference, expected=f"settings of plain data ({error})") from error
+    short_names = {target: name for name, target in WORKFLOWS.items()}
+    return WorkflowSpec(short_names.get(reference, reference), settings)
+
+
+def _workflow_class(name: str, import_module: Callable[[str], ModuleType]) -> type:
+    module_name, colon, class_name = WORKFLOWS.get(name, name).partition(":")
+    if not (module_name and colon and class_name):
+        raise JobInvalid("workflow", got=name, expected=f"'module:Class' or one of {', '.join(sorted(WORKFLOWS))}")
+    try:
+        module = import_module(module_name)
+    except Exception as error:
+        # The module is the job's own code and may raise anything; whoever wrote it needs the cause.
+        cause = f"{type(error).__name__}: {error}"
+        raise JobInvalid("workflow", got=name, expected=f"a module that can be imported ({cause})") from error
+    cls = getattr(module, class_name, None)
+    if not isinstance(cls, type):
+        raise JobInvalid("workflow", got=name, expected=f"a class {class_name!r} in module {module_name!r}")
+    return cls
+
+
+def _field_names(cls: type) -> frozenset[str] | None:
+    if dataclasses.is_dataclass(cls):
+        return frozenset(item.name for item in dataclasses.fields(cls) if item.init)
+    if issubclass(cls, msgspec.Struct):
+        return frozenset(cls.__struct_fields__)
+    return None

@@ -1,0 +1,92 @@
+"""Driving a workflow: load the last committed state, call the step, commit what it returns, until it is done.
+
+Every workflow survives a crash because of this loop and nothing else: the state is committed after each round, and the
+round that was interrupted is called again with the same state and finds the answers that were already accepted.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from hanse.errors import HanseError, WorkflowFailed
+from hanse.job import JobSpec
+from hanse.learning.workflow import State, Workflow, check_next, is_over
+from hanse.messages import RunSnapshot, StateRef
+from hanse.model import Model
+from hanse.run.federation import RunFederation
+from hanse.run.server_link import ServerLink
+from hanse.storage.models import load_model, store_model
+from hanse.storage.tensors import TensorFiles
+
+T = TypeVar("T")
+
+
+async def drive(
+    workflow: Workflow,
+    *,
+    spec: JobSpec,
+    snapshot: RunSnapshot,
+    initial: Callable[[], Model],
+    link: ServerLink,
+    files: TensorFiles,
+    federation: RunFederation,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> State:
+    """Drive *workflow* from where *snapshot* says to its end, and return its last state.
+
+    *initial* makes the model that round 0 commits; it is not called when a state was committed before. Before each
+    round *is_stopping* is asked: if so, the state so far is returned, which is committed but not the last.
+
+    Raises:
+        WorkflowFailed: the workflow's code raised, or returned something that is no next state.
+        HanseError: as the workflow raised it (``TooFewClients``), or the server's refusal to commit.
+    """
+    if snapshot.state is None:
+        state = await _guarded(spec, 0, asyncio.to_thread(lambda: workflow.start(initial())))
+        await link.commit(await asyncio.to_thread(store_state, state, files), took_s=0.0, answered=())
+    else:
+        state = load_state(snapshot.state, files)
+    while not is_over(workflow, state) and not is_stopping():
+        number = state.round + 1
+        federation.enter_round(number)
+        began = time.monotonic()
+        following = await _guarded(spec, number, workflow.round(state, federation))
+        state = check_next(state, following, workflow=spec.workflow.name)
+        reference = await asyncio.to_thread(store_state, state, files)
+        took_s = time.monotonic() - began
+        await link.commit(reference, took_s=took_s, answered=sorted(federation.answered_clients))
+    return state
+
+
+def store_state(state: State, files: TensorFiles) -> StateRef:
+    """Put *state*'s tensors into *files* and return the state by name."""
+    return StateRef(
+        round=state.round,
+        model=store_model(state.model, files),
+        extra={name: store_model(model, files) for name, model in state.extra.items()},
+        values=dict(state.values),
+        metrics=dict(state.metrics),
+        done=state.done,
+    )
+
+
+def load_state(reference: StateRef, files: TensorFiles) -> State:
+    """Return the state that *reference* names, its arrays mapped from *files*."""
+    return State(
+        model=load_model(reference.model, files),
+        round=reference.round,
+        extra={name: load_model(model, files) for name, model in reference.extra.items()},
+        values=reference.values,
+        metrics=reference.metrics,
+        done=reference.done,
+    )
+
+
+async def _guarded(spec: JobSpec, number: int, step: Awaitable[T]) -> T:
+    try:
+        return await step
+    except HanseError:
+        raise
+    except Exception as error:
+        raise WorkflowFailed(spec.workflow.name, number, f"{type(error).__name__}: {error}") from error

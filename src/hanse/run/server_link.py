@@ -1,0 +1,109 @@
+"""A run's link to its server: what the run decides goes up and is durable when the call returns; answers come down.
+
+The run holds no database. ``ServerLink`` is the run's side of the ``run`` channel: ``attach`` tells where the run
+stands,
+``issue``, ``cancel``, ``commit`` and ``ended`` return when the server has journalled them, and the server's events (an
+answer was accepted, a client was lost or came back, abort) are handed to whoever ``listen`` was called with.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from hanse.cell.cell import Cell
+from hanse.errors import InternalError
+from hanse.ids import SERVER, ClientName
+from hanse.messages import (
+    AbortRun,
+    Attach,
+    CancelTasks,
+    Channel,
+    ClientChanged,
+    CommitRound,
+    IssueTasks,
+    Message,
+    RunEnded,
+    RunHeartbeat,
+    RunSnapshot,
+    StateRef,
+    TaskKey,
+    TaskResult,
+)
+
+JOURNAL_TIMEOUT_S = 60.0
+"""How long the server may take to make something durable before the run gives up: a disk slower than this is broken."""
+
+
+class RunListener(Protocol):
+    """Who hears what the server tells a run."""
+
+    def answered(self, result: TaskResult) -> None:
+        """Take an accepted answer."""
+
+    def client_changed(self, change: ClientChanged) -> None:
+        """Take note that a client was lost, came back, or failed for good."""
+
+
+class ServerLink:
+    """The run's side of the ``run`` channel, over its cell."""
+
+    def __init__(self, cell: Cell, *, on_abort: Callable[[str], None]) -> None:
+        self._cell = cell
+        self._on_abort = on_abort
+        self._listener: RunListener | None = None
+        self._early: list[TaskResult | ClientChanged] = []
+        cell.on(Channel.RUN, "answer", self._event)
+        cell.on(Channel.RUN, "client", self._event)
+        cell.on(Channel.RUN, "abort", self._abort)
+
+    def listen(self, listener: RunListener) -> None:
+        """Hand the server's events to *listener*: those that came before this call, and all that follow."""
+        self._listener = listener
+        early, self._early = self._early, []
+        for event in early:
+            self._hand_over(event)
+
+    async def attach(self) -> RunSnapshot:
+        """Return where the run stands. Events that come before ``listen`` are kept for it."""
+        reply = await self._ask("attach", Attach())
+        if not isinstance(reply.payload, RunSnapshot):
+            raise InternalError("reading the run's snapshot from its server")
+        return reply.payload
+
+    async def issue(self, tasks: IssueTasks) -> None:
+        """Journal *tasks* and have them handed to their clients; keys answered before bring their answers as events."""
+        await self._ask("issue", tasks)
+
+    async def cancel(self, keys: Sequence[TaskKey]) -> None:
+        """Have later answers to *keys* refused."""
+        await self._ask("cancel", CancelTasks(tuple(keys)))
+
+    async def commit(self, state: StateRef, *, took_s: float, answered: Sequence[ClientName]) -> None:
+        """Commit *state* as the run's newest."""
+        await self._ask("commit", CommitRound(state, took_s, tuple(answered)))
+
+    async def ended(self, end: RunEnded) -> None:
+        """Tell that the run's process has nothing more to do."""
+        await self._ask("ended", end)
+
+    def heartbeat(self) -> None:
+        """Tell that the run's process is alive."""
+        self._cell.tell(SERVER, Channel.RUN, "heartbeat", RunHeartbeat())
+
+    async def _ask(self, topic: str, payload: Attach | IssueTasks | CancelTasks | CommitRound | RunEnded) -> Message:
+        return await self._cell.ask(SERVER, Channel.RUN, topic, payload, timeout_s=JOURNAL_TIMEOUT_S)
+
+    def _event(self, message: Message) -> None:
+        if isinstance(message.payload, TaskResult | ClientChanged):
+            self._hand_over(message.payload)
+
+    def _hand_over(self, event: TaskResult | ClientChanged) -> None:
+        if self._listener is None:
+            self._early.append(event)
+        elif isinstance(event, TaskResult):
+            self._listener.answered(event)
+        else:
+            self._listener.client_changed(event)
+
+    def _abort(self, message: Message) -> None:
+        if isinstance(message.payload, AbortRun):
+            self._on_abort(message.payload.reason)

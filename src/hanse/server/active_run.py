@@ -1,0 +1,570 @@
+"""One job while it runs, the server's side: it journals what the run decides, and hands tasks and answers across.
+
+The run's process (workflow, aggregation) and each client's process talk to their ``ActiveRun`` and never to each other.
+Whatever counts is written to the store before anybody acts on it: a task before its client hears of it, an answer
+before
+its sender is told that it was accepted, a round before the next one begins. ``coordination.runs.Run`` holds the
+decisions
+and mirrors the journal; this class owns the processes, the tensor files and the order of things.
+
+Who is started when: clients' processes when the run begins, when one died and may be tried again, and when a client's
+agent comes back without one. The run's own process is started again when it dies, bounded in tries without progress.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from hanse.cell.cell import Cell
+from hanse.coordination.runs import Accepted, ClientState, Duplicate, GiveUp, Restart, Run, Stale, after_death
+from hanse.errors import (
+    HanseError,
+    InternalError,
+    ProtocolError,
+    SiteRefused,
+    UpdateRejected,
+)
+from hanse.events import EventType, FLContext, Handlers
+from hanse.ids import SERVER, ClientName, Digest, Fqcn, JobId, job_cell
+from hanse.job import JobRecord, JobState, move
+from hanse.launch.process import Launcher
+from hanse.messages import (
+    AbortJob,
+    AbortRun,
+    Channel,
+    ClientChanged,
+    CommitRound,
+    DeployJob,
+    IssueTasks,
+    JobCredentials,
+    JobEnded,
+    JobEvent,
+    LogMetrics,
+    Message,
+    ModelRef,
+    RunEnded,
+    RunSnapshot,
+    StartJob,
+    StateRef,
+    TaskAssignment,
+    TaskCancelled,
+    TaskFault,
+    TaskKey,
+    TaskResult,
+)
+from hanse.model import TensorMismatch
+from hanse.server.run_spec import RunProcessSpec
+from hanse.storage.models import check_ref, digests_of
+from hanse.storage.records import Store
+from hanse.storage.tensors import TensorFiles
+
+_log = logging.getLogger(__name__)
+
+DEPLOY_TIMEOUT_S: Final = 120.0
+"""How long a client may take to fetch and unpack a job's package: 64 MiB over a slow line."""
+START_TIMEOUT_S: Final = 30.0
+STOP_GRACE_S: Final = 5.0
+"""How long a job's process may take to end once asked."""
+PROCESS_MODULE: Final = "hanse.server.job_process"
+
+
+@dataclass(frozen=True, slots=True)
+class RunServices:
+    """What a run uses of its server; ``credentials`` makes those of one job's cell."""
+
+    project: str
+    epoch: int
+    store: Store
+    cell: Cell
+    launcher: Launcher
+    credentials: Callable[[Fqcn, JobId], JobCredentials]
+    handlers: Handlers
+    now: Callable[[], float]
+    wall: Callable[[], float]
+    run_url: str
+    check_frequency_s: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where a run keeps its things on the server: ``runs/<job>`` of the workspace."""
+
+    path: Path
+
+    @property
+    def package(self) -> Path:
+        """The job's package, under its digest."""
+        return self.path / "package"
+
+    @property
+    def code(self) -> Path:
+        """The job's code, unpacked."""
+        return self.path / "code"
+
+    @property
+    def tensors(self) -> Path:
+        """The run's tensor files."""
+        return self.path / "tensors"
+
+    @property
+    def result(self) -> Path:
+        """The final model, under its digest."""
+        return self.path / "result"
+
+    @property
+    def log(self) -> Path:
+        """What the run's process says."""
+        return self.path / "server.log"
+
+
+class ActiveRun:
+    """One job while it runs; ``live`` is its life. Whatever happens in it, *emit* is told."""
+
+    def __init__(
+        self,
+        record: JobRecord,
+        run: Run,
+        folder: RunFolder,
+        services: RunServices,
+        *,
+        emit: Callable[[JobEvent], None],
+    ) -> None:
+        self.record = record
+        self.run = run
+        self.folder = folder
+        self.files = TensorFiles(folder.tensors)
+        self._services = services
+        self._emit = emit
+        self._log = logging.LoggerAdapter(_log, {"job": record.job_id})
+        self._over = asyncio.Event()
+        self._ending = asyncio.Lock()
+        self._group: asyncio.TaskGroup | None = None
+        self._work: set[asyncio.Task[None]] = set()
+        self._unstarted: set[ClientName] = set()
+        self._tails: dict[ClientName, str] = {}
+        self._progress = 0
+        self._round_announced = -1
+
+    @property
+    def job_id(self) -> JobId:
+        """The job's id."""
+        return self.record.job_id
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the job has ended, for whatever reason."""
+        return self._over.is_set()
+
+    # its life
+
+    async def live(self, *, resumed: bool = False) -> JobRecord:
+        """Run the job to its end; cancelled, it is parked: its processes here end and its state stays committed.
+
+        A resumed run does not start clients' processes by itself: they may be running, as their next heartbeats tell.
+        """
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            if resumed:
+                self._unstarted.update(self.run.clients)
+            else:
+                for client in self.run.clients:
+                    self._spawn(self._start_client(client), f"start {client} of {self.job_id}")
+            await self._supervise()
+            self._group = None
+            for task in self._work:
+                task.cancel()
+        return self.record
+
+    async def end(self, to: JobState, *, code: str = "", reason: str = "", ended: RunEnded | None = None) -> None:
+        """End the job as *to*; the first end counts."""
+        async with self._ending:
+            if self._over.is_set():
+                return
+            record = move(self.record, to, at=self._services.wall(), code=code, reason=reason)
+            if ended is not None:
+                record = msgspec.structs.replace(record, result=ended.result, result_bytes=ended.result_bytes)
+            await self._services.store.end_run(self._services.epoch, record, was=self.record.state)
+            self.record = record
+            self._over.set()
+        self.run.end(now=self._services.now())
+        notice = {
+            JobState.COMPLETED: EventType.JOB_COMPLETED,
+            JobState.FAILED: EventType.JOB_FAILED,
+            JobState.ABORTED: EventType.JOB_ABORTED,
+        }[to]
+        self._notify(notice, reason=reason, text=reason)
+        self._log.info("job ended", extra={"state": to.value, "code": code, "reason": reason})
+        self._tell_run("abort", AbortRun(reason or to.value))
+        for client in self.run.clients:
+            self._tell(Fqcn(client), Channel.JOB, "abort", AbortJob(self.job_id, reason or to.value))
+        await asyncio.to_thread(self.files.delete_all)
+
+    async def _supervise(self) -> None:
+        """Keep the run's own process alive until the job has ended."""
+        attempt = 0
+        while not self._over.is_set():
+            attempt, seen = attempt + 1, self._progress
+            handle = await self._services.launcher.launch(
+                PROCESS_MODULE, spec=self._process_spec(), log_path=self.folder.log, env={}, name=f"run {self.job_id}"
+            )
+            over = asyncio.create_task(self._over.wait(), name=f"end of {self.job_id}")  # awaited below
+            ended = asyncio.create_task(handle.wait(), name=f"process of {self.job_id}")  # awaited below
+            try:
+                await asyncio.wait({over, ended}, return_when=asyncio.FIRST_COMPLETED)
+                status = await handle.stop(STOP_GRACE_S)
+            finally:
+                over.cancel()
+                ended.cancel()
+                await asyncio.gather(over, ended, return_exceptions=True)
+                await handle.stop(STOP_GRACE_S)
+            if self._over.is_set():
+                return
+            attempt = 1 if self._progress > seen else attempt
+            last_line = (handle.log_tail(1) or "").strip()
+            verdict = after_death(
+                SERVER, attempt=attempt, tries=self.record.spec.process_tries, status=status, last_line=last_line
+            )
+            if isinstance(verdict, GiveUp):
+                await self.end(JobState.FAILED, code="process-died", reason=verdict.reason)
+                return
+            self._log.warning("the run's process died and is started again", extra={"status": status})
+
+    def _process_spec(self) -> bytes:
+        fqcn = job_cell(SERVER, self.job_id)
+        spec = RunProcessSpec(
+            job_id=self.job_id,
+            project=self._services.project,
+            spec=self.record.spec,
+            folder=str(self.folder.path),
+            parent_url=self._services.run_url,
+            credentials=self._services.credentials(fqcn, self.job_id).credentials,
+            check_frequency_s=self._services.check_frequency_s,
+        )
+        return msgspec.msgpack.encode(spec)
+
+    # what the run's process asks
+
+    async def attach(self) -> RunSnapshot:
+        """Return where the run stands."""
+        state = await self._services.store.snapshot(self.job_id)
+        return RunSnapshot(
+            self.job_id, self.record.spec, self.run.clients, state.state, lost_clients=self.run.lost_clients
+        )
+
+    async def issue(self, issue: IssueTasks) -> None:
+        """Journal the tasks, send those that are new, and hand over the answers of those that have one."""
+        tasks = [TaskAssignment(key, issue.model, issue.config, issue.expects_model) for key in issue.keys]
+        await self._services.store.issue_tasks(self._services.epoch, self.job_id, tasks)
+        new = self.run.issue(tasks)
+        if new and self.run.round != self._round_announced:
+            self._round_announced = self.run.round
+            self._notify(EventType.ROUND_STARTED, round_number=self.run.round)
+        answered = {answer.key: answer for answer in self.run.answers}
+        for key in issue.keys:
+            if key in answered:
+                self._tell_run("answer", answered[key])
+        for task in new:
+            await self._send(task)
+
+    async def cancel(self, keys: Collection[TaskKey]) -> None:
+        """Refuse later answers to *keys*, and tell the clients."""
+        for key in self.run.cancel(keys):
+            self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
+
+    async def commit(self, commit: CommitRound) -> None:
+        """Commit a round: its tensors, then its state; then delete what only it needed.
+
+        The run's process waits for this, so it writes no tensor while others are deleted.
+        """
+        needed = _digests(commit.state)
+        missing = self.files.missing(needed)
+        if missing:
+            raise ProtocolError("state", got=f"digest {missing[0]} without a file", expected="tensors that are stored")
+        await asyncio.to_thread(self.files.sync, needed)
+        await self._services.store.commit_round(self._services.epoch, self.job_id, commit, now_s=self._services.wall())
+        self._progress += 1
+        for key in self.run.committed(commit.state.round):
+            self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
+        await asyncio.to_thread(self.files.keep_only, needed)
+        self._notify(EventType.ROUND_DONE, round_number=commit.state.round, metrics=commit.state.metrics)
+
+    async def ended(self, end: RunEnded) -> None:
+        """Take the run's process's word that it has reached its end."""
+        if not end.completed:
+            await self.end(JobState.FAILED, code=end.code or "workflow-failed", reason=end.reason or "no reason given")
+            return
+        if end.result and not (self.folder.result / end.result).is_file():
+            raise ProtocolError("result", got=end.result, expected="a file in the run's folder")
+        await self.end(JobState.COMPLETED, ended=end)
+
+    # what clients' processes send
+
+    async def result(self, sender: ClientName, result: TaskResult, message: Message) -> None:
+        """Accept *sender*'s answer if it is one that the run waits for and what the job expects.
+
+        An update that is not becomes a fault, so that the run does not wait for an answer that will not come.
+
+        Raises:
+            UpdateRejected: nobody waits for it, or it is not what the job expects; the sentence names the tensor.
+            ProtocolError: it names a tensor that was not uploaded: upload it and send the answer again.
+        """
+        match self.run.judge(result, sender=sender):
+            case Duplicate():
+                return
+            case Stale(reason=reason):
+                raise UpdateRejected(sender, f"a stale answer: {reason}")
+            case Accepted():
+                pass
+        task = self.run.task(result.key)
+        if task is None:
+            raise InternalError(f"looking up the task that {sender} answered")
+        rejected = self._objection(sender, task, result, message)
+        if rejected is not None:
+            result = TaskResult(result.key, fault=TaskFault(rejected.code, rejected.reason))
+        await self._accept(sender, result)
+        if rejected is not None:
+            raise rejected
+
+    def log_metrics(self, sender: ClientName, logged: LogMetrics) -> None:
+        """Pass on what training code at *sender* logged."""
+        self._emit(
+            JobEvent(
+                self.job_id,
+                "metrics",
+                self._services.wall(),
+                round=logged.key.round,
+                client=sender,
+                metrics=logged.metrics,
+                text=f"step {logged.step}",
+            )
+        )
+
+    def _objection(
+        self, sender: ClientName, task: TaskAssignment, result: TaskResult, message: Message
+    ) -> HanseError | None:
+        context = self._context(round_number=task.key.round, peer=sender, message=message)
+        if (refused := self._services.handlers.ask(EventType.BEFORE_TASK_RESULT, context)) is not None:
+            return UpdateRejected(sender, f"an answer that was refused: {refused}")
+        if result.update is None:
+            return None
+        model = result.update.model
+        if result.update.num_examples < 0:
+            return UpdateRejected(sender, f"num_examples {result.update.num_examples}; the job expects 0 or more")
+        if not task.expects_model:
+            return None if model is None else UpdateRejected(sender, "a model; the task expects metrics alone")
+        if model is None:
+            return UpdateRejected(sender, "no model; the task expects one")
+        try:
+            check_ref(model, task.model or ModelRef())
+        except (TensorMismatch, ProtocolError) as mismatch:
+            return UpdateRejected(sender, mismatch.reason)
+        if missing := self.files.missing(digests_of(model)):
+            raise ProtocolError("update", got=f"digest {missing[0]} without a file", expected="uploaded tensors")
+        return None
+
+    async def _accept(self, sender: ClientName, result: TaskResult) -> None:
+        if result.update is not None and result.update.model is not None:
+            await asyncio.to_thread(self.files.sync, digests_of(result.update.model))
+        if not await self._services.store.accept_answer(self._services.epoch, self.job_id, result):
+            return
+        self.run.accept(result, sender=sender)
+        self._tell_run("answer", result)
+        metrics = result.update.metrics if result.update is not None else {}
+        self._notify(
+            EventType.RESULT_ACCEPTED,
+            round_number=result.key.round,
+            peer=sender,
+            metrics=metrics,
+            text=result.fault.reason if result.fault is not None else "",
+        )
+
+    async def _send(self, task: TaskAssignment) -> None:
+        client = task.key.client
+        context = self._context(round_number=task.key.round, peer=client)
+        if (refused := self._services.handlers.ask(EventType.BEFORE_TASK_DATA, context)) is not None:
+            await self._accept(client, TaskResult(task.key, fault=TaskFault("task-refused", refused)))
+            return
+        if self._tell(self._cell_of(client), Channel.TASK, "task", task):
+            self._notify(EventType.TASK_SENT, round_number=task.key.round, peer=client)
+
+    # clients come, go and fail
+
+    async def cell_up(self, client: ClientName, stream: object) -> None:
+        """Take note that *client*'s process is connected: it gets the tasks that it has to answer."""
+        self._unstarted.discard(client)
+        before = self.run.stream_up(client, now=self._services.now(), stream=stream)
+        if before is None:
+            return
+        if before in (ClientState.LOST, ClientState.SUSPECT):
+            self._changed(client, "back")
+        for task in self.run.tasks_for(client):
+            await self._send(task)
+
+    async def hand_out_again(self) -> None:
+        """Send every client again what it has to answer; who has it already takes no notice."""
+        for client in self.run.live_clients:
+            for task in self.run.tasks_for(client):
+                await self._send(task)
+
+    def cell_down(self, client: ClientName, stream: object) -> None:
+        """Take note that a stream of *client* broke: its process's or its agent's."""
+        self.run.stream_down(client, now=self._services.now(), stream=stream)
+
+    def lose(self, lost_after_s: float) -> None:
+        """Tell the run of the clients that are lost by now."""
+        for client in self.run.lost(self._services.now(), lost_after_s):
+            self._log.warning("client lost", extra={"client": client})
+            self._changed(client, "lost", reason=f"{client} was not connected for {lost_after_s:g} s")
+
+    def heard(self, client: ClientName, *, reported: bool, dead: bool) -> None:
+        """Take note of *client*'s heartbeat: whether it *reported* this job, or has lost it since (*dead*)."""
+        if reported:
+            self._unstarted.discard(client)
+        elif dead:
+            part = self.run.participant(client)
+            self.process_ended(
+                client, JobEnded(self.job_id, part.attempt, status=1, log_tail="the client no longer runs it")
+            )
+        elif client in self._unstarted and not self.has_ended:
+            self._unstarted.discard(client)
+            self._spawn(self._start_client(client), f"start {client} of {self.job_id}")
+
+    def agent_is_new(self, client: ClientName) -> None:
+        """Take note that *client*'s agent has registered anew, and may have lost the job's process."""
+        if not self.has_ended and self.run.participant(client).state is not ClientState.RUNNING:
+            self._unstarted.add(client)
+
+    def process_ended(self, client: ClientName, end: JobEnded) -> None:
+        """Take note that *client*'s process ended unasked: it is started again, or given up."""
+        self._tails[client] = end.log_tail
+        last_line = end.log_tail.strip().rpartition("\n")[2]
+        verdict = self.run.process_ended(
+            client, attempt=end.attempt, status=end.status, now=self._services.now(), last_line=last_line
+        )
+        match verdict:
+            case Restart():
+                self._log.warning("a client's process died and is started again", extra={"client": client})
+                self._spawn(self._start_client(client, noted=True), f"restart {client} of {self.job_id}")
+            case GiveUp(reason=reason):
+                self._changed(client, "failed", reason=reason)
+            case None:
+                pass
+
+    def log_tail(self, client: ClientName) -> str:
+        """Return the last lines that *client*'s process left when it last died; empty when it did not."""
+        return self._tails.get(client, "")
+
+    async def _start_client(self, client: ClientName, *, noted: bool = False) -> None:
+        services, record = self._services, self.record
+        if not noted and self.run.starting(client, now=services.now()) is None:
+            return
+        attempt = self.run.participant(client).attempt
+        try:
+            await deploy(services.cell, record, client)
+            identity = services.credentials(self._cell_of(client), self.job_id)
+            start = StartJob(self.job_id, identity, attempt)
+            await services.cell.ask(Fqcn(client), Channel.JOB, "start", start, timeout_s=START_TIMEOUT_S)
+        except HanseError as error:
+            if error.retryable:
+                self._log.info("client not started", extra={"client": client, "reason": error.reason})
+                self._unstarted.add(client)
+                self.run.stream_down(client, now=services.now(), stream=None)
+            elif self.run.failed(client, error.reason, now=services.now()):
+                self._changed(client, "failed", reason=SiteRefused(client, error.reason).reason)
+        else:
+            self._log.info("client started", extra={"client": client, "package": record.package})
+
+    def _changed(self, client: ClientName, change: str, *, reason: str = "") -> None:
+        self._tell_run("client", ClientChanged(client, change, reason))
+        self._emit(JobEvent(self.job_id, f"client_{change}", self._services.wall(), client=client, text=reason))
+
+    # telling
+
+    def _cell_of(self, client: ClientName) -> Fqcn:
+        return job_cell(client, self.job_id)
+
+    def _tell_run(self, topic: str, payload: msgspec.Struct) -> None:
+        self._tell(job_cell(SERVER, self.job_id), Channel.RUN, topic, payload)
+
+    def _tell(self, destination: Fqcn, channel: Channel, topic: str, payload: msgspec.Struct) -> bool:
+        """Tell *destination*, if it is there; who is not learns the same thing when it connects."""
+        try:
+            self._services.cell.tell(destination, channel, topic, payload)
+        except HanseError as error:
+            self._log.debug("not told", extra={"destination": destination, "topic": topic, "reason": error.reason})
+            return False
+        return True
+
+    def _context(self, *, round_number: int = 0, peer: str = "", message: Message | None = None) -> FLContext:
+        return FLContext(
+            "server",
+            project=self._services.project,
+            peer=peer,
+            job_id=self.job_id,
+            round=round_number,
+            message=message,
+        )
+
+    def _notify(
+        self,
+        notice: EventType,
+        *,
+        round_number: int = 0,
+        peer: str = "",
+        metrics: dict[str, float] | None = None,
+        reason: str = "",
+        text: str = "",
+    ) -> None:
+        self._services.handlers.tell(notice, self._context(round_number=round_number, peer=peer))
+        self._emit(
+            JobEvent(
+                self.job_id,
+                notice.value,
+                self._services.wall(),
+                round=round_number,
+                client=peer,
+                metrics=metrics or {},
+                text=text or reason,
+            )
+        )
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        if self._group is None:
+            work.close()
+            return
+        task = self._group.create_task(self._guarded(work), name=name)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception:  # noqa: BLE001 - the edge of a run's task: its failure ends the job, with a reason
+            self._log.exception("a run's task failed")
+            await self.end(JobState.FAILED, code="internal", reason=InternalError(f"running job {self.job_id}").reason)
+
+
+def _digests(state: StateRef) -> set[Digest]:
+    return digests_of(state.model).union(*(digests_of(model) for model in state.extra.values()))
+
+
+async def deploy(cell: Cell, record: JobRecord, client: ClientName) -> None:
+    """Have *client* fetch the job and check it against its policy; there already is fine.
+
+    Raises:
+        HanseError: it refuses, with its reason, or cannot be reached.
+    """
+    request = DeployJob(
+        job_id=record.job_id,
+        name=record.spec.name,
+        submitter=record.submitter,
+        spec=record.spec,
+        package=record.package,
+        package_bytes=record.package_bytes,
+    )
+    await cell.ask(Fqcn(client), Channel.JOB, "deploy", request, timeout_s=DEPLOY_TIMEOUT_S)

@@ -1,0 +1,188 @@
+"""Who may open a stream to this server, and what an open stream may ask: one answer each, failing closed.
+
+``authorize`` says who a caller is when a stream or a tensor call opens; a caller without credentials is let in as
+anonymous and can do nothing but identify itself. ``gate`` looks at every message. A token is verified when a stream
+opens
+and is bound to it; afterwards only its expiry is looked at.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from hanse.cell.link import Peer, PeerCertificate, Transport
+from hanse.coordination.policy import PeerKind, demand_topic, demand_use
+from hanse.errors import NotFound, Unauthenticated, Unauthorized
+from hanse.identity.tokens import CLIENT_SCOPE, TokenInfo, TokenSigner, parse_token
+from hanse.ids import SERVER, ClientName, Fqcn, JobId, Token, job_cell, split_cell
+from hanse.messages import Channel, Credentials, Hello, Message, Topic
+from hanse.server.identification import wrong_project
+from hanse.storage.tensors import TensorFiles
+
+UNEXPIRING: frozenset[Topic] = frozenset(
+    {(Channel.SERVER, "challenge"), (Channel.SERVER, "register"), (Channel.SERVER, "renew")}
+)
+"""What may be asked with an expired token: the ways to a fresh one (``renew`` looks at the expiry itself)."""
+
+
+class Scopes(Protocol):
+    """Where tensors of a scope lie."""
+
+    def run_files(self, job_id: JobId, participant: str) -> TensorFiles | None:
+        """Return the tensor files of a running job in which *participant* takes part, else ``None``."""
+
+    def package_files(self, job_id: JobId) -> TensorFiles:
+        """Return the files that hold a job's package."""
+
+    def result_files(self, job_id: JobId) -> TensorFiles:
+        """Return the files that hold a job's result."""
+
+    def upload_files(self, submitter: str) -> TensorFiles:
+        """Return the files into which *submitter* uploads packages."""
+
+    def takes_part(self, job_id: JobId, client: str) -> bool:
+        """Return whether *client* takes part in a job, or is asked to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admittance:
+    """Decides who comes in. ``serving`` raises ``NotInService`` while this server serves nobody."""
+
+    project: str
+    signer: TokenSigner
+    wall: Callable[[], float]
+    serving: Callable[[], None]
+    disabled: Callable[[ClientName], str | None]
+    revoked: Callable[[Token], bool]
+    job_cell_of: Callable[[bytes], Fqcn] | None = None
+    """Which job's cell a certificate of the server's own authority names (a CN is too short for some)."""
+
+    def authorize(self, hello: Hello, certificate: PeerCertificate | None, transport: Transport) -> Peer:
+        """Return who *hello* comes from.
+
+        Raises:
+            NotInService: this server serves nobody now.
+            Unauthenticated: another project, a name that the certificate or the credentials do not prove, credentials
+            that are not ours or have expired, or a disabled client.
+        """
+        self.serving()
+        if hello.project != self.project:
+            raise Unauthenticated(wrong_project(hello.project, self.project))
+        participant, job_id = split_cell(hello.fqcn)
+        name = None if certificate is None else self._certified(certificate, hello.fqcn, participant)
+        if hello.credentials is None:
+            if participant == SERVER:
+                raise Unauthenticated(f"{hello.fqcn!r} is the server's own name; a client needs another")
+            return Peer(hello.fqcn, PeerKind.ANONYMOUS.value, transport, certificate_name=name, proven=False)
+        info = self._verified(hello.credentials)
+        peer = Peer(hello.fqcn, "", transport, certificate_name=name, credentials=hello.credentials)
+        if info.job_id is not None:
+            return self._job_peer(peer, info.job_id, participant, transport)
+        if hello.credentials.name != participant:
+            raise Unauthenticated(f"the token is {hello.credentials.name}'s, and the stream says {participant!r}")
+        if info.role is not None:
+            peer.kind, peer.role = PeerKind.ADMIN.value, info.role
+            return peer
+        if info.scope != CLIENT_SCOPE or job_id is not None:
+            raise Unauthenticated(f"a client's token does not open {hello.fqcn!r}")
+        self._refuse_disabled(participant)
+        peer.kind = PeerKind.CLIENT.value
+        return peer
+
+    def gate(self, peer: Peer, topic: Topic, message: Message) -> None:
+        """Let *peer*'s message on *topic* pass.
+
+        Raises:
+            NotInService: this server serves nobody now.
+            Unauthorized: a peer of that kind, or an administrator of that role, may not ask this.
+            Unauthenticated: its token has expired.
+        """
+        del message
+        self.serving()
+        demand_use(peer.kind, topic[0], topic[1], who=peer.fqcn)
+        if peer.kind == PeerKind.ADMIN and topic[0] is Channel.ADMIN:
+            demand_topic(topic, who=split_cell(peer.fqcn)[0], role=peer.role)
+        if peer.credentials is not None and peer.transport != "unix" and topic not in UNEXPIRING:
+            refuse_expired(parse_token(peer.credentials.token), now_s=self.wall())
+
+    def scope(self, peer: Peer, scope: str, write: bool, scopes: Scopes) -> TensorFiles:
+        """Return the files of *scope* for *peer*: ``run/<job>``, ``job/<job>`` (package), ``result/<job>``, ``upload``.
+
+        Raises:
+            Unauthorized: *peer* may not read (or write) there.
+            NotFound: there is no such place.
+        """
+        kind, _, name = scope.partition("/")
+        participant, job_id = split_cell(peer.fqcn)
+        match kind, peer.kind:
+            case "run", PeerKind.CLIENT_JOB.value if job_id == name:
+                if (files := scopes.run_files(JobId(name), participant)) is not None:
+                    return files
+                raise NotFound("running job", name)
+            case "job", PeerKind.CLIENT.value if not write and scopes.takes_part(JobId(name), participant):
+                return scopes.package_files(JobId(name))
+            case "result", PeerKind.ADMIN.value if not write:
+                demand_topic((Channel.ADMIN, "job.show"), who=participant, role=peer.role)
+                return scopes.result_files(JobId(name))
+            case "upload", PeerKind.ADMIN.value:
+                demand_topic((Channel.ADMIN, "job.submit"), who=participant, role=peer.role)
+                return scopes.upload_files(participant)
+            case _:
+                doing = f"{'write' if write else 'read'} tensors of {scope!r:.80}"
+                raise Unauthorized(peer.fqcn, doing, needs="to take part in that job, or a role that may see it")
+
+    def _certified(self, certificate: PeerCertificate, fqcn: Fqcn, participant: str) -> str:
+        """Return the name that TLS proved: the participant's, or that of its job's process."""
+        name = certificate.common_name
+        if name not in (participant, fqcn) and self.job_cell_of is not None:
+            name = self.job_cell_of(certificate.pem)
+        if name not in (participant, fqcn):
+            raise Unauthenticated(f"the certificate is for {name!r}, not for {fqcn!r}")
+        return name
+
+    def _verified(self, credentials: Credentials) -> TokenInfo:
+        return verified_token(self.signer, credentials, now_s=self.wall(), is_revoked=self.revoked)
+
+    def _job_peer(self, peer: Peer, job_id: JobId, participant: str, transport: Transport) -> Peer:
+        credentials = peer.credentials
+        if credentials is None or credentials.name != peer.fqcn or peer.fqcn != job_cell(participant, job_id):
+            raise Unauthenticated(f"the token is not for {peer.fqcn!r}")
+        if participant == SERVER:
+            if transport not in ("unix", "memory"):
+                raise Unauthenticated("a run's process connects to its server on the same machine only")
+            peer.kind = PeerKind.SERVER_JOB.value
+            return peer
+        self._refuse_disabled(participant)
+        peer.kind = PeerKind.CLIENT_JOB.value
+        return peer
+
+    def _refuse_disabled(self, name: str) -> None:
+        if (reason := self.disabled(ClientName(name))) is not None:
+            raise Unauthenticated(f"client {name} is disabled{f': {reason}' if reason else ''}")
+
+
+def verified_token(
+    signer: TokenSigner, credentials: Credentials, *, now_s: float, is_revoked: Callable[[Token], bool]
+) -> TokenInfo:
+    """Return what the token says of itself, if *signer* gave it to the name it comes with and it still counts.
+
+    Raises:
+        Unauthenticated: it does not; the sentence says why.
+    """
+    info = parse_token(credentials.token)
+    if not signer.verify(credentials.name, credentials.token, credentials.signature):
+        raise Unauthenticated(f"the token is not one that this project's server gave to {credentials.name}")
+    refuse_expired(info, now_s=now_s)
+    if is_revoked(credentials.token):
+        raise Unauthenticated("the token was revoked; register again")
+    return info
+
+
+def refuse_expired(info: TokenInfo, *, now_s: float) -> None:
+    """Let a token pass whose time is not over at POSIX time *now_s*.
+
+    Raises:
+        Unauthenticated: it is.
+    """
+    if info.is_expired(now_s):
+        raise Unauthenticated("the token has expired; register again")

@@ -1,0 +1,301 @@
+"""The clients of one server: who they prove to be, which tokens they hold, and who of them is there.
+
+What ``FederatedServer``'s handlers do about clients, as methods that raise. One lock guards the registry and the open
+registrations, because the contract's handlers may be called from any thread; it is never held over anything that waits.
+"""
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from hanse.cell.link import Peer
+from hanse.coordination.registry import Presence, Registry
+from hanse.coordination.schedule import Candidate, free_resources
+from hanse.errors import Unauthenticated
+from hanse.identity.authorities import JobAuthority
+from hanse.identity.tokens import CLIENT_SCOPE, TokenInfo, TokenSigner, admin_scope, job_scope, new_token
+from hanse.ids import SERVER, ClientName, Fqcn, JobId, Ssid, Token, split_cell
+from hanse.job import JobRecord, Resources
+from hanse.messages import (
+    Challenge,
+    ChallengeReply,
+    Client,
+    Credentials,
+    Header,
+    JobCredentials,
+    Message,
+    Register,
+    Registered,
+)
+from hanse.server.admittance import verified_token
+from hanse.server.identification import Identification, wrong_project
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Identities:
+    """What a server signs and verifies with. Without ``identification`` it has no certificate, and believes names."""
+
+    signer: TokenSigner
+    identification: Identification | None = None
+    job_authority: JobAuthority | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """How long tokens last and how often clients are to be heard, in seconds."""
+
+    token_s: float = 3600.0
+    heartbeat_s: float = 5.0
+
+
+class Clients:
+    """The clients of one server; see the module. *session* tells the present SSID, *clock* monotonic seconds."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        lock: threading.RLock,
+        *,
+        project: str,
+        session: Callable[[], Ssid],
+        clock: Callable[[], float],
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._registry = registry
+        self._lock = lock
+        self._project = project
+        self._session = session
+        self._clock = clock
+        self._wall = wall
+        self.identities = Identities(TokenSigner.from_secret(secrets.token_bytes(32)))
+        self.lifetimes = Lifetimes()
+
+    # identification
+
+    def challenge(self, origin: str, challenge: Challenge) -> ChallengeReply:
+        """Open a registration session for *origin* and return the server's half.
+
+        Raises:
+            Unauthenticated: the server has no certificate, or see ``Identification.challenge``.
+        """
+        identification = self.identities.identification
+        if identification is None:
+            raise Unauthenticated("server is not in secure mode")
+        with self._lock:
+            return identification.challenge(origin, challenge, now=self._clock())
+
+    def identify(self, origin: str, register: Register) -> str:
+        """Return the role that *register* proves: ``client`` or ``admin:<role>``.
+
+        Raises:
+            Unauthenticated: another project, or the identity is not proven.
+        """
+        if register.project != self._project:
+            raise Unauthenticated(wrong_project(register.project, self._project))
+        identification = self.identities.identification
+        if identification is None:
+            return register.role
+        wall = datetime.fromtimestamp(self._wall(), UTC)
+        with self._lock:
+            return identification.identify(origin, register, now=self._clock(), wall=wall).role
+
+    # who comes and goes
+
+    def register(self, register: Register) -> tuple[Registered, Client | None]:
+        """Register an identified client; return its token, and the client whose place it took, if any.
+
+        Raises:
+            Unauthenticated: full, disabled, or no client's name.
+        """
+        name = ClientName(register.client)
+        token = self._new_token(CLIENT_SCOPE)
+        props: dict[str, object] = {"resources": register.resources, "release": register.release}
+        with self._lock:
+            registration = self._registry.register(name, token, fqcn=Fqcn(name), now=self._clock(), props=props)
+        _log.info("client registered", extra={"client": name})
+        return self._given(token, name, "client"), registration.replaced
+
+    def log_in(self, register: Register, role: str) -> Registered:
+        """Return an identified administrator's token; *role* is ``admin:<role>``."""
+        _log.info("administrator logged in", extra={"admin": register.client, "role": role})
+        return self._given(self._new_token(admin_scope(role.partition(":")[2] or "member")), register.client, role)
+
+    def renew(self, peer: Peer) -> Registered:
+        """Return a fresh token for *peer*, of the same scope, and bind it to its stream.
+
+        Raises:
+            Unauthenticated: it has no token, or none that still counts.
+        """
+        old = peer.credentials
+        if old is None:
+            raise Unauthenticated("only who has a token can renew it")
+        info = self._verified(old)
+        token = self._new_token(info.scope)
+        if info.scope == CLIENT_SCOPE:
+            with self._lock:
+                self._registry.renew(old.token, token, now=self._clock())
+        given = self._given(token, old.name, peer.role)
+        peer.credentials = Credentials(old.name, token, given.token_signature, given.ssid)
+        return given
+
+    def hear(self, request: Message) -> tuple[Client, bool]:
+        """Return the client that *request* comes from, refreshed, and whether it had to be re-activated.
+
+        Raises:
+            Unauthenticated: it names nobody, its token is not its own or no longer counts, it is disabled, its name is
+            another token's, or there is no place left.
+        """
+        name, token = sender_of(request)
+        with self._lock:
+            client = self._registry.heard(token, now=self._clock())
+            if client is not None:
+                if client.name != name:
+                    raise Unauthenticated(f"the token is not {name}'s")
+                return client, False
+            signature = request.get_header(Header.TOKEN_SIGNATURE) or ""
+            if self._verified(Credentials(name, token, signature, self._session())).scope != CLIENT_SCOPE:
+                raise Unauthenticated("the token is not a client's")
+            client = self._registry.reactivate(name, token, fqcn=Fqcn(name), now=self._clock())
+        _log.info("client re-activated", extra={"client": name})
+        return client, True
+
+    def known(self, request: Message) -> Client:
+        """Return the registered client that *request* comes from.
+
+        Raises:
+            Unauthenticated: it names nobody, or nobody registered.
+        """
+        name, token = sender_of(request)
+        with self._lock:
+            client = self._registry.by_token(token)
+        if client is None or client.name != name:
+            raise Unauthenticated(f"Unknown client identity: {name!r} is not registered under this token")
+        return client
+
+    def named(self, name: str) -> Client:
+        """Return the client registered as *name*.
+
+        Raises:
+            Unauthenticated: there is none.
+        """
+        with self._lock:
+            client = self._registry.by_name(ClientName(name))
+        if client is None:
+            raise Unauthenticated(f"Unknown client identity: {name!r} is not registered")
+        return client
+
+    def revoke(self, token: Token) -> Client | None:
+        """Remove the client registered under *token* for good and return it; unknown: ``None``."""
+        with self._lock:
+            return self._registry.revoke(token, now=self._clock())
+
+    def set_disabled(self, name: ClientName, reason: str | None) -> Client | None:
+        """Refuse *name* from now on because of *reason* (``None``: no longer); return its client, now logged out."""
+        with self._lock:
+            if reason is None:
+                self._registry.enable(name)
+                return None
+            registered = self._registry.disable(name, reason)
+            return None if registered is None else self._registry.revoke(registered.token, now=self._clock())
+
+    def disabled_because(self, name: ClientName) -> str | None:
+        """Return why *name* is disabled, or ``None`` when it is not."""
+        with self._lock:
+            return self._registry.disabled().get(name)
+
+    def is_revoked(self, token: Token) -> bool:
+        """Return whether *token* was revoked."""
+        with self._lock:
+            return self._registry.is_revoked(token)
+
+    # who is there
+
+    def stream_up(self, peer: Peer) -> bool:
+        """Note that the client's stream is up; return whether it had been away."""
+        with self._lock:
+            before = self._registry.stream_up(ClientName(peer.fqcn), now=self._clock(), stream=peer)
+        return before in (Presence.SUSPECT, Presence.LOST)
+
+    def stream_down(self, peer: Peer) -> None:
+        """Note that the client's stream broke."""
+        with self._lock:
+            self._registry.stream_down(ClientName(peer.fqcn), now=self._clock(), stream=peer)
+
+    def candidates(self, taken: Callable[[ClientName], Sequence[JobRecord]]) -> list[Candidate]:
+        """Return the clients as the schedule sees them; *taken* tells the jobs that run at one."""
+        with self._lock:
+            clients = list(self._registry.snapshot().values())
+            connected = {c.name for c in clients if self._registry.presence(c.name) is Presence.CONNECTED}
+        found = []
+        for client in clients:
+            jobs = taken(client.name)
+            offered = client.props.get("resources")
+            resources = offered if isinstance(offered, Resources) else Resources()
+            free = free_resources(resources, [job.spec.resources for job in jobs])
+            found.append(Candidate(client.name, free, connected=client.name in connected, running=len(jobs)))
+        return found
+
+    def presence(self, name: ClientName) -> str:
+        """Return whether the client is connected, suspect or lost; empty when it is not registered."""
+        with self._lock:
+            presence = self._registry.presence(name)
+        return presence.value if presence is not None else ""
+
+    # tokens
+
+    def job_credentials(self, fqcn: Fqcn, job_id: JobId) -> JobCredentials:
+        """Return what a job's process needs to be the cell *fqcn*; with TLS, a client's gets a certificate of its own."""
+        token = self._new_token(job_scope(job_id))
+        credentials = Credentials(fqcn, token, self.identities.signer.sign(fqcn, token), self._session())
+        authority = self.identities.job_authority
+        if authority is None or split_cell(fqcn)[0] == SERVER:
+            return JobCredentials(credentials)
+        certificate, key = authority.issue(fqcn, now=datetime.fromtimestamp(self._wall(), UTC))
+        return JobCredentials(credentials, certificate, key)
+
+    def job_cell_of(self, certificate: bytes) -> Fqcn:
+        """Return the job's cell that *certificate*, one of this server's own authority, names.
+
+        Raises:
+            Unauthenticated: it is not one.
+        """
+        authority = self.identities.job_authority
+        if authority is None:
+            raise Unauthenticated("this server has issued no certificates for jobs")
+        return authority.verify(certificate, now=datetime.fromtimestamp(self._wall(), UTC))
+
+    def _given(self, token: Token, name: str, role: str) -> Registered:
+        return Registered(
+            token=token,
+            token_signature=self.identities.signer.sign(name, token),
+            ssid=self._session(),
+            expires_in_s=self.lifetimes.token_s,
+            heartbeat_s=self.lifetimes.heartbeat_s,
+            role=role,
+        )
+
+    def _verified(self, credentials: Credentials) -> TokenInfo:
+        return verified_token(
+            self.identities.signer, credentials, now_s=self._wall(), is_revoked=self._registry.is_revoked
+        )
+
+    def _new_token(self, scope: str) -> Token:
+        return new_token(now_s=self._wall(), lifetime_s=self.lifetimes.token_s, scope=scope)
+
+
+def sender_of(request: Message) -> tuple[ClientName, Token]:
+    """Return the name and token that *request* carries.
+
+    Raises:
+        Unauthenticated: one is missing.
+    """
+    name, token = request.get_header(Header.CLIENT), request.get_header(Header.TOKEN)
+    if not name or not token:
+        raise Unauthenticated("Could not read client uid from the request: it names no client or no token")
+    return ClientName(name), Token(token)

@@ -1,0 +1,751 @@
+"""The server's public contract: ``BaseServer`` and ``FederatedServer``.
+
+Both are small because they compose: ``clients`` (who they prove to be, which tokens they hold), ``admittance`` (who may
+open a stream and ask what), ``tenure`` (the lease and the jobs under it), ``coordination.service`` (hot or cold).
+Message
+handlers are plain functions ``Message -> Message``: the network calls them, and so may a test or a program. What a
+handler
+raises becomes its reply, in one place (``_answered``), so that no failure is ever answered with an empty success.
+
+``FederatedServer`` has two roles in two processes, as the contract wants. The deployed server registers clients and
+runs
+jobs; in a job's own process, ``create_job_cell`` and ``start_run`` drive one run (``run_manager``).
+"""
+
+import argparse
+import asyncio
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Final, NamedTuple, Protocol
+
+from hanse.cell.cell import Cell, current_peer
+from hanse.cell.handshake import Reception
+from hanse.cell.link import Peer
+from hanse.cell.listener import Listener
+from hanse.cell.loop import background_loop, run
+from hanse.cell.refusals import refuse
+from hanse.coordination.admission import Admission
+from hanse.coordination.policy import PeerKind
+from hanse.coordination.service import (
+    RequestKind,
+    Service,
+    ServiceState,
+    Verdict,
+    message,
+    observe,
+    parked,
+    refusal,
+    restored,
+    shut_down,
+)
+from hanse.errors import ConfigError, Conflict, HanseError, NotInService, Unauthenticated
+from hanse.events import EventType, FLComponent, FLContext
+from hanse.identity.authorities import JobAuthority
+from hanse.identity.certificates import Identity
+from hanse.identity.private_files import make_private_folder
+from hanse.identity.tokens import TokenSigner
+from hanse.ids import SERVER, ClientName, Fqcn, JobId, Ssid, split_cell
+from hanse.job import JobSpec
+from hanse.launch.process import Launcher, ProcessLauncher
+from hanse.messages import (
+    Challenge,
+    Channel,
+    Client,
+    Credentials,
+    Header,
+    Heartbeat,
+    HeartbeatReply,
+    JobFailure,
+    Message,
+    Payload,
+    Quit,
+    Register,
+    Registered,
+    RunEnded,
+    RunSnapshot,
+    ok,
+)
+from hanse.server.active_run import RunServices
+from hanse.server.admittance import Admittance
+from hanse.server.base_server import AdminServer, BaseServer
+from hanse.server.clients import Clients, Identities, Lifetimes
+from hanse.server.identification import Identification
+from hanse.server.job_cell import JobCell, connect
+from hanse.server.jobs import JobLimits, Jobs, expect
+from hanse.server.lifetime import only_user_of
+from hanse.server.listening import Place, server_tls
+from hanse.server.overseer import OverseerAgent
+from hanse.server.run_manager import LocalRun, RunManager
+from hanse.server.tenure import Tenure, take_lease
+from hanse.settings import ServerSettings
+from hanse.storage.records import Store
+
+__all__ = ["AdminServer", "BaseServer", "CommandModule", "FederatedServer", "TaskMetaInfo"]
+
+TURN_TIMEOUT_S: Final = 60.0
+"""How long becoming primary, or ceasing to be, may take before the overseer's agent is told no more of it."""
+MAX_SOCKET_PATH: Final = 100
+"""Unix socket paths are limited to little more than this; a longer workspace has its socket in the temporary folder."""
+
+_log = logging.getLogger(__name__)
+
+
+class CommandModule(Protocol):
+    """A set of administrative commands."""
+
+    def register(self, server: "FederatedServer", cell: Cell) -> None:
+        """Let *cell* answer the module's commands, on behalf of *server*."""
+
+
+class TaskMetaInfo(NamedTuple):
+    """What identifies the model that a client works on."""
+
+    project: str
+    job_id: JobId
+    round: int
+    client: ClientName
+
+
+@dataclass(frozen=True, slots=True)
+class _Deployed:
+    """What a deployed server works with."""
+
+    store: Store
+    cell: Cell
+    reception: Reception
+    workspace: Path
+    launcher: Launcher
+    socket: Path
+
+
+class FederatedServer(BaseServer):
+    """A federated-learning server: identifies and registers clients, and runs jobs with them.
+
+    ``cmd_modules`` are admin command modules: each has ``register(server, cell)``. ``snapshot_persistor`` is the store
+    of run state (``hanse.storage.records.Store``); by default one is embedded in the workspace. ``overseer_agent`` says
+    which server is primary; without one, this server is, alone. ``check_engine_frequency`` is the seconds between a job
+    process's heartbeats to its parent. ``args`` may hold ``settings`` (``hanse.settings.ServerSettings``), whose time
+    limits then apply, and ``launcher``, which starts the runs' processes.
+    """
+
+    def __init__(
+        self,
+        project_name: str | None = None,
+        min_num_clients: int = 2,
+        max_num_clients: int = 10,
+        cmd_modules: Sequence[CommandModule] | None = None,
+        heart_beat_timeout: float = 600,
+        handlers: list[FLComponent] | None = None,
+        args: argparse.Namespace | None = None,
+        secure_train: bool = False,
+        snapshot_persistor: Store | None = None,
+        overseer_agent: OverseerAgent | None = None,
+        shutdown_period: float = 30.0,
+        check_engine_frequency: float = 3.0,
+    ) -> None:
+        super().__init__(project_name, min_num_clients, max_num_clients, heart_beat_timeout, handlers, shutdown_period)
+        self.args = args
+        self.secure_train = secure_train
+        self.check_engine_frequency = check_engine_frequency
+        self.max_reg_duration = 60.0
+        self._settings: ServerSettings = getattr(args, "settings", None) or ServerSettings(
+            project=self.project_name or "hanse"
+        )
+        self._cmd_modules = tuple(cmd_modules or ())
+        self._store = snapshot_persistor
+        self._overseer = overseer_agent
+        self._overseeing = threading.Lock()
+        is_alone = overseer_agent is None
+        self._service = Service(ServiceState.HOT, Ssid(token_hex(16))) if is_alone else Service()
+        self._clients = Clients(
+            self._registry,
+            self._lock,
+            project=self.project_name,
+            session=lambda: self._service.ssid,
+            clock=lambda: self.clock(),
+        )
+        self._tokens: set[str] = set()
+        self._deployed: _Deployed | None = None
+        self._tenure: Tenure | None = None
+        self._job_cell: JobCell | None = None
+        self._run: LocalRun | None = None
+
+    # the requests of the contract: each handler raises, and ``_answered`` makes the reply
+
+    def client_challenge(self, request: Message) -> Message:
+        """First half of mutual identification: open a session, and prove this server over the client's nonce.
+
+        Not in service: COMM_ERROR. Not secure, another project, a bad certificate: UNAUTHENTICATED.
+        """
+        return _answered(self._challenge, request)
+
+    def register_client(self, request: Message) -> Message:
+        """Second half: verify who the client is, register it, and reply with token, token signature and SSID.
+
+        The same name again: the older token is logged out completely. Project mismatch, full, disabled, bad identity, a
+        handler's refusal: UNAUTHENTICATED with the reason. An administrator is identified in the same way and gets a
+        token of its role; it is no client, and is not counted as one.
+        """
+        reply = _answered(self._register, request)
+        self._fire(EventType.CLIENT_REGISTER_PROCESSED, request, reason=reply.reason)
+        return reply
+
+    def client_heartbeat(self, request: Message) -> Message:
+        """Refresh the client; reply with the jobs that it should abort.
+
+        A validly signed token that this server does not know (it restarted) re-activates the client, within
+        ``max_num_clients``, if the name is free. Jobs that this server runs there, and that were reported before, are
+        declared dead on that client. Disabled: UNAUTHENTICATED, "disabled" in the reason.
+        """
+        reply = _answered(self._heartbeat, request)
+        self._fire(EventType.CLIENT_HEARTBEAT_PROCESSED, request, reason=reply.reason)
+        return reply
+
+    def quit_client(self, request: Message) -> Message:
+        """Log out an existing client that quits: its further contributions are rejected; min and max are unchanged."""
+        reply = _answered(self._quit, request)
+        if reply.reason == "":
+            self._fire(EventType.CLIENT_QUIT, request)
+        return reply
+
+    def process_job_failure(self, request: Message) -> Message:
+        """Take a client's word that a job failed there for good: the run ends with that reason.
+
+        The sender must be a registered client that takes part in the job.
+        """
+        return _answered(self._job_failure, request)
+
+    def authentication_check(self, request: Message, state_check: Verdict) -> str | None:
+        """Return ``None`` when the request may pass; otherwise the reason.
+
+        *state_check* is what the service state says to the request's kind: its message comes first; then "Request from
+        unknown client SSID" when the request's SSID is not this service session's.
+        """
+        ssid = request.get_header(Header.SSID)
+        return refusal(self._service, state_check, ssid=None if ssid is None else Ssid(ssid))
+
+    def sign_auth_token(self, client_name: str, token: str) -> str:
+        """Return the server's signature that binds *token* to *client_name*; fields are separated unambiguously."""
+        return self._clients.identities.signer.sign(client_name, token)
+
+    def verify_auth_token(self, client_name: str, token: str, signature: str) -> bool:
+        """Return whether *signature* binds *token* to *client_name*."""
+        return self._clients.identities.signer.verify(client_name, token, signature)
+
+    def task_meta_info(self, client_name: str) -> TaskMetaInfo:
+        """Return what identifies the model that *client_name* works on: an update with an older one is stale.
+
+        Outside a job, ``job_id`` is empty and ``round`` -1.
+        """
+        tenure = self._tenure
+        meta = tenure.jobs.current_task(ClientName(client_name)) if tenure is not None else None
+        job_id, round_number = meta if meta is not None else (JobId(""), -1)
+        return TaskMetaInfo(self.project_name, job_id, round_number, ClientName(client_name))
+
+    def reset_tokens(self) -> None:
+        """Let each registered client take a task again: what is outstanding is handed out once more."""
+        with self._lock:
+            self._tokens = set(self._registry.snapshot())
+        if self._tenure is not None:
+            self._tenure.jobs.hand_out_again()
+
+    def remove_client_data(self, token: str) -> None:
+        """Forget the token's task data; unknown: nothing."""
+        with self._lock:
+            self._tokens.discard(token)
+
+    def notify_dead_client(self, client: Client) -> None:
+        """Tell every run in which *client* takes part."""
+        if self._tenure is not None:
+            self._tenure.jobs.gone(client.name)
+
+    def set_disabled(self, name: ClientName, reason: str | None) -> None:
+        """Refuse client *name* from now on, because of *reason*; ``None``: no longer."""
+        client = self._clients.set_disabled(name, reason)
+        if client is not None:
+            self._forget(client)
+            if self._deployed is not None:
+                background_loop().call_soon_threadsafe(
+                    self._deployed.cell.drop, Fqcn(name), Unauthenticated(f"client {name} is disabled")
+                )
+
+    # service state
+
+    def overseer_callback(self, overseer_agent: OverseerAgent) -> None:
+        """Take the overseer's word on who is primary and move the service state.
+
+        Becoming primary resumes the committed runs; losing it stops serving before anyone else may start. Calls do not
+        overlap; an error is logged and never raised into the agent.
+        """
+        with self._overseeing:
+            try:
+                self._observe(overseer_agent)
+            except Exception:  # noqa: BLE001 - the agent must hear no error of ours; the state says what holds
+                _log.exception("taking the overseer's word failed")
+
+    @property
+    def service(self) -> Service:
+        """The service state and the session (SSID) of this tenure."""
+        return self._service
+
+    @property
+    def jobs(self) -> Jobs:
+        """The jobs of this tenure.
+
+        Raises:
+            NotInService: the server is not deployed, or not hot.
+        """
+        if self._tenure is None:
+            raise NotInService
+        return self._tenure.jobs
+
+    @property
+    def clients(self) -> Clients:
+        """The clients of this server."""
+        return self._clients
+
+    @property
+    def reception(self) -> Reception:
+        """Where cells of the same process dial in.
+
+        Raises:
+            NotInService: the server is not deployed.
+        """
+        if self._deployed is None:
+            raise NotInService
+        return self._deployed.reception
+
+    # lifetime
+
+    def deploy(
+        self, args: argparse.Namespace, grpc_args: Mapping[str, Any] | None = None, secure_train: bool = False
+    ) -> None:
+        """Deploy as the base does, with everything that makes a server of it.
+
+        The handlers are registered, every incoming message's credentials are checked, the service state is the
+        overseer agent's word, and what the store says was running is resumed.
+        """
+        self.secure_train = self.secure_train or secure_train
+        super().deploy(args, grpc_args, self.secure_train)
+        if self._overseer is not None:
+            self._overseer.start(self.overseer_callback)
+
+    def fl_shutdown(self) -> None:
+        """Park all jobs (they resume at the next start), fire SYSTEM_END, then as the base."""
+        if self._deployed is not None and not self._closing:
+            run(self._park())
+            self._handlers.tell(EventType.SYSTEM_END, self._context())
+        super().fl_shutdown()
+
+    def close(self) -> int:
+        """Close as the base does, and stop the overseer agent."""
+        if self._overseer is not None:
+            self._overseer.end()
+        result = super().close()
+        self._service = shut_down(self._service)
+        return result
+
+    @asynccontextmanager
+    async def _services(self, where: Place, args: argparse.Namespace) -> AsyncIterator[Cell]:
+        """Run the store, the port and the jobs; whichever of them started is gone when this ends."""
+        self._settings = getattr(args, "settings", None) or self._settings
+        self._clients.lifetimes = Lifetimes(self._settings.token_lifetime_s, self._settings.heartbeat_s)
+        make_private_folder(where.workspace)
+        async with AsyncExitStack() as stack:
+            stack.enter_context(only_user_of(where.workspace))
+            self._clients.identities = self._identities(where)
+            store = await stack.enter_async_context(self._store or _embedded_store(where.workspace))
+            for name, reason in (await store.disabled_clients()).items():
+                self._clients.set_disabled(ClientName(name), reason)
+            admittance = self._admittance()
+            cell = Cell(Fqcn(SERVER), gate=admittance.gate)
+            stack.push_async_callback(cell.close)
+            self._answer_on(cell)
+            self._deployed = deployed = _Deployed(
+                store=store,
+                cell=cell,
+                reception=Reception(
+                    cell,
+                    authorize=admittance.authorize,
+                    session=lambda: self._service.ssid,
+                    server=self._settings.name,
+                    release=version("hanse"),
+                ),
+                workspace=where.workspace,
+                launcher=getattr(args, "launcher", None) or ProcessLauncher(),
+                socket=_socket_path(where.workspace),
+            )
+            stack.push_async_callback(self._park)
+            if self._overseer is None:
+                await self._begin_tenure(None)
+            cell.target = where.target
+            if where.scheme == "grpc":
+                await self._listen(stack, where, deployed, admittance)
+            else:
+                stack.push_async_callback(deployed.reception.close, NotInService("the server is stopping"))
+            self._handlers.tell(EventType.SYSTEM_START, self._context())
+            yield cell
+
+    async def _listen(self, stack: AsyncExitStack, where: Place, deployed: _Deployed, admittance: Admittance) -> None:
+        authority = self._clients.identities.job_authority
+        listener = Listener(
+            deployed.reception,
+            scopes=lambda peer, scope, *, write: admittance.scope(peer, scope, write, self.jobs),
+            tls=server_tls(where, authority.certificate if authority is not None else b""),
+            target=where.target,
+            unix_path=deployed.socket,
+        )
+        deployed.cell.target = await listener.start()
+        stack.callback(deployed.socket.unlink, missing_ok=True)
+        stack.push_async_callback(listener.stop)
+
+    def _identities(self, where: Place) -> Identities:
+        """Take up the server's identity, or the workspace's secret for a server without one."""
+        if where.tls is None:
+            return Identities(TokenSigner.load_or_create(where.workspace / "token.secret"))
+        identity = Identity.load(where.tls.certificate, where.tls.key)
+        identification = Identification(
+            project=self.project_name,
+            server=identity.name,
+            identity=identity,
+            roots=where.tls.root.read_bytes(),
+            sessions=Admission(max_duration_s=self.max_reg_duration),
+        )
+        authority = JobAuthority.load_or_create(where.workspace, now=datetime.now(UTC))
+        return Identities(TokenSigner.from_identity(identity), identification, authority)
+
+    def _admittance(self) -> Admittance:
+        return Admittance(
+            project=self.project_name,
+            signer=self._clients.identities.signer,
+            wall=time.time,
+            serving=self._demand_serving,
+            disabled=self._clients.disabled_because,
+            revoked=self._clients.is_revoked,
+            job_cell_of=self._clients.job_cell_of,
+        )
+
+    def _answer_on(self, cell: Cell) -> None:
+        cell.on(Channel.SERVER, "challenge", lambda request: self.client_challenge(_from_stream(request)))
+        cell.on(Channel.SERVER, "register", lambda request: self._register_over_stream(cell, _from_stream(request)))
+        cell.on(Channel.SERVER, "renew", self._renew)
+        cell.on(Channel.SERVER, "heartbeat", self.client_heartbeat)
+        cell.on(Channel.SERVER, "quit", self.quit_client)
+        cell.on(Channel.SERVER, "job_failure", self.process_job_failure)
+        cell.on_link_up(self._link_up)
+        cell.on_link_down(self._link_down)
+        for module in self._cmd_modules:
+            module.register(self, cell)
+
+    # becoming primary, and no longer
+
+    def _observe(self, agent: OverseerAgent) -> None:
+        primary = agent.primary()
+        cell = self.get_cell()
+        is_me = primary is not None and cell is not None and primary.target == cell.target
+        after = observe(self._service, primary_ssid=primary.ssid if primary else None, is_me=is_me)
+        if after == self._service:
+            return
+        _log.info("service state", extra={"was": self._service.state.value, "is": after.state.value})
+        self._service = after
+        if after.state is ServiceState.COLD2HOT:
+            run(self._begin_tenure(after.ssid), TURN_TIMEOUT_S)
+            self._service = restored(self._service)
+        else:
+            run(self._end_tenure(), TURN_TIMEOUT_S)
+            self._service = parked(self._service)
+
+    async def _begin_tenure(self, ssid: Ssid | None) -> None:
+        """Take the store's lease and resume the committed runs; *ssid* is the overseer's, ``None`` for the lease's."""
+        deployed = self._deployed
+        if deployed is None:
+            raise Conflict("the server", state="not deployed", wanted="made primary")
+        lease = await take_lease(deployed.store)
+        self._service = Service(self._service.state, ssid or lease.ssid)
+        services = RunServices(
+            project=self.project_name,
+            epoch=lease.epoch,
+            store=deployed.store,
+            cell=deployed.cell,
+            launcher=deployed.launcher,
+            credentials=self._clients.job_credentials,
+            handlers=self._handlers,
+            now=asyncio.get_running_loop().time,
+            wall=time.time,
+            run_url=f"unix:{deployed.socket}",
+            check_frequency_s=self.check_engine_frequency,
+        )
+        limits = JobLimits(self._settings.max_running_jobs, self.min_num_clients, self._settings.lost_after)
+        jobs = Jobs(services, workspace=deployed.workspace, clients=self._clients, limits=limits)
+        self._tenure = Tenure(deployed.store, lease, jobs, on_lost=self._tenure_lost)
+        await self._tenure.begin()
+
+    async def _end_tenure(self) -> None:
+        """Stop serving before anyone else may start: send everybody away and park the runs."""
+        if self._deployed is not None:
+            for peer in self._deployed.cell.peers():
+                self._deployed.cell.drop(peer.fqcn, NotInService())
+        await self._park()
+
+    async def _park(self) -> None:
+        """End the runs' processes here; their state stays committed, and the next tenure resumes them."""
+        tenure, self._tenure = self._tenure, None
+        if tenure is not None:
+            await tenure.end()
+
+    def _tenure_lost(self) -> None:
+        """Serve nobody any more: another server's lease has begun."""
+        self._service = observe(self._service, primary_ssid=None, is_me=False)
+        self._tenure = None
+        if self._deployed is not None:
+            for peer in self._deployed.cell.peers():
+                self._deployed.cell.drop(peer.fqcn, NotInService())
+
+    def _demand_serving(self) -> None:
+        if self._service.state not in (ServiceState.COLD2HOT, ServiceState.HOT):
+            raise NotInService
+
+    # what the handlers of the contract do
+
+    def _challenge(self, request: Message) -> Payload:
+        self._demand(RequestKind.REGISTER)
+        challenge = expect(request, Challenge)
+        return self._clients.challenge(request.get_header(Header.ORIGIN) or challenge.client, challenge)
+
+    def _register(self, request: Message) -> Payload:
+        self._demand(RequestKind.REGISTER)
+        register = expect(request, Register)
+        role = self._clients.identify(request.get_header(Header.ORIGIN) or register.client, register)
+        self._ask_handlers(EventType.CLIENT_REGISTER_RECEIVED, register.client, request)
+        if role.partition(":")[0] == "admin":
+            return self._clients.log_in(register, role)
+        registered, replaced = self._clients.register(register)
+        if replaced is not None:
+            self._forget(replaced)
+        with self._lock:
+            self._tokens.add(registered.token)
+        if self._tenure is not None:
+            self._tenure.jobs.registered(ClientName(register.client))
+        self._wake_cleanup()
+        return registered
+
+    def _register_over_stream(self, cell: Cell, request: Message) -> Message:
+        """Register, and take the stream for the client's (or administrator's) own from then on."""
+        reply = self.register_client(request)
+        peer = current_peer()
+        if peer is not None and isinstance(reply.payload, Registered) and isinstance(request.payload, Register):
+            given = reply.payload
+            kind, _, role = given.role.partition(":")
+            credentials = Credentials(request.payload.client, given.token, given.token_signature, given.ssid)
+            kind = PeerKind.ADMIN.value if kind == "admin" else PeerKind.CLIENT.value
+            cell.prove(peer, kind=kind, credentials=credentials, role=role)
+        return reply
+
+    def _renew(self, request: Message) -> Message:
+        """Give the stream's own peer a fresh token of the same scope, before the present one expires."""
+        del request
+        peer = current_peer()
+        if peer is None:
+            raise Unauthenticated("a token is renewed over the stream that it opened")
+        return ok(self._clients.renew(peer))
+
+    def _heartbeat(self, request: Message) -> Payload:
+        self._demand(RequestKind.HEARTBEAT)
+        heartbeat = expect(request, Heartbeat)
+        self._ask_handlers(EventType.CLIENT_HEARTBEAT_RECEIVED, request.get_header(Header.CLIENT) or "", request)
+        client, is_back = self._clients.hear(request)
+        if is_back:
+            with self._lock:
+                self._tokens.add(client.token)
+            self._wake_cleanup()
+            self._note_stream(Fqcn(client.name))
+        if self._admin_server is not None:
+            self._admin_server.client_heartbeat(client)
+        tenure = self._tenure
+        abort = tenure.jobs.heartbeat(client.name, heartbeat.jobs) if tenure is not None else ()
+        return HeartbeatReply(abort, self._service.ssid)
+
+    def _quit(self, request: Message) -> Payload:
+        expect(request, Quit)
+        client = self._clients.revoke(self._clients.known(request).token)
+        if client is not None:
+            self._forget(client)
+        return None
+
+    def _job_failure(self, request: Message) -> Payload:
+        failure = expect(request, JobFailure)
+        participant, _ = split_cell(Fqcn(request.get_header(Header.CLIENT) or ""))
+        self.jobs.failed_at(self._clients.named(participant).name, failure)
+        return None
+
+    def _ask_handlers(self, gate: EventType, peer: str, request: Message) -> None:
+        refused = self._handlers.ask(gate, self._context(peer=peer, message=request))
+        if refused is not None:
+            raise Unauthenticated(refused)
+
+    def _demand(self, kind: RequestKind) -> None:
+        if (reason := message(self._service.verdict(kind))) is not None:
+            raise NotInService(reason)
+
+    # streams
+
+    def _link_up(self, peer: Peer) -> None:
+        if peer.kind == PeerKind.CLIENT:
+            self._note_stream(peer.fqcn)
+        if self._tenure is not None:
+            self._tenure.jobs.link_up(peer)
+
+    def _link_down(self, peer: Peer, reason: str) -> None:
+        if peer.kind == PeerKind.CLIENT:
+            self._clients.stream_down(peer)
+            self._handlers.tell(EventType.CLIENT_DISCONNECTED, self._context(peer=peer.fqcn, reason=reason))
+        if self._tenure is not None:
+            self._tenure.jobs.link_down(peer)
+
+    def _note_stream(self, fqcn: Fqcn) -> None:
+        """Note that a client's stream is up, if it is: it may have come before the client was known."""
+        peer = self._deployed.cell.peer(fqcn) if self._deployed is not None else None
+        if peer is None:
+            return
+        if self._clients.stream_up(peer):
+            self._handlers.tell(EventType.CLIENT_RECONNECTED, self._context(peer=fqcn))
+        if self._tenure is not None:
+            self._tenure.jobs.wake_soon()
+
+    def _context(self, *, peer: str = "", message: Message | None = None, reason: str = "") -> FLContext:
+        return FLContext("server", project=self.project_name, peer=peer, message=message, reason=reason)
+
+    def _fire(self, notice: EventType, request: Message, *, reason: str = "") -> None:
+        name = request.get_header(Header.CLIENT)
+        if name is None and isinstance(request.payload, Register):
+            name = request.payload.client
+        self._handlers.tell(notice, self._context(peer=name or "", message=request, reason=reason))
+
+    # a run in this process
+
+    def create_job_cell(
+        self, job_id: str, root_url: str, parent_url: str, secure_train: bool, server_config: Mapping[str, Any]
+    ) -> Cell:
+        """In a job's process: connect it as ``server.<job_id>`` to its parent, and make it obey the parent's commands.
+
+        *parent_url* is where the parent listens for it (``unix:<path>``); *server_config* holds ``credentials``, those
+        of this job's cell. The parent is on this machine, so *root_url* and *secure_train* make no difference.
+
+        Raises:
+            Unreachable: the parent does not answer.
+            Unauthenticated: it does not take the credentials.
+        """
+        del root_url, secure_train
+        credentials = server_config.get("credentials")
+        if not isinstance(credentials, Credentials):
+            raise ConfigError(
+                "server_config['credentials']", got=credentials, expected="the Credentials of the job's cell"
+            )
+        self._job_cell = run(
+            connect(JobId(job_id), parent_url, credentials, project=self.project_name, on_abort=self._abort_run)
+        )
+        return self._job_cell.cell
+
+    def _abort_run(self, reason: str) -> None:
+        if self._run is not None:
+            self._run.abort(reason)
+
+    def create_run_manager(self, workspace: str | Path, job_id: str) -> RunManager:
+        """Return what holds a run's components, handlers and context."""
+        return RunManager(JobId(job_id), Path(workspace), self.project_name, self._handlers)
+
+    def start_run(
+        self,
+        job_id: str,
+        run_root: str | Path,
+        conf: JobSpec,
+        args: argparse.Namespace | None,
+        snapshot: RunSnapshot | None,
+    ) -> RunEnded:
+        """Run a job in this process and return when it has ended; with a snapshot it continues from there.
+
+        *run_root* is the run's folder, *conf* the job. Without *snapshot* the parent is asked where the run stands.
+
+        Raises:
+            Conflict: there is no job cell (``create_job_cell`` makes it), or a run already.
+        """
+        del args
+        if self._job_cell is None or self._run is not None:
+            state = "without a job cell" if self._job_cell is None else "running another"
+            raise Conflict(f"run {job_id}", state=state, wanted="started")
+        manager = self.create_run_manager(run_root, job_id)
+        self._run = LocalRun(
+            manager, conf, self._job_cell.link, heartbeat_s=self.check_engine_frequency, snapshot=snapshot
+        )
+        try:
+            return self.run_engine()
+        finally:
+            self._run = None
+
+    def run_engine(self) -> RunEnded:
+        """Run the current run to its end; a failure ends the run with its reason.
+
+        Raises:
+            Conflict: there is no current run.
+        """
+        if self._run is None:
+            raise Conflict("the run", state="not started", wanted="run")
+        return run(self._run.drive())
+
+    def abort_run(self) -> None:
+        """Abort the run in this process, if there is one: its clients are told, its state stays committed."""
+        if self._run is not None:
+            background_loop().call_soon_threadsafe(self._run.abort, "aborted in its process")
+
+    def stop_run_engine_cell(self) -> None:
+        """Close the job cell, if there is one."""
+        if self._job_cell is not None:
+            run(self._job_cell.close())
+            self._job_cell = None
+
+    def stop_training(self) -> None:
+        """Hand out no new work: no further job starts here, and a run in this process ends after its present round."""
+        if self._tenure is not None:
+            self._tenure.jobs.stop_handing_out()
+        if self._run is not None:
+            background_loop().call_soon_threadsafe(self._run.stop_after_round)
+
+
+def _answered(handler: Callable[[Message], Payload], request: Message) -> Message:
+    """Return what *handler* makes of *request* as a reply: OK with its payload, or the error that it raised."""
+    try:
+        return ok(handler(request))
+    except HanseError as error:
+        _log.info("request refused", extra={"reason": error.reason, "origin": request.get_header(Header.ORIGIN)})
+        return refuse(error)
+
+
+def _from_stream(request: Message) -> Message:
+    """Return *request* with its stream for an origin: the name that an unproven peer claims is not one."""
+    peer = current_peer()
+    if peer is None or peer.proven:
+        return request
+    return Message({**request.headers, Header.ORIGIN: f"{peer.fqcn}#{id(peer):x}"}, request.payload)
+
+
+def _socket_path(workspace: Path) -> Path:
+    path = (workspace / "jobs.sock").absolute()
+    if len(str(path)) <= MAX_SOCKET_PATH:
+        return path
+    return Path(tempfile.mkdtemp(prefix="hanse-")) / "jobs.sock"
+
+
+def _embedded_store(workspace: Path) -> Store:
+    # A job's process has this class too and holds no database; SQLAlchemy would double what it takes to start.
+    from hanse.storage.store import SqlStore  # noqa: PLC0415 - see above
+
+    return SqlStore(workspace / "store.db")

@@ -1,0 +1,651 @@
+"""The jobs of one server: submitted, scheduled when their clients are there, run, and taken up again after a restart.
+
+One task schedules: it wakes when something changed (a job, a client, a deadline) and acts on what
+``coordination.schedule`` decides. Each running job is an ``ActiveRun`` with a task of its own. Messages about a job
+find
+their run here. All of it lives on the event loop; ``heartbeat`` may be called from any thread.
+"""
+
+import asyncio
+import importlib
+import logging
+import re
+import secrets
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from hanse.cell.cell import Cell
+from hanse.cell.link import Peer
+from hanse.coordination.runs import Run, Sync, heartbeat_sync
+from hanse.coordination.schedule import Decision, GiveUp, Start, Wait, next_deadline, plan
+from hanse.errors import (
+    Conflict,
+    HanseError,
+    InternalError,
+    JobInvalid,
+    NotFound,
+    ProtocolError,
+    StaleEpoch,
+    Unauthorized,
+)
+from hanse.events import EventType, FLContext
+from hanse.ids import ClientName, Fqcn, JobId, job_cell, split_cell
+from hanse.job import ENDED, JobRecord, JobState, move
+from hanse.learning.workflow import WORKFLOWS, load_workflow
+from hanse.messages import (
+    AbortJob,
+    CancelTasks,
+    Channel,
+    ClientView,
+    CommitRound,
+    Header,
+    IssueTasks,
+    JobEnded,
+    JobEvent,
+    JobFailure,
+    JobView,
+    LogMetrics,
+    Message,
+    RunEnded,
+    TaskResult,
+    ok,
+)
+from hanse.server.active_run import ActiveRun, RunFolder, RunServices, deploy
+from hanse.server.clients import Clients
+from hanse.storage.packages import unpack_package
+from hanse.storage.tensors import TensorFiles
+
+_log = logging.getLogger(__name__)
+
+P = TypeVar("P", bound=msgspec.Struct)
+
+WATCHERS_PER_JOB: Final = 64
+LOG_BYTES: Final = 256 * 1024
+"""The most that is read of a log's end to show its last lines."""
+_NOT_IN_ID = re.compile(r"[^a-z0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class JobLimits:
+    """When a job may start, and when a client is lost to its runs."""
+
+    max_running_jobs: int = 4
+    min_registered: int = 1
+    lost_after_s: float = 15.0
+
+
+class Jobs:
+    """The jobs of one server during one tenure; ``serve`` is its life."""
+
+    def __init__(self, services: RunServices, *, workspace: Path, clients: Clients, limits: JobLimits) -> None:
+        self._services = services
+        self._workspace = workspace
+        self._clients = clients
+        self._limits = limits
+        self._runs: dict[JobId, ActiveRun] = {}
+        self._lives: dict[JobId, asyncio.Task[None]] = {}
+        self._waiting: dict[JobId, Wait] = {}
+        self._known: dict[ClientName, frozenset[JobId]] = {}
+        self._watchers: dict[JobId, set[Fqcn]] = {}
+        self._ended: dict[JobId, asyncio.Event] = {}
+        self._changed = asyncio.Event()
+        self._suspects = asyncio.Event()
+        self._accepting = True
+        self._loop = asyncio.get_running_loop()
+        self._register_handlers()
+
+    # its life
+
+    async def serve(self, ready: asyncio.Event) -> None:
+        """Take up the committed runs, set *ready*, and schedule jobs until cancelled; then park what runs."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            await self._take_up()
+            ready.set()
+            group.create_task(self._watch_clients(), name="notice lost clients")
+            try:
+                await self._schedule()
+            finally:
+                for life in self._lives.values():
+                    life.cancel()
+
+    async def _take_up(self) -> None:
+        store, epoch = self._services.store, self._services.epoch
+        for record in await store.jobs(states=(JobState.SCHEDULED,)):
+            again = move(record, JobState.SUBMITTED, at=self._services.wall())
+            await store.replace_job(epoch, again, was=record.state)
+        for record in await store.jobs(states=(JobState.RUNNING,)):
+            state = await store.snapshot(record.job_id)
+            run = Run(
+                record.job_id,
+                record.clients,
+                process_tries=record.spec.process_tries,
+                now=self._services.now(),
+                committed=-1 if state.state is None else state.state.round,
+                tasks=state.tasks,
+                answers=state.answers,
+            )
+            _log.info("run taken up", extra={"job": record.job_id, "round": run.round})
+            self._live(record.job_id, self._run(record, run, resumed=True))
+
+    async def _schedule(self) -> None:
+        while True:
+            self._changed.clear()
+            deadline = await self._plan()
+            delay = None if deadline is None else max(deadline - self._services.wall(), 0.0)
+            try:
+                async with asyncio.timeout(delay):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    async def _plan(self) -> float | None:
+        submitted = await self._services.store.jobs(states=(JobState.SUBMITTED,))
+        decisions: dict[JobId, Decision] = plan(
+            submitted,
+            clients=self._clients.candidates(self._jobs_at),
+            running_jobs=len(self._lives),
+            max_running_jobs=self._limits.max_running_jobs,
+            min_registered=self._limits.min_registered,
+            now_s=self._services.wall(),
+        )
+        self._waiting = {job_id: wait for job_id, wait in decisions.items() if isinstance(wait, Wait)}
+        for record in submitted:
+            match decisions[record.job_id]:
+                case Start(clients=clients) if self._accepting:
+                    scheduled = move(record, JobState.SCHEDULED, at=self._services.wall())
+                    scheduled = msgspec.structs.replace(scheduled, clients=clients)
+                    await self._services.store.replace_job(self._services.epoch, scheduled, was=record.state)
+                    self._live(record.job_id, self._launch(scheduled))
+                case GiveUp(reason=reason):
+                    await self._fail(record, "no-clients", reason)
+                case _:
+                    pass
+        return next_deadline(decisions.values())
+
+    async def _watch_clients(self) -> None:
+        """Tell runs of clients that are lost: woken by the earliest deadline of a suspect client, or by a change."""
+        while True:
+            self._suspects.clear()
+            lost_after_s = self._limits.lost_after_s
+            for run in list(self._runs.values()):
+                run.lose(lost_after_s)
+            deadlines = [run.run.next_deadline(lost_after_s) for run in self._runs.values()]
+            deadline = min((at for at in deadlines if at is not None), default=None)
+            delay = None if deadline is None else max(deadline - self._services.now(), 0.0)
+            try:
+                async with asyncio.timeout(delay):
+                    await self._suspects.wait()
+            except TimeoutError:
+                continue
+
+    # a job's way
+
+    async def submit(self, package: Path, *, submitter: str) -> JobRecord:
+        """Store the job whose package is the file *package*, and return its record.
+
+        Raises:
+            JobInvalid: the package or its definition does not hold, or a handler refuses it.
+        """
+        job_folder, record = await asyncio.to_thread(self._receive, package, submitter)
+        context = FLContext("server", project=self._services.project, peer=submitter, job_id=record.job_id)
+        if (refused := self._services.handlers.ask(EventType.JOB_SUBMITTED, context)) is not None:
+            raise JobInvalid("submission", got=record.spec.name, expected=f"one that the server takes: {refused}")
+        await self._services.store.add_job(self._services.epoch, record)
+        _log.info("job submitted", extra={"job": record.job_id, "submitter": submitter, "folder": str(job_folder.path)})
+        self._ended[record.job_id] = asyncio.Event()
+        self.wake()
+        return record
+
+    def _receive(self, package: Path, submitter: str) -> tuple[RunFolder, JobRecord]:
+        data = package.read_bytes()
+        spec_folder = RunFolder(self._workspace / "runs" / f".incoming-{secrets.token_hex(8)}")
+        spec = unpack_package(data, spec_folder.code)
+        if spec.workflow.name in WORKFLOWS:
+            load_workflow(spec.workflow, _no_import)
+        job_id = JobId(f"{_NOT_IN_ID.sub('-', spec.name.lower()).strip('-') or 'job'}-{secrets.token_hex(4)}"[-63:])
+        digest = TensorFiles(spec_folder.package).put(memoryview(data))
+        folder = RunFolder(self._workspace / "runs" / job_id)
+        spec_folder.path.rename(folder.path)
+        record = JobRecord(
+            job_id=job_id,
+            spec=spec,
+            submitter=submitter,
+            submitted_at=self._services.wall(),
+            package=digest,
+            package_bytes=len(data),
+        )
+        return folder, record
+
+    async def _launch(self, record: JobRecord) -> None:
+        """Deploy a scheduled job and run it to its end."""
+        context = FLContext("server", project=self._services.project, job_id=record.job_id)
+        if (refused := self._services.handlers.ask(EventType.BEFORE_JOB_LAUNCH, context)) is not None:
+            await self._fail(record, "launch-refused", f"the server does not launch it: {refused}")
+            return
+        outcomes = await asyncio.gather(
+            *(deploy(self._services.cell, record, client) for client in record.clients), return_exceptions=True
+        )
+        refusals = {
+            client: outcome
+            for client, outcome in zip(record.clients, outcomes, strict=True)
+            if isinstance(outcome, BaseException)
+        }
+        remaining = tuple(client for client in record.clients if client not in refusals)
+        for client, error in refusals.items():
+            if not isinstance(error, HanseError):
+                raise error
+            self.emit(
+                JobEvent(record.job_id, "client_refused", self._services.wall(), client=client, text=error.reason)
+            )
+        if len(remaining) < record.spec.min_clients or not set(record.spec.required_clients) <= set(remaining):
+            await self._not_deployed(record, [error for error in refusals.values() if isinstance(error, HanseError)])
+            return
+        running = move(record, JobState.RUNNING, at=self._services.wall())
+        running = msgspec.structs.replace(running, clients=remaining)
+        await self._services.store.replace_job(self._services.epoch, running, was=record.state)
+        self._tell(EventType.JOB_DEPLOYED, record.job_id)
+        self._tell(EventType.JOB_STARTED, record.job_id)
+        run = Run(record.job_id, remaining, process_tries=record.spec.process_tries, now=self._services.now())
+        await self._run(running, run, resumed=False)
+
+    async def _not_deployed(self, record: JobRecord, refusals: Sequence[HanseError]) -> None:
+        """End a job that too few clients take; one that they could not take just now is scheduled again."""
+        for_good = [error.reason for error in refusals if not error.retryable]
+        if for_good:
+            await self._fail(record, "site-refused", "; ".join(for_good))
+            return
+        again = move(record, JobState.SUBMITTED, at=self._services.wall())
+        await self._services.store.replace_job(self._services.epoch, again, was=record.state)
+        self.wake()
+
+    async def _run(self, record: JobRecord, run: Run, *, resumed: bool) -> None:
+        active = ActiveRun(record, run, self._folder(record.job_id), self._services, emit=self.emit)
+        self._runs[record.job_id] = active
+        try:
+            for client in record.clients:  # those whose process went on while the server was away
+                if (peer := self._services.cell.peer(job_cell(client, record.job_id))) is not None:
+                    await active.cell_up(client, peer)
+            ended = await active.live(resumed=resumed)
+            self._announce_end(ended)
+        finally:
+            del self._runs[record.job_id]
+
+    async def _fail(self, record: JobRecord, code: str, reason: str) -> None:
+        await self._end_idle(record, JobState.FAILED, code=code, reason=reason)
+
+    async def _end_idle(self, record: JobRecord, to: JobState, *, code: str = "", reason: str = "") -> None:
+        """End a job that does not run."""
+        ended = move(record, to, at=self._services.wall(), code=code, reason=reason)
+        await self._services.store.replace_job(self._services.epoch, ended, was=record.state)
+        self._waiting.pop(record.job_id, None)
+        notice = EventType.JOB_FAILED if to is JobState.FAILED else EventType.JOB_ABORTED
+        self._tell(notice, record.job_id, reason=reason)
+        for client in record.clients:
+            _tell_quietly(self._services.cell, Fqcn(client), AbortJob(record.job_id, reason or to.value))
+        self._announce_end(ended)
+
+    def _announce_end(self, record: JobRecord) -> None:
+        _log.info("job ended", extra={"job": record.job_id, "state": record.state.value, "reason": record.reason})
+        if (ended := self._ended.pop(record.job_id, None)) is not None:
+            ended.set()
+        self._watchers.pop(record.job_id, None)
+        self.wake()
+
+    def _live(self, job_id: JobId, life: Coroutine[Any, Any, None]) -> None:
+        """Give a job a task of its own; whatever goes wrong there ends that job and no other."""
+        task = self._group.create_task(self._guarded(job_id, life), name=f"job {job_id}")
+        self._lives[job_id] = task
+        task.add_done_callback(lambda _: self._lives.pop(job_id, None))
+        task.add_done_callback(lambda _: self.wake())
+
+    async def _guarded(self, job_id: JobId, life: Coroutine[Any, Any, None]) -> None:
+        try:
+            await life
+        except StaleEpoch as deposed:
+            _log.warning("run given up", extra={"job": job_id, "reason": deposed.reason})
+        except Exception:  # noqa: BLE001 - one job's trouble must not end the others; it ends the job, with a reason
+            _log.exception("a job's task failed", extra={"job": job_id})
+            record = await self._services.store.job(job_id)
+            if record.state not in ENDED:
+                await self._fail(record, "internal", InternalError(f"running job {job_id}").reason)
+
+    async def abort(self, job_id: JobId, *, reason: str) -> JobRecord:
+        """Abort a job that has not ended, and return its record.
+
+        Raises:
+            NotFound: there is no such job.
+            Conflict: it has ended.
+        """
+        record = await self._services.store.job(job_id)
+        if record.state in ENDED:
+            raise Conflict(f"job {job_id}", state=record.state.value, wanted="aborted")
+        if (active := self._runs.get(job_id)) is not None:
+            await active.end(JobState.ABORTED, code="aborted", reason=reason)
+            return active.record
+        if (life := self._lives.get(job_id)) is not None:
+            life.cancel()
+            await asyncio.gather(life, return_exceptions=True)
+            record = await self._services.store.job(job_id)
+        await self._end_idle(record, JobState.ABORTED, code="aborted", reason=reason)
+        return await self._services.store.job(job_id)
+
+    async def wait(self, job_id: JobId) -> JobRecord:
+        """Return the job's record once it has ended."""
+        record = await self._services.store.job(job_id)
+        if record.state not in ENDED:
+            await self._ended.setdefault(job_id, asyncio.Event()).wait()
+            record = await self._services.store.job(job_id)
+        return record
+
+    def current_task(self, client: ClientName) -> tuple[JobId, int] | None:
+        """Return the job and round that *client* works for: of its runs, the one that began last."""
+        runs = self._runs_of(client)
+        return (runs[-1].job_id, runs[-1].run.round) if runs else None
+
+    def hand_out_again(self) -> None:
+        """Send each client again what it has to answer; from any thread."""
+        for run in list(self._runs.values()):
+            self._loop.call_soon_threadsafe(self._spawn_for, run, run.hand_out_again)
+
+    def _spawn_for(self, run: ActiveRun, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._group.create_task(self._guarded(run.job_id, work()), name=f"work for {run.job_id}")
+
+    def stop_handing_out(self) -> None:
+        """Start no further job; what runs goes on."""
+        self._accepting = False
+
+    def wake(self) -> None:
+        """Have the schedule looked at again; from the event loop."""
+        self._changed.set()
+
+    def wake_soon(self) -> None:
+        """Have the schedule looked at again; from any thread."""
+        self._loop.call_soon_threadsafe(self._changed.set)
+
+    # what clients tell
+
+    def heartbeat(self, client: ClientName, reported: Collection[JobId]) -> tuple[JobId, ...]:
+        """Take note of the jobs that *client* reports, and return those that it should abort; from any thread."""
+        expected = {job_id for job_id, run in list(self._runs.items()) if client in run.run.clients}
+        sync = heartbeat_sync(reported, expected=expected, previously=self._known.get(client, frozenset()))
+        self._known[client] = sync.known
+        self._loop.call_soon_threadsafe(self._heard, client, sync, expected)
+        starting = set(self._lives) - set(self._runs)
+        return tuple(job_id for job_id in sync.abort if job_id not in starting)
+
+    def _heard(self, client: ClientName, sync: Sync, expected: Collection[JobId]) -> None:
+        for job_id in expected:
+            if (run := self._runs.get(job_id)) is not None:
+                run.heard(client, reported=job_id in sync.known, dead=job_id in sync.dead)
+
+    def registered(self, client: ClientName) -> None:
+        """Take note that *client*'s agent has registered (anew); from any thread."""
+        self._known.pop(client, None)
+        self._loop.call_soon_threadsafe(self._agent_is_new, client)
+
+    def _agent_is_new(self, client: ClientName) -> None:
+        for run in self._runs_of(client):
+            run.agent_is_new(client)
+        self.wake()
+
+    def gone(self, client: ClientName) -> None:
+        """Take note that *client* was logged out; from any thread. Its runs see it suspect, and lost in time."""
+        self._known.pop(client, None)
+        self._loop.call_soon_threadsafe(self._agent_is_gone, client)
+
+    def _agent_is_gone(self, client: ClientName) -> None:
+        for run in self._runs_of(client):
+            run.cell_down(client, None)
+        self._suspects.set()
+        self.wake()
+
+    def failed_at(self, client: ClientName, failure: JobFailure) -> None:
+        """Take *client*'s word that a job failed there for good: the run ends with that reason; from any thread.
+
+        Raises:
+            NotFound: no such job runs.
+            Unauthorized: the client takes no part in it.
+        """
+        run = self._run_of(failure.job_id)
+        if client not in run.run.clients:
+            raise Unauthorized(client, f"report on job {failure.job_id}", needs="to take part in it")
+        reason = f"{failure.reason} (at {client})"
+        self._loop.call_soon_threadsafe(self._end_failed, run, failure.code or f"client-{failure.kind}", reason)
+
+    def _end_failed(self, run: ActiveRun, code: str, reason: str) -> None:
+        self._spawn_for(run, lambda: run.end(JobState.FAILED, code=code, reason=reason))
+
+    def link_up(self, peer: Peer) -> None:
+        """Take note that a peer can be reached."""
+        participant, job_id = split_cell(peer.fqcn)
+        if job_id is None:
+            self.wake()
+        elif (run := self._runs.get(job_id)) is not None and participant in run.run.clients:
+            self._spawn_for(run, lambda: run.cell_up(ClientName(participant), peer))
+
+    def link_down(self, peer: Peer) -> None:
+        """Take note that a peer can no longer be reached."""
+        participant, job_id = split_cell(peer.fqcn)
+        for watchers in self._watchers.values():
+            watchers.discard(peer.fqcn)
+        if job_id is not None and (run := self._runs.get(job_id)) is not None and participant in run.run.clients:
+            run.cell_down(ClientName(participant), peer)
+        elif job_id is None:
+            for run in self._runs_of(ClientName(participant)):
+                run.cell_down(ClientName(participant), peer)
+        self._suspects.set()
+        self.wake()
+
+    # what people ask
+
+    async def view(self, job_id: JobId, *, history: bool = True) -> JobView:
+        """Return a job, for people."""
+        return await self._view(await self._services.store.job(job_id), history=history)
+
+    async def views(self, *, state: str = "", limit: int = 100) -> list[JobView]:
+        """Return the jobs, newest first, without their rounds' history."""
+        states = (JobState(state),) if state else ()
+        records = await self._services.store.jobs(states=states, limit=limit)
+        return [await self._view(record, history=False) for record in records]
+
+    async def find(self, prefix: str) -> JobId:
+        """Return the id of the one job whose id is, or begins with, *prefix*.
+
+        Raises:
+            NotFound: no job, or several.
+        """
+        ids = [record.job_id for record in await self._services.store.jobs()]
+        if prefix in ids:
+            return JobId(prefix)
+        matching = [job_id for job_id in ids if prefix and job_id.startswith(prefix)]
+        if len(matching) != 1:
+            raise NotFound("job" if not matching else f"one job (there are {len(matching)}) with the prefix", prefix)
+        return matching[0]
+
+    def watch(self, job_id: JobId, watcher: Fqcn) -> None:
+        """Send *watcher* the job's events from now on, until it ends or the watcher leaves."""
+        watchers = self._watchers.setdefault(job_id, set())
+        if len(watchers) >= WATCHERS_PER_JOB and watcher not in watchers:
+            raise Conflict(
+                f"job {job_id}", state=f"watched by {WATCHERS_PER_JOB} already", wanted="watched by one more"
+            )
+        watchers.add(watcher)
+
+    def emit(self, event: JobEvent) -> None:
+        """Send *event* to whoever watches its job."""
+        for watcher in tuple(self._watchers.get(event.job_id, ())):
+            try:
+                self._services.cell.tell(watcher, Channel.ADMIN, "job.event", event)
+            except HanseError:
+                self._watchers[event.job_id].discard(watcher)
+
+    async def log_of(self, job_id: JobId, client: ClientName | None, *, lines: int) -> str:
+        """Return the last *lines* lines of the run's log here, or of what *client*'s process last left behind."""
+        if client is not None:
+            run = self._runs.get(job_id)
+            return run.log_tail(client) if run is not None else ""
+        path = self._folder(job_id).log
+        return await asyncio.to_thread(_last_lines, path, lines)
+
+    def package_files(self, job_id: JobId) -> TensorFiles:
+        """Return the files that hold the job's package."""
+        return TensorFiles(self._folder(job_id).package)
+
+    def result_files(self, job_id: JobId) -> TensorFiles:
+        """Return the files that hold the job's result."""
+        return TensorFiles(self._folder(job_id).result)
+
+    def upload_files(self, submitter: str) -> TensorFiles:
+        """Return the files into which *submitter* uploads packages."""
+        return TensorFiles(self._workspace / "uploads" / submitter)
+
+    def run_files(self, job_id: JobId, participant: str) -> TensorFiles | None:
+        """Return the tensor files of a running job in which *participant* takes part, else ``None``."""
+        run = self._runs.get(job_id)
+        return run.files if run is not None and participant in run.run.clients else None
+
+    def takes_part(self, job_id: JobId, client: str) -> bool:
+        """Return whether *client* takes part in a running job, or is asked to."""
+        run = self._runs.get(job_id)
+        return client in run.run.clients if run is not None else job_id in self._lives
+
+    async def _view(self, record: JobRecord, *, history: bool) -> JobView:
+        rounds = await self._services.store.rounds(record.job_id)
+        waiting = self._waiting.get(record.job_id)
+        run = self._runs.get(record.job_id)
+        last = rounds[-1] if rounds else None
+        total = record.spec.workflow.settings.get("rounds", 0)
+        parts = run.run.participants if run is not None else ()
+        return JobView(
+            job_id=record.job_id,
+            name=record.spec.name,
+            state=record.state.value,
+            submitter=record.submitter,
+            submitted_at=record.submitted_at,
+            started_at=record.started_at,
+            ended_at=record.ended_at,
+            code=record.code,
+            reason=record.reason,
+            waiting_for=waiting.reason if waiting else "",
+            waiting_until=waiting.until if waiting else 0.0,
+            round=last.round if last else 0,
+            rounds=total if isinstance(total, int) else 0,
+            metrics=last.metrics if last else {},
+            clients=tuple(ClientView(part.name, part.state.value, part.reason) for part in parts)
+            or tuple(ClientView(name, "") for name in record.clients),
+            history=tuple(rounds) if history else (),
+            result=record.result,
+            result_bytes=record.result_bytes,
+        )
+
+    # parts
+
+    def _folder(self, job_id: JobId) -> RunFolder:
+        return RunFolder(self._workspace / "runs" / job_id)
+
+    def _run_of(self, job_id: JobId) -> ActiveRun:
+        if (run := self._runs.get(job_id)) is None:
+            raise NotFound("running job", job_id)
+        return run
+
+    def _runs_of(self, client: ClientName) -> list[ActiveRun]:
+        return [run for run in self._runs.values() if client in run.run.clients]
+
+    def _jobs_at(self, client: ClientName) -> list[JobRecord]:
+        return [run.record for run in self._runs_of(client)]
+
+    def _tell(self, notice: EventType, job_id: JobId, *, reason: str = "") -> None:
+        context = FLContext("server", project=self._services.project, job_id=job_id, reason=reason)
+        self._services.handlers.tell(notice, context)
+        self.emit(JobEvent(job_id, notice.value, self._services.wall(), text=reason))
+
+    def _register_handlers(self) -> None:
+        cell = self._services.cell
+        cell.on(Channel.RUN, "attach", self._on_attach)
+        cell.on(Channel.RUN, "issue", self._on_issue)
+        cell.on(Channel.RUN, "cancel", self._on_cancel)
+        cell.on(Channel.RUN, "commit", self._on_commit)
+        cell.on(Channel.RUN, "ended", self._on_ended)
+        cell.on(Channel.RUN, "heartbeat", self._on_run_heartbeat)
+        cell.on(Channel.TASK, "result", self._on_result)
+        cell.on(Channel.TASK, "metrics", self._on_metrics)
+        cell.on(Channel.SERVER, "job_ended", self._on_job_ended)
+
+    async def _on_attach(self, message: Message) -> Message:
+        return ok(await self._sender_run(message)[0].attach())
+
+    async def _on_issue(self, message: Message) -> None:
+        await self._sender_run(message)[0].issue(expect(message, IssueTasks))
+
+    async def _on_cancel(self, message: Message) -> None:
+        await self._sender_run(message)[0].cancel(expect(message, CancelTasks).keys)
+
+    async def _on_commit(self, message: Message) -> None:
+        await self._sender_run(message)[0].commit(expect(message, CommitRound))
+
+    async def _on_ended(self, message: Message) -> None:
+        await self._sender_run(message)[0].ended(expect(message, RunEnded))
+
+    def _on_run_heartbeat(self, message: Message) -> None:
+        self._sender_run(message)
+
+    async def _on_result(self, message: Message) -> None:
+        run, client = self._sender_run(message)
+        await run.result(client, expect(message, TaskResult), message)
+
+    def _on_metrics(self, message: Message) -> None:
+        run, client = self._sender_run(message)
+        run.log_metrics(client, expect(message, LogMetrics))
+
+    def _on_job_ended(self, message: Message) -> None:
+        end = expect(message, JobEnded)
+        client = ClientName(message.headers.get(Header.ORIGIN, ""))
+        run = self._runs.get(end.job_id)
+        if run is not None and client in run.run.clients:
+            run.process_ended(client, end)
+
+    def _sender_run(self, message: Message) -> tuple[ActiveRun, ClientName]:
+        """Return the run that the sender's cell belongs to, and its participant's name."""
+        participant, job_id = split_cell(Fqcn(message.headers.get(Header.ORIGIN, "")))
+        return self._run_of(job_id or JobId("")), ClientName(participant)
+
+
+def expect(message: Message, kind: type[P]) -> P:
+    """Return *message*'s payload, which must be a *kind*.
+
+    Raises:
+        ProtocolError: it is something else, or there is none.
+    """
+    if not isinstance(message.payload, kind):
+        got = None if message.payload is None else type(message.payload).__name__
+        raise ProtocolError("payload", got=got, expected=kind.__name__)
+    return message.payload
+
+
+def _last_lines(path: Path, lines: int) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - LOG_BYTES, 0))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def _tell_quietly(cell: Cell, destination: Fqcn, abort: AbortJob) -> None:
+    try:
+        cell.tell(destination, Channel.JOB, "abort", abort)
+    except HanseError as error:
+        _log.debug("not told", extra={"destination": destination, "reason": error.reason})
+
+
+def _no_import(name: str) -> ModuleType:
+    if name.startswith("hanse.learning."):
+        return importlib.import_module(name)
+    raise ImportError("a job's code is not imported by the server")

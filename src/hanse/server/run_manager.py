@@ -1,0 +1,162 @@
+"""A run in this process: what holds its components, handlers and context, and what drives it to its end.
+
+``RunManager`` is the first, ``LocalRun`` the second. A failure of the run is reported to its server with its reason,
+once;
+what is committed by then stays.
+"""
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hanse.errors import HanseError, InternalError
+from hanse.events import EventType, FLComponent, FLContext, Handlers
+from hanse.ids import Digest, JobId
+from hanse.job import JobSpec
+from hanse.learning.workflow import State, is_over
+from hanse.messages import RunEnded, RunSnapshot
+from hanse.run.federation import RunFederation
+from hanse.run.loading import importing_from, initial_model_of, workflow_of
+from hanse.run.runner import drive
+from hanse.run.server_link import ServerLink
+from hanse.server.active_run import RunFolder
+from hanse.storage.models import write_safetensors
+from hanse.storage.tensors import TensorFiles
+
+RESULT_FILE = "model.safetensors"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunManager:
+    """A run's components and handlers, in the order in which they hear of events, and its context."""
+
+    job_id: JobId
+    workspace: Path
+    project: str
+    handlers: Handlers
+    components: dict[str, FLComponent] = field(default_factory=dict)
+
+    @property
+    def context(self) -> FLContext:
+        """What an event of this run is about."""
+        return FLContext("run", project=self.project, job_id=self.job_id)
+
+    def add(self, name: str, component: FLComponent) -> "RunManager":
+        """Return this manager with *component* under *name*, last among the handlers."""
+        return RunManager(
+            self.job_id,
+            self.workspace,
+            self.project,
+            self.handlers.extended([component]),
+            {**self.components, name: component},
+        )
+
+    def fire(self, notice: EventType) -> None:
+        """Tell the run's handlers of *notice*."""
+        self.handlers.tell(notice, self.context)
+
+
+class LocalRun:
+    """One run, driven in this process over *link*; ``drive`` is its life."""
+
+    def __init__(
+        self, manager: RunManager, spec: JobSpec, link: ServerLink, *, heartbeat_s: float, snapshot: RunSnapshot | None
+    ) -> None:
+        self._manager = manager
+        self._spec = spec
+        self._link = link
+        self._heartbeat_s = heartbeat_s
+        self._snapshot = snapshot
+        self._stopping = asyncio.Event()
+        self._aborted: str | None = None
+        self._is_last_round = False
+
+    def stop_after_round(self) -> None:
+        """Hand out no new work: the run ends with the round that it is in."""
+        self._is_last_round = True
+
+    def abort(self, reason: str) -> None:
+        """End the run; what is committed stays, and the server is told that it was aborted."""
+        self._aborted = reason
+        self._stopping.set()
+
+    async def drive(self) -> RunEnded:
+        """Drive the run to its end, tell the server, and return how it ended."""
+        manager = self._manager
+        manager.fire(EventType.START_RUN)
+        beating = asyncio.create_task(self._beat(), name=f"heartbeat of run {manager.job_id}")  # ended below
+        work = asyncio.create_task(self._work(), name=f"run {manager.job_id}")  # awaited below
+        stopping = asyncio.create_task(self._stopping.wait(), name="abort")  # ended below
+        try:
+            await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+                return RunEnded(completed=False, code="aborted", reason=self._aborted or "the run was aborted")
+            end = work.result()
+            await self._link.ended(end)
+            return end
+        finally:
+            for task in (beating, stopping, work):
+                task.cancel()
+            await asyncio.gather(beating, stopping, work, return_exceptions=True)
+            manager.fire(EventType.END_RUN)
+
+    async def _work(self) -> RunEnded:
+        folder = RunFolder(self._manager.workspace)
+        try:
+            with importing_from(folder.code):
+                return await self._run(folder)
+        except HanseError as error:
+            _log.error("run failed", extra={"job": self._manager.job_id, "code": error.code, "reason": error.reason})
+            return RunEnded(completed=False, code=error.code, reason=error.reason)
+        except Exception:  # noqa: BLE001 - the edge of the run: the server must hear that it is over
+            _log.exception("run failed", extra={"job": self._manager.job_id})
+            bug = InternalError(f"driving run {self._manager.job_id}")
+            return RunEnded(completed=False, code=bug.code, reason=bug.reason)
+
+    async def _run(self, folder: RunFolder) -> RunEnded:
+        files = TensorFiles(folder.tensors)
+        snapshot = self._snapshot or await self._link.attach()
+        federation = RunFederation(
+            self._link, files, clients=snapshot.clients, seed=self._spec.seed, lost=snapshot.lost_clients
+        )
+        self._link.listen(federation)
+        workflow = workflow_of(self._spec)
+        state = await drive(
+            workflow,
+            spec=self._spec,
+            snapshot=snapshot,
+            initial=lambda: initial_model_of(self._spec, folder.code),
+            link=self._link,
+            files=files,
+            federation=federation,
+            is_stopping=lambda: self._is_last_round,
+        )
+        if not is_over(workflow, state):
+            reason = f"stopped after round {state.round} as asked; what is committed stays"
+            return RunEnded(completed=False, code="stopped", reason=reason)
+        digest, size_bytes = await asyncio.to_thread(_write_result, state, folder)
+        return RunEnded(completed=True, result=digest, result_bytes=size_bytes)
+
+    async def _beat(self) -> None:
+        while True:
+            with contextlib.suppress(HanseError):  # the link says itself when it is down
+                self._link.heartbeat()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._stopping.wait()
+                    return
+
+
+def _write_result(state: State, folder: RunFolder) -> tuple[Digest, int]:
+    """Write the final model as one safetensors file into the run's results; return its digest and size."""
+    draft = folder.path / RESULT_FILE
+    write_safetensors(state.model, draft)
+    results = TensorFiles(folder.result)
+    digest = results.put_file(draft)
+    return digest, results.size(digest)

@@ -1,0 +1,138 @@
+"""The store's tables, as SQLAlchemy Core knows them.
+
+What is searched or compared is a column; all else is msgpack of the types in ``hanse.job`` and ``hanse.messages``,
+which add fields only with defaults, so that a newer release reads what an older one wrote. The schema has a version,
+kept in ``meta``.
+"""
+
+from typing import Final
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    inspect,
+    select,
+)
+
+from hanse.errors import StoreFailed
+
+SCHEMA_VERSION: Final = 1
+
+metadata = MetaData()
+
+# SQLite counts rows by itself only under the very type INTEGER.
+_Counter = BigInteger().with_variant(Integer, "sqlite")
+
+
+def _job_id() -> Column[str]:
+    return Column("job_id", ForeignKey("jobs.job_id"), primary_key=True)
+
+
+meta = Table("meta", metadata, Column("key", String, primary_key=True), Column("value", String, nullable=False))
+
+lease = Table(
+    "lease",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("epoch", BigInteger, nullable=False),
+    Column("holder", String, nullable=False),
+    Column("expires_at", Double, nullable=False),
+)
+"""One row, from the start, so that taking the lease is an update of it."""
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("number", _Counter, primary_key=True, autoincrement=True),
+    Column("job_id", String, nullable=False, unique=True),
+    Column("state", String, nullable=False),
+    Column("last_round", Integer, nullable=False),
+    Column("record", LargeBinary, nullable=False),
+    Index("jobs_by_state", "state"),
+)
+"""``number`` gives the order of submission; ``last_round`` is the last committed round, -1 before there is one."""
+
+states = Table("states", metadata, _job_id(), Column("state", LargeBinary, nullable=False))
+"""The newest state of each run: a ``StateRef``."""
+
+rounds = Table(
+    "rounds",
+    metadata,
+    _job_id(),
+    Column("round", Integer, primary_key=True),
+    Column("record", LargeBinary, nullable=False),
+)
+"""The committed rounds, for people: a ``RoundView`` each."""
+
+tasks = Table(
+    "tasks",
+    metadata,
+    _job_id(),
+    Column("round", Integer, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("sequence", Integer, primary_key=True),
+    Column("client", String, primary_key=True),
+    Column("task", LargeBinary, nullable=False),
+    Column("model", LargeBinary),
+    Column("answer", LargeBinary),
+)
+"""The tasks of each run's present round: a ``TaskAssignment`` without its model, the model's key in ``models``, and the
+``TaskResult`` once there is one."""
+
+models = Table(
+    "models",
+    metadata,
+    _job_id(),
+    Column("digest", LargeBinary, primary_key=True),
+    Column("model", LargeBinary, nullable=False),
+)
+"""The models (``ModelRef``) that a run's tasks hand out, once each, however many clients get them."""
+
+disabled = Table(
+    "disabled", metadata, Column("client", String, primary_key=True), Column("reason", String, nullable=False)
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("number", _Counter, primary_key=True, autoincrement=True),
+    Column("at", Double, nullable=False),
+    Column("actor", String, nullable=False),
+    Column("action", String, nullable=False),
+    Column("object", String, nullable=False),
+    Column("outcome", String, nullable=False),
+    Column("reason", String, nullable=False),
+)
+
+
+def create(connection: Connection, *, store_id: str) -> None:
+    """Make the tables of a new store, called *store_id*; leave one that is there, of this version, as it is.
+
+    Raises:
+        StoreFailed: the store is of another version.
+    """
+    if inspect(connection).has_table(meta.name):
+        _check_version(connection)
+        return
+    metadata.create_all(connection, checkfirst=False)
+    connection.execute(
+        meta.insert(),
+        [{"key": "schema_version", "value": str(SCHEMA_VERSION)}, {"key": "store_id", "value": store_id}],
+    )
+    connection.execute(lease.insert(), {"id": 1, "epoch": 0, "holder": "", "expires_at": 0.0})
+
+
+def _check_version(connection: Connection) -> None:
+    version = connection.scalar(select(meta.c.value).where(meta.c.key == "schema_version"))
+    if version != str(SCHEMA_VERSION):
+        why = f"its schema is version {version}, and this release of Hanse works with version {SCHEMA_VERSION}"
+        raise StoreFailed("opening it", why)

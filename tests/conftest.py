@@ -1,0 +1,15 @@
+"""What all tests share."""
+
+import asyncio
+
+from hypothesis import HealthCheck, settings
+
+# pytest-asyncio asks for "the current loop" before it sets its own; Python 3.11 makes one for whoever asks, which
+# nobody then closes, and that is a ResourceWarning. Once the current loop has been set to none, none is made.
+asyncio.set_event_loop(None)
+
+# Properties are tried on the same examples each time, and however long a busy machine takes for one.
+settings.register_profile(
+    "hanse", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("hanse")

@@ -1,0 +1,127 @@
+from pathlib import Path
+
+import pytest
+
+from hanse.errors import ConfigError
+from hanse.identity.authorities import Authority
+from hanse.identity.certificates import Identity
+from hanse.identity.kits import Kit, settings_kind
+from hanse.settings import AdminSettings, ClientSettings, ServerSettings
+
+from .conftest import IdentityMaker
+
+SETTINGS = 'project = "demo"\nname = "site-1"\nservers = ["localhost:6007"]\n'
+
+
+@pytest.fixture
+def folder(tmp_path: Path, authority: Authority, site: Identity) -> Path:
+    return write_kit(tmp_path, site, authority.certificate)
+
+
+def write_kit(folder: Path, identity: Identity, ca_pem: bytes, settings: str = SETTINGS) -> Path:
+    (folder / "settings.toml").write_text(settings)
+    (folder / "ca.pem").write_bytes(ca_pem)
+    (folder / "cert.pem").write_bytes(identity.certificate)
+    (folder / "key.pem").write_bytes(identity.key_pem)
+    (folder / "key.pem").chmod(0o600)
+    return folder
+
+
+def test_a_kit_holds_settings_identity_and_authority(folder: Path, authority: Authority):
+    kit = Kit.load(folder, ClientSettings)
+
+    assert kit.settings.servers == ("localhost:6007",)
+    assert kit.identity is not None
+    assert (kit.identity.name, kit.identity.role) == ("site-1", "client")
+    assert kit.ca_pem == authority.certificate
+    assert kit.resolve(kit.settings.workspace) == folder / "workspace"
+    assert kit.resolve("/srv/hanse") == Path("/srv/hanse")
+
+
+@pytest.mark.parametrize("name", ["settings.toml", "ca.pem", "cert.pem", "key.pem"])
+def test_a_missing_file_is_named(folder: Path, name: str):
+    (folder / name).unlink()
+
+    with pytest.raises(ConfigError, match=rf"{folder / name}"):
+        Kit.load(folder, ClientSettings)
+
+
+def test_a_kit_that_awaits_approval_says_so(folder: Path):
+    (folder / "request.pem").write_bytes(b"")
+    (folder / "cert.pem").unlink()
+
+    with pytest.raises(ConfigError, match=r"without cert.pem'; expected what 'hanse kit install' makes"):
+        Kit.load(folder, ClientSettings)
+
+
+@pytest.mark.parametrize("bits", [0o640, 0o604, 0o660])
+def test_a_key_that_others_can_read_is_refused(folder: Path, bits: int):
+    (folder / "key.pem").chmod(bits)
+
+    with pytest.raises(ConfigError, match=rf"key.pem with mode {bits:04o}"):
+        Kit.load(folder, ClientSettings)
+
+
+def test_a_key_of_another_kit_is_refused(folder: Path, server: Identity):
+    (folder / "key.pem").write_bytes(server.key_pem)
+
+    with pytest.raises(ConfigError, match="key file"):
+        Kit.load(folder, ClientSettings)
+
+
+def test_a_certificate_of_another_authority_is_refused(tmp_path: Path, authority: Authority, site: Identity):
+    other = Authority.create("demo", now=site.expires)
+    write_kit(tmp_path, site, other.certificate)
+
+    with pytest.raises(ConfigError, match=r"cert.pem'; expected one issued by .*ca.pem"):
+        Kit.load(tmp_path, ClientSettings)
+
+
+def test_settings_of_another_name_or_project_are_refused(tmp_path: Path, authority: Authority, site: Identity):
+    write_kit(tmp_path, site, authority.certificate, SETTINGS.replace("site-1", "site-2"))
+    with pytest.raises(ConfigError, match="name is 'site-2'; expected 'site-1'"):
+        Kit.load(tmp_path, ClientSettings)
+
+    write_kit(tmp_path, site, authority.certificate, SETTINGS.replace("demo", "other"))
+    with pytest.raises(ConfigError, match="project is 'other'; expected 'demo'"):
+        Kit.load(tmp_path, ClientSettings)
+
+
+def test_a_kit_of_another_role_is_refused(tmp_path: Path, authority: Authority, make_identity: IdentityMaker):
+    write_kit(tmp_path, make_identity("site-1", role="admin:lead"), authority.certificate)
+
+    assert Kit.load(tmp_path, AdminSettings).settings.name == "site-1"
+    with pytest.raises(ConfigError, match=r"role in .* is 'admin:lead'; expected 'client'"):
+        Kit.load(tmp_path, ClientSettings)
+
+
+def test_a_kit_without_certificates_needs_tls_to_be_off(tmp_path: Path):
+    (tmp_path / "settings.toml").write_text(SETTINGS + "tls = false\n")
+    kit = Kit.load(tmp_path, ClientSettings)
+    assert (kit.identity, kit.ca_pem) == (None, b"")
+
+    (tmp_path / "settings.toml").write_text(SETTINGS)
+    with pytest.raises(ConfigError, match=r"key.pem"):
+        Kit.load(tmp_path, ClientSettings)
+
+
+def test_a_kit_behind_a_proxy_has_no_tls_and_keeps_its_identity(folder: Path):
+    (folder / "settings.toml").write_text(SETTINGS + "tls = false\n")
+    kit = Kit.load(folder, ClientSettings)
+    assert kit.identity is not None
+
+    (folder / "ca.pem").unlink()  # half an identity is a mistake, not an insecure kit
+    with pytest.raises(ConfigError, match=r"ca.pem"):
+        Kit.load(folder, ClientSettings)
+
+
+def test_a_kit_never_shows_its_key(folder: Path):
+    assert "PRIVATE" not in repr(Kit.load(folder, ClientSettings))
+
+
+def test_each_role_has_its_settings():
+    assert settings_kind("server") is ServerSettings
+    assert settings_kind("client") is ClientSettings
+    assert settings_kind("admin:member") is AdminSettings
+    with pytest.raises(ConfigError, match="role"):
+        settings_kind("job")

@@ -1,0 +1,183 @@
+import math
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hanse.errors import ConfigError
+from hanse.identity import project as project_module
+from hanse.identity.project import AdminEntry, ClientEntry, Participant, Project, ServerEntry
+from hanse.settings import AdminSettings, ClientSettings, ServerSettings, SitePolicy, read
+
+DEMO = """
+name = "demo"
+organisation = "House"
+
+[server]
+hosts = ["fl.example.org", "10.0.0.7", "0:0::1", "*.example.org"]
+port = 7000
+organisation = "Hosting"
+settings = { heartbeat_s = 1.5, min_num_clients = 3 }
+
+[[clients]]
+name = "site-1"
+organisation = "Site One"
+config = { data = "/srv/data", share = 0.25, shuffle = true }
+settings = { policy = { job_code = "deny" } }
+
+[[clients]]
+name = "site-2"
+own_key = true
+
+[[admins]]
+name = "ada@demo"
+role = "lead"
+"""
+
+
+def loaded(tmp_path: Path, text: str) -> Project:
+    (tmp_path / "project.toml").write_text(text)
+    return read(tmp_path / "project.toml", Project)
+
+
+def settings_of(participant: Participant) -> msgspec.Struct:
+    return msgspec.convert(tomllib.loads(participant.settings_text()), participant.kind)
+
+
+def test_the_example_in_the_documentation_holds(tmp_path: Path):
+    assert project_module.__doc__ is not None
+    example = "\n".join(line[4:] for line in project_module.__doc__.splitlines() if line.startswith("    "))
+
+    assert [one.name for one in loaded(tmp_path, example).participants()] == ["server", "site-1", "ada@demo"]
+
+
+def test_participants_come_in_the_files_order_with_role_and_organisation(tmp_path: Path):
+    participants = list(loaded(tmp_path, DEMO).participants())
+
+    assert [str(one.subject) for one in participants] == [
+        "server (Hosting, server)",
+        "site-1 (Site One, client)",
+        "site-2 (House, client)",
+        "ada@demo (House, admin:lead)",
+    ]
+    assert [one.own_key for one in participants] == [False, False, True, False]
+
+
+def test_settings_hold_what_each_needs_to_meet_the_others(tmp_path: Path):
+    server, site, _, ada = loaded(tmp_path, DEMO).participants()
+    servers = ("fl.example.org:7000", "10.0.0.7:7000", "[::1]:7000")
+
+    assert settings_of(server) == ServerSettings(
+        project="demo", target="0.0.0.0:7000", heartbeat_s=1.5, min_num_clients=3
+    )
+    assert settings_of(site) == ClientSettings(
+        project="demo",
+        name="site-1",
+        servers=servers,
+        config={"data": "/srv/data", "share": 0.25, "shuffle": True},
+        policy=SitePolicy(job_code="deny"),
+    )
+    assert settings_of(ada) == AdminSettings(project="demo", name="ada@demo", servers=servers)
+
+
+def test_a_server_can_listen_on_one_address_only(tmp_path: Path):
+    text = 'name = "demo"\n[server]\nname = "alpha"\nhosts = ["::1"]\nlisten = "::1"\n[[clients]]\nname = "site-1"\n'
+    server, site = loaded(tmp_path, text).participants()
+
+    assert settings_of(server) == ServerSettings(project="demo", name="alpha", target="[::1]:6007")
+    assert settings_of(site) == ClientSettings(
+        project="demo", name="site-1", servers=("[::1]:6007",), server_name="alpha"
+    )
+
+
+def test_settings_text_is_made_for_people(tmp_path: Path):
+    _, site, _, _ = loaded(tmp_path, DEMO).participants()
+
+    assert site.settings_text() == (
+        "# Settings of site-1 (client) in the project demo.\n"
+        "# What is left out has its default. Relative paths start at this file's folder.\n"
+        "\n"
+        "# The project, and the name under which you take part in it: as in the certificate.\n"
+        'project = "demo"\n'
+        'name = "site-1"\n'
+        "\n"
+        "# Where servers listen: host:port, tried in order.\n"
+        'servers = ["fl.example.org:7000", "10.0.0.7:7000", "[::1]:7000"]\n'
+        "\n"
+        "# The name that the server's certificate must prove.\n"
+        'server_name = "server"\n'
+        "\n"
+        "# What training code may read of this site, as ctx.site.\n"
+        "[config]\n"
+        'data = "/srv/data"\n'
+        "share = 0.25\n"
+        "shuffle = true\n"
+        "\n"
+        "# What jobs may do here; the site's word is the last.\n"
+        "[policy]\n"
+        'job_code = "deny"\n'
+    )
+
+
+SCALARS = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text()
+
+
+@given(st.dictionaries(st.text(), SCALARS, max_size=5))
+def test_any_site_configuration_survives_its_file(config: dict[str, object]):
+    entry = ClientEntry(name="site-1", config=config)
+    _, site = Project(name="demo", server=ServerEntry(hosts=("localhost",)), clients=(entry,)).participants()
+
+    settings = settings_of(site)
+
+    assert isinstance(settings, ClientSettings)
+    assert settings.config == config
+
+
+def test_a_number_that_is_none_survives_too():
+    entry = ClientEntry(name="site-1", config={"x": math.nan})
+    _, site = Project(name="demo", server=ServerEntry(hosts=("localhost",)), clients=(entry,)).participants()
+
+    assert "x = nan" in site.settings_text()
+
+
+SERVER = '[server]\nhosts = ["localhost"]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (SERVER, "missing required field `name`"),
+        ('name = "demo"', "missing required field `server`"),
+        ('name = "a.b"\n' + SERVER, "name is 'a.b'"),
+        ('name = "demo"\nclient = 1\n' + SERVER, "unknown field `client`"),
+        ('name = "demo"\n' + SERVER + "ports = 1", "unknown field `ports`"),
+        ('name = "demo"\n' + SERVER + "port = 0", "server.port is 0"),
+        ('name = "demo"\n' + SERVER + "port = 65536", "server.port is 65536"),
+        ('name = "demo"\nvalid_days = 0\n' + SERVER, "valid_days is 0"),
+        ('name = "demo"\nvalid_days = 4000\n' + SERVER, "valid_days is 4000"),
+        ('name = "demo"\n[server]\nhosts = []', "server.hosts"),
+        ('name = "demo"\n[server]\nhosts = ["*.example.org"]', "server.hosts"),
+        ('name = "demo"\n' + SERVER + '[[clients]]\nname = "a"\n[[clients]]\nname = "A"', "name is 'A'"),
+        ('name = "demo"\n' + SERVER + '[[clients]]\nname = "a"\n[[admins]]\nname = "a"', "name is 'a'"),
+        ('name = "demo"\n' + SERVER + '[[clients]]\nname = "authority"', "name is 'authority'"),
+        ('name = "demo"\n' + SERVER + 'name = "alpha"\n[[clients]]\nname = "server"', "name is 'server'"),
+        ('name = "demo"\n' + SERVER + '[[admins]]\nname = "Server"', "name is 'Server'"),
+        ('name = "demo"\n' + SERVER + '[[clients]]\nname = "../x"', "name is '../x'"),
+        ('name = "demo"\n' + SERVER + '[[clients]]\nname = "a"\norganisation = "%s"' % ("x" * 65), "organisation is"),
+        ('name = "demo"\n' + SERVER + '[[admins]]\nname = "a"\nrole = "boss"', r"admins\[0\].role is 'boss'"),
+        ('name = "demo"\n' + SERVER + "settings = { heartbeat_s = 0 }", "heartbeat_s is 0"),
+        ('name = "demo"\n' + SERVER + "settings = { beat = 1 }", "settings of server .*unknown field `beat`"),
+        ('name = "demo"\n' + SERVER + "settings = { name = 'x' }", "settings.name of server is 'x'; expected nothing"),
+        ('name = "demo"\n' + SERVER + "[[clients]]\nname = 'a'\nconfig = { x = [1] }", r"clients\[0\].config"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, problem: str):
+    with pytest.raises(ConfigError, match=f"(?i){problem}"):
+        loaded(tmp_path, text)
+
+
+def test_admins_can_do_everything_unless_said_otherwise():
+    assert AdminEntry(name="ada").role == "admin"

@@ -1,0 +1,60 @@
+"""What the launched test processes do; started as ``python -m children``."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from hanse.launch.process import read_spec
+
+
+def say(text: str) -> None:
+    """Log *text*, then say so to the test that waits at the other end of the named pipe, if there is one."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+    if ready := os.environ.get("READY"):
+        Path(ready).write_text(text)
+
+
+def main() -> int:
+    spec = read_spec(sys.stdin.buffer).decode()
+    match spec.split():
+        case ["exit", status]:
+            return int(status)
+        case ["print", *words]:
+            say("\n".join(words))
+            return 0
+        case ["environment", name]:
+            say(f"{os.environ.get(name)} {sys.path[0]}")
+            return 0
+        case ["group"]:
+            say(f"{os.getpgid(0) == os.getpid()} {os.getsid(0) == os.getpid()}")
+            return 0
+        case ["until-eof"]:
+            say("reading")
+            sys.stdin.buffer.read()
+            sys.stdout.write("life line ended\n")
+            return 0
+        case ["stubborn"]:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            say("stubborn")
+            threading.Event().wait()
+        case ["polite"]:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+            say("polite")
+            threading.Event().wait()
+        case ["with-grandchild"]:
+            # The grandchild inherits standard input and output, as a data loader's forked worker does.
+            grandchild = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"])
+            say(f"grandchild {grandchild.pid}")
+            return 0
+        case _:
+            say(f"got {len(spec)} bytes")
+            return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

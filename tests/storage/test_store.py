@@ -1,0 +1,709 @@
+"""The contract that every store keeps, and what a database adds to it: durability, fencing across processes, faults."""
+
+import asyncio
+import os
+import signal
+import sqlite3
+import stat
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from hanse.errors import Conflict, NotFound, ProtocolError, StaleEpoch, StoreFailed
+from hanse.ids import JobId
+from hanse.job import JobState
+from hanse.messages import ModelRef, RoundView
+from hanse.storage import tables
+from hanse.storage.memory import MemoryStore
+from hanse.storage.records import AuditEntry, RunState, Store
+from hanse.storage.store import SqlStore
+
+from .samples import JOB, answer, changed, commit, ended, fault, model, record, task, tensor
+
+EPOCH = 1
+
+
+@pytest.fixture(params=["memory", "sql"])
+def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return MemoryStore() if request.param == "memory" else SqlStore(tmp_path / "store" / "store.db")
+
+
+@pytest.fixture
+async def store(new_store: Store) -> AsyncIterator[Store]:
+    """An open store, whose lease of ``EPOCH`` is held."""
+    async with new_store:
+        lease = await new_store.take_lease("server-1", ttl_s=30.0, now_s=1000.0)
+        assert lease.epoch == EPOCH
+        yield new_store
+
+
+@pytest.fixture
+async def running(store: Store) -> Store:
+    """The same with a running job whose initial model is committed."""
+    await store.add_job(EPOCH, record())
+    await store.commit_round(EPOCH, JOB, commit(0), now_s=1001.0)
+    return store
+
+
+async def everything(store: Store) -> object:
+    """Return all that *store* shows, to compare before and after."""
+    jobs = await store.jobs()
+    runs = [(await store.snapshot(job.job_id), await store.rounds(job.job_id)) for job in jobs]
+    return jobs, runs, await store.disabled_clients(), await store.audit_log()
+
+
+# The lease ------------------------------------------------------------------------------------------------------------
+
+
+async def test_each_tenure_has_a_higher_epoch_and_a_session_of_its_own(store: Store) -> None:
+    first = await store.renew_lease(EPOCH, ttl_s=30.0, now_s=1000.0)
+    second = await store.take_lease("server-1", ttl_s=30.0, now_s=1001.0)
+
+    assert second.epoch > first.epoch
+    assert second.ssid != first.ssid
+    assert (second.holder, second.expires_at) == ("server-1", 1031.0)
+
+
+async def test_a_lease_that_another_holds_is_refused_until_it_expires(store: Store) -> None:
+    with pytest.raises(Conflict, match="held by server-1"):
+        await store.take_lease("server-2", ttl_s=30.0, now_s=1029.9)
+
+    lease = await store.take_lease("server-2", ttl_s=30.0, now_s=1030.0)
+    assert lease.holder == "server-2"
+
+
+async def test_force_takes_a_lease_that_has_not_expired(store: Store) -> None:
+    lease = await store.take_lease("server-2", ttl_s=30.0, now_s=1001.0, force=True)
+
+    assert lease.epoch == EPOCH + 1
+
+
+async def test_a_renewed_lease_lasts_longer_under_the_same_epoch_and_session(store: Store) -> None:
+    before = await store.renew_lease(EPOCH, ttl_s=1.0, now_s=1000.0)
+    after = await store.renew_lease(EPOCH, ttl_s=60.0, now_s=1010.0)
+
+    assert after == changed(before, expires_at=1070.0)
+    with pytest.raises(Conflict):
+        await store.take_lease("server-2", ttl_s=30.0, now_s=1060.0)
+
+
+async def test_a_released_lease_is_free_at_once_and_its_epoch_is_over(store: Store) -> None:
+    await store.release_lease(EPOCH)
+
+    with pytest.raises(StaleEpoch):
+        await store.add_job(EPOCH, record())
+    with pytest.raises(StaleEpoch):
+        await store.renew_lease(EPOCH, ttl_s=1.0, now_s=1000.0)
+    lease = await store.take_lease("server-2", ttl_s=30.0, now_s=1000.0)
+    assert lease.epoch > EPOCH
+
+
+async def test_no_write_of_an_ended_epoch_changes_anything(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task()])
+    before = await everything(running)
+    lease = await running.take_lease("server-2", ttl_s=30.0, now_s=1001.0, force=True)
+    writes = [
+        running.renew_lease(EPOCH, ttl_s=1.0, now_s=1.0),
+        running.release_lease(EPOCH),
+        running.add_job(EPOCH, record("other")),
+        running.replace_job(EPOCH, record(code="x"), was=JobState.RUNNING),
+        running.issue_tasks(EPOCH, JOB, [task("site-2")]),
+        running.accept_answer(EPOCH, JOB, answer()),
+        running.commit_round(EPOCH, JOB, commit(1), now_s=1.0),
+        running.end_run(EPOCH, ended(record()), was=JobState.RUNNING),
+        running.set_disabled(EPOCH, "site-1", True, reason="why"),
+        running.audit(EPOCH, AuditEntry(1.0, "a", "b", "c", "ok")),
+    ]
+
+    for write in writes:
+        with pytest.raises(StaleEpoch) as caught:
+            await write
+        assert (caught.value.ours, caught.value.current) == (EPOCH, lease.epoch)
+
+    assert await everything(running) == before
+
+
+# Jobs -----------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_job_reads_back_as_it_was_stored(store: Store) -> None:
+    await store.add_job(EPOCH, record())
+
+    assert await store.job(JOB) == record()
+
+
+async def test_a_second_job_of_the_same_id_is_refused(store: Store) -> None:
+    await store.add_job(EPOCH, record())
+
+    with pytest.raises(Conflict, match="stored already"):
+        await store.add_job(EPOCH, record(submitter="somebody else"))
+    assert await store.job(JOB) == record()
+
+
+async def test_an_unknown_job_is_not_found(store: Store) -> None:
+    missing = JobId("missing")
+    for call in (
+        store.job(missing),
+        store.snapshot(missing),
+        store.replace_job(EPOCH, record("missing"), was=JobState.RUNNING),
+        store.end_run(EPOCH, ended(record("missing")), was=JobState.RUNNING),
+        store.issue_tasks(EPOCH, missing, [task()]),
+        store.commit_round(EPOCH, missing, commit(0), now_s=1.0),
+    ):
+        with pytest.raises(NotFound, match="no job 'missing'"):
+            await call
+    assert await store.rounds(missing) == []
+
+
+async def test_jobs_come_newest_first_by_state_and_number(store: Store) -> None:
+    await store.add_job(EPOCH, record("a", state=JobState.SUBMITTED))
+    await store.add_job(EPOCH, record("b", state=JobState.RUNNING))
+    await store.add_job(EPOCH, record("c", state=JobState.SUBMITTED))
+
+    assert [job.job_id for job in await store.jobs()] == ["c", "b", "a"]
+    assert [job.job_id for job in await store.jobs(states=[JobState.SUBMITTED])] == ["c", "a"]
+    assert [job.job_id for job in await store.jobs(states={JobState.SUBMITTED, JobState.RUNNING}, limit=2)] == [
+        "c",
+        "b",
+    ]
+    assert await store.jobs(states=[JobState.FAILED]) == []
+
+
+async def test_a_job_is_found_by_its_new_state_after_a_move(store: Store) -> None:
+    submitted = record(state=JobState.SUBMITTED)
+    await store.add_job(EPOCH, submitted)
+
+    await store.replace_job(EPOCH, changed(submitted, state=JobState.SCHEDULED), was=JobState.SUBMITTED)
+
+    assert await store.jobs(states=[JobState.SUBMITTED]) == []
+    assert [job.job_id for job in await store.jobs(states=[JobState.SCHEDULED])] == [JOB]
+
+
+async def test_of_two_moves_from_the_same_state_only_the_first_happens(store: Store) -> None:
+    await store.add_job(EPOCH, record())
+    completed, aborted = ended(record()), ended(record(), JobState.ABORTED)
+
+    outcomes = await asyncio.gather(
+        store.replace_job(EPOCH, completed, was=JobState.RUNNING),
+        store.replace_job(EPOCH, aborted, was=JobState.RUNNING),
+        return_exceptions=True,
+    )
+
+    assert outcomes[0] is None
+    assert isinstance(outcomes[1], Conflict)
+    assert await store.job(JOB) == completed
+
+
+async def test_a_job_may_be_amended_without_moving(store: Store) -> None:
+    await store.add_job(EPOCH, record())
+
+    await store.replace_job(EPOCH, record(code="noted"), was=JobState.RUNNING)
+
+    assert (await store.job(JOB)).code == "noted"
+
+
+async def test_an_illegal_move_is_refused(store: Store) -> None:
+    await store.add_job(EPOCH, record(state=JobState.SUBMITTED))
+
+    with pytest.raises(Conflict, match="submitted"):
+        await store.replace_job(EPOCH, record(state=JobState.COMPLETED), was=JobState.SUBMITTED)
+
+
+# A run's journal ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_new_job_has_no_state_tasks_or_answers(store: Store) -> None:
+    await store.add_job(EPOCH, record())
+
+    assert await store.snapshot(JOB) == RunState(None)
+    assert await store.rounds(JOB) == []
+
+
+async def test_issued_tasks_wait_in_the_order_of_their_keys(running: Store) -> None:
+    tasks = [task("site-2"), task("site-1"), task("site-1", name="evaluate"), task("site-1", sequence=1)]
+
+    await running.issue_tasks(EPOCH, JOB, tasks)
+
+    run = await running.snapshot(JOB)
+    assert run.state == commit(0).state
+    assert run.tasks == (
+        task("site-1", name="evaluate"),
+        task("site-1"),
+        task("site-2"),
+        task("site-1", sequence=1),
+    )
+    assert run.answers == ()
+
+
+async def test_a_task_issued_again_stays_as_it_was(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task(of=model("first"))])
+
+    await running.issue_tasks(EPOCH, JOB, [task(of=model("second")), task("site-2", of=model("second"))])
+
+    assert (await running.snapshot(JOB)).tasks == (task(of=model("first")), task("site-2", of=model("second")))
+
+
+async def test_a_task_without_a_model_is_kept_without_one(running: Store) -> None:
+    bare = changed(task(), model=None, expects_model=False)
+
+    await running.issue_tasks(EPOCH, JOB, [bare])
+
+    assert (await running.snapshot(JOB)).tasks == (bare,)
+
+
+async def test_no_tasks_are_nothing(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [])
+
+    assert (await running.snapshot(JOB)).tasks == ()
+
+
+@pytest.mark.parametrize("round_number", [0, 2])
+async def test_tasks_of_another_round_than_the_next_are_refused(running: Store, round_number: int) -> None:
+    with pytest.raises(Conflict, match=f"round {round_number}"):
+        await running.issue_tasks(EPOCH, JOB, [task(), task("site-2", round_number=round_number)])
+
+    assert (await running.snapshot(JOB)).tasks == ()
+
+
+async def test_tasks_before_the_first_commit_are_of_round_0(store: Store) -> None:
+    await store.add_job(EPOCH, record())
+
+    await store.issue_tasks(EPOCH, JOB, [task(round_number=0)])
+
+    assert len((await store.snapshot(JOB)).tasks) == 1
+
+
+async def test_an_accepted_answer_takes_the_place_of_its_task(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task("site-2"), task("site-1")])
+
+    assert await running.accept_answer(EPOCH, JOB, answer("site-2"))
+    assert await running.accept_answer(EPOCH, JOB, fault("site-1"))
+
+    run = await running.snapshot(JOB)
+    assert run.tasks == ()
+    assert run.answers == (fault("site-1"), answer("site-2"))
+
+
+async def test_the_second_answer_to_a_task_changes_nothing(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task()])
+    await running.accept_answer(EPOCH, JOB, answer(num_examples=1))
+
+    assert not await running.accept_answer(EPOCH, JOB, answer(num_examples=2))
+    assert not await running.accept_answer(EPOCH, JOB, answer(num_examples=1))
+    assert (await running.snapshot(JOB)).answers == (answer(num_examples=1),)
+
+
+async def test_an_answered_task_issued_again_stays_answered(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task()])
+    await running.accept_answer(EPOCH, JOB, answer())
+
+    await running.issue_tasks(EPOCH, JOB, [task()])
+
+    run = await running.snapshot(JOB)
+    assert (run.tasks, run.answers) == ((), (answer(),))
+
+
+async def test_an_answer_without_a_task_is_not_found(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task()])
+
+    for stray in (answer("site-2"), answer(name="evaluate"), answer(sequence=1), answer(round_number=2)):
+        with pytest.raises(NotFound, match="task"):
+            await running.accept_answer(EPOCH, JOB, stray)
+    with pytest.raises(NotFound):
+        await running.accept_answer(EPOCH, JobId("missing"), answer())
+
+
+async def test_a_commit_replaces_the_state_and_deletes_what_its_round_needed(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task("site-1"), task("site-2")])
+    await running.accept_answer(EPOCH, JOB, answer("site-1"))
+
+    await running.commit_round(EPOCH, JOB, commit(1, extra={"momentum": model("m")}), now_s=1002.0)
+
+    assert await running.snapshot(JOB) == RunState(commit(1, extra={"momentum": model("m")}).state)
+    with pytest.raises(NotFound):
+        await running.accept_answer(EPOCH, JOB, answer("site-2"))
+
+
+async def test_the_history_has_a_line_for_each_round(running: Store) -> None:
+    await running.commit_round(EPOCH, JOB, commit(1), now_s=1002.0)
+
+    assert await running.rounds(JOB) == [
+        RoundView(0, {"accuracy": 0.0}, 0.5, 1001.0, ("site-1", "site-2")),
+        RoundView(1, {"accuracy": 0.1}, 0.5, 1002.0, ("site-1", "site-2")),
+    ]
+
+
+async def test_a_round_committed_again_stays_as_it_was(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task()])
+    before = await everything(running)
+
+    await running.commit_round(EPOCH, JOB, commit(0, done=True), now_s=5000.0)
+
+    assert await everything(running) == before
+
+
+@pytest.mark.parametrize("round_number", [2, 7])
+async def test_a_round_that_is_not_the_next_is_refused(running: Store, round_number: int) -> None:
+    before = await everything(running)
+
+    with pytest.raises(Conflict, match="at round 0"):
+        await running.commit_round(EPOCH, JOB, commit(round_number), now_s=1002.0)
+
+    assert await everything(running) == before
+
+
+async def test_an_earlier_round_is_refused(running: Store) -> None:
+    await running.commit_round(EPOCH, JOB, commit(1), now_s=1002.0)
+
+    with pytest.raises(Conflict, match="at round 1"):
+        await running.commit_round(EPOCH, JOB, commit(0), now_s=1003.0)
+
+
+async def test_a_first_commit_other_than_round_0_is_refused(store: Store) -> None:
+    await store.add_job(EPOCH, record())
+
+    with pytest.raises(Conflict, match="before round 0"):
+        await store.commit_round(EPOCH, JOB, commit(1), now_s=1.0)
+
+
+async def test_a_state_keeps_its_plain_values(running: Store) -> None:
+    values: dict[str, object] = {"schedule": [1, 2.5, "three", None, True], "nested": {"a": {"b": b"bytes"}}}
+
+    await running.commit_round(EPOCH, JOB, commit(1, values=values), now_s=1002.0)
+
+    state = (await running.snapshot(JOB)).state
+    assert state is not None
+    assert state.values == values
+
+
+async def test_the_end_of_a_run_takes_its_tasks_and_leaves_its_last_state(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task("site-1"), task("site-2")])
+    await running.accept_answer(EPOCH, JOB, answer("site-1"))
+
+    await running.end_run(EPOCH, ended(record()), was=JobState.RUNNING)
+
+    assert await running.snapshot(JOB) == RunState(commit(0).state)
+    assert (await running.job(JOB)).state is JobState.COMPLETED
+
+
+async def test_a_run_whose_end_is_refused_keeps_its_tasks(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task()])
+    before = await everything(running)
+
+    with pytest.raises(Conflict):
+        await running.end_run(EPOCH, ended(record()), was=JobState.SCHEDULED)
+
+    assert await everything(running) == before
+
+
+async def test_a_job_that_has_ended_takes_no_tasks_and_no_rounds(running: Store) -> None:
+    await running.end_run(EPOCH, ended(record(), JobState.FAILED, "it broke"), was=JobState.RUNNING)
+
+    with pytest.raises(Conflict, match="failed"):
+        await running.issue_tasks(EPOCH, JOB, [task()])
+    with pytest.raises(Conflict, match="failed"):
+        await running.commit_round(EPOCH, JOB, commit(1), now_s=1.0)
+
+
+async def test_runs_do_not_see_each_others_journals(running: Store) -> None:
+    other = JobId("other")
+    await running.add_job(EPOCH, record(other))
+    await running.commit_round(EPOCH, other, commit(0), now_s=1.0)
+    await running.issue_tasks(EPOCH, JOB, [task()])
+    await running.issue_tasks(EPOCH, other, [task(of=model("other"))])
+    await running.accept_answer(EPOCH, other, answer())
+
+    await running.commit_round(EPOCH, other, commit(1), now_s=2.0)
+
+    assert (await running.snapshot(JOB)).tasks == (task(),)
+    assert (await running.snapshot(JOB)).answers == ()
+    assert len(await running.rounds(JOB)) == 1
+
+
+async def test_what_is_not_valid_is_refused_before_anything_is_written(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task()])
+    before = await everything(running)
+    bad = ModelRef((tensor(dtype="float7"),))
+
+    for write in (
+        running.add_job(EPOCH, record("Not An Id")),
+        running.replace_job(EPOCH, record(state=JobState.FAILED), was=JobState.RUNNING),
+        running.issue_tasks(EPOCH, JOB, [task("site-2"), task("site-3", of=bad)]),
+        running.accept_answer(EPOCH, JOB, changed(answer(), update=None)),
+        running.commit_round(EPOCH, JOB, changed(commit(1), state=changed(commit(1).state, model=bad)), now_s=1.0),
+        running.set_disabled(EPOCH, "no.name", True),
+        running.audit(EPOCH, changed(AuditEntry(1.0, "a", "b", "c", "ok"), actor=3)),
+    ):
+        with pytest.raises(ProtocolError):
+            await write
+
+    assert await everything(running) == before
+
+
+async def test_what_was_stored_does_not_change_with_the_objects_it_was_made_of(running: Store) -> None:
+    values: dict[str, object] = {"seen": [1]}
+    await running.commit_round(EPOCH, JOB, commit(1, values=values), now_s=1.0)
+
+    values["seen"] = [2]
+    first = (await running.snapshot(JOB)).state
+    assert first is not None
+    first.values["seen"] = [3]
+
+    again = (await running.snapshot(JOB)).state
+    assert again is not None
+    assert again.values == {"seen": [1]}
+
+
+# Clients and the audit log --------------------------------------------------------------------------------------------
+
+
+async def test_disabled_clients_are_remembered_with_the_latest_reason_until_enabled(store: Store) -> None:
+    await store.set_disabled(EPOCH, "site-2", True, reason="lost its laptop")
+    await store.set_disabled(EPOCH, "site-1", True, reason="first")
+    await store.set_disabled(EPOCH, "site-1", True, reason="second")
+
+    assert await store.disabled_clients() == {"site-1": "second", "site-2": "lost its laptop"}
+    await store.set_disabled(EPOCH, "site-1", False)
+    await store.set_disabled(EPOCH, "site-3", False)
+    assert await store.disabled_clients() == {"site-2": "lost its laptop"}
+
+
+async def test_the_audit_log_gives_the_latest_entries_first(store: Store) -> None:
+    entries = [AuditEntry(float(n), "admin@demo", "abort", f"job-{n}", "refused", "why") for n in range(3)]
+    for entry in entries:
+        await store.audit(EPOCH, entry)
+
+    assert await store.audit_log() == entries[::-1]
+    assert await store.audit_log(1) == [entries[2]]
+
+
+# The store's lifetime -------------------------------------------------------------------------------------------------
+
+
+async def test_a_store_opened_again_holds_what_it_held(new_store: Store) -> None:
+    async with new_store as store:
+        lease = await store.take_lease("server-1", ttl_s=30.0, now_s=1.0)
+        await store.add_job(lease.epoch, record())
+        await store.commit_round(lease.epoch, JOB, commit(0), now_s=1.0)
+        await store.issue_tasks(lease.epoch, JOB, [task("site-1"), task("site-2")])
+        await store.accept_answer(lease.epoch, JOB, answer("site-1"))
+        before = await everything(store)
+
+    async with new_store as store:
+        assert await everything(store) == before
+        again = await store.renew_lease(lease.epoch, ttl_s=30.0, now_s=1.0)
+        assert again == lease
+
+
+async def test_a_closed_store_says_so(new_store: Store) -> None:
+    with pytest.raises(StoreFailed, match="not open"):
+        await new_store.jobs()
+    async with new_store:
+        with pytest.raises(StoreFailed, match="open already"):
+            await new_store.open()
+    await new_store.close()
+    for call in (new_store.jobs(), new_store.take_lease("server-1", ttl_s=1.0, now_s=1.0)):
+        with pytest.raises(StoreFailed, match="not open"):
+            await call
+
+
+async def test_writes_asked_for_together_all_happen_or_fail_alone(running: Store) -> None:
+    sites = [f"site-{n}" for n in range(50)]
+    await running.issue_tasks(EPOCH, JOB, [task(site) for site in sites])
+
+    outcomes = await asyncio.gather(
+        *(running.accept_answer(EPOCH, JOB, answer(site)) for site in [*sites, "nobody", "site-7"]),
+        return_exceptions=True,
+    )
+
+    assert outcomes[:50] == [True] * 50
+    assert isinstance(outcomes[50], NotFound)
+    assert outcomes[51] is False
+    assert len((await running.snapshot(JOB)).answers) == 50
+
+
+# What only a database has to show -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "workspace" / "store.db"
+
+
+async def test_the_file_is_nobody_elses_to_read(path: Path) -> None:
+    async with SqlStore(path) as store:
+        await store.take_lease("server-1", ttl_s=1.0, now_s=1.0)
+        modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+
+    assert modes["store.db"] == 0o600
+    assert set(modes.values()) == {0o600}
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+async def test_sessions_of_two_new_stores_differ(tmp_path: Path) -> None:
+    sessions = set()
+    for name in ("a.db", "b.db"):
+        async with SqlStore(tmp_path / name) as store:
+            sessions.add((await store.take_lease("server-1", ttl_s=1.0, now_s=1.0)).ssid)
+
+    assert len(sessions) == 2
+
+
+async def test_a_deposed_server_writes_nothing_into_the_file_of_its_successor(path: Path) -> None:
+    async with SqlStore(path) as old, SqlStore(path) as new:
+        first = await old.take_lease("server-1", ttl_s=30.0, now_s=0.0)
+        await old.add_job(first.epoch, record())
+        second = await new.take_lease("server-2", ttl_s=30.0, now_s=31.0)
+
+        with pytest.raises(StaleEpoch):
+            await old.commit_round(first.epoch, JOB, commit(0), now_s=32.0)
+        await new.commit_round(second.epoch, JOB, commit(0), now_s=32.0)
+
+        assert await old.snapshot(JOB) == await new.snapshot(JOB) == RunState(commit(0).state)
+
+
+async def test_of_many_who_take_the_lease_at_once_one_gets_it(path: Path) -> None:
+    stores = [SqlStore(path) for _ in range(4)]
+    for store in stores:
+        await store.open()
+
+    outcomes = await asyncio.gather(
+        *(store.take_lease(f"server-{n}", ttl_s=30.0, now_s=1.0) for n, store in enumerate(stores)),
+        return_exceptions=True,
+    )
+
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Conflict"] * 3 + ["Lease"]
+    for store in stores:
+        await store.close()
+
+
+async def test_writers_of_two_processes_worth_of_connections_do_not_lose_each_others_work(path: Path) -> None:
+    async with SqlStore(path) as one, SqlStore(path) as two:
+        epoch = (await one.take_lease("server-1", ttl_s=30.0, now_s=0.0)).epoch
+
+        await asyncio.gather(
+            *(
+                store.add_job(epoch, record(f"job-{name}-{n}"))
+                for name, store in (("a", one), ("b", two))
+                for n in range(20)
+            )
+        )
+
+        assert len(await one.jobs()) == len(await two.jobs()) == 40
+
+
+async def test_a_cancelled_caller_leaves_the_store_usable(path: Path) -> None:
+    async with SqlStore(path) as store:
+        epoch = (await store.take_lease("server-1", ttl_s=30.0, now_s=0.0)).epoch
+        adding = asyncio.ensure_future(store.add_job(epoch, record()))
+        await asyncio.sleep(0)
+        adding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await adding
+
+        # The write was asked for before the next operation, so it has happened by then.
+        assert await store.job(JOB) == record()
+
+
+@pytest.mark.parametrize(
+    "content", [b"this is no database, whatever its name says" * 100, b"SQLite format 3\0" + b"\xff" * 5000]
+)
+def test_a_file_that_is_no_database_is_named_and_left_alone(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+
+    asyncio.run(_refuses(path))
+
+    assert path.read_bytes() == content
+
+
+async def _refuses(damaged: Path) -> None:
+    with pytest.raises(StoreFailed, match="database") as caught:
+        await SqlStore(damaged).open()
+
+    assert str(damaged) in str(caught.value)
+
+
+async def test_a_path_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file where a folder should be")
+    for unusable in (tmp_path, tmp_path / "file" / "store.db"):
+        with pytest.raises(StoreFailed) as caught:
+            await SqlStore(unusable).open()
+        assert str(unusable) in str(caught.value)
+
+
+async def test_a_store_of_another_version_is_refused_and_left_alone(path: Path) -> None:
+    async with SqlStore(path):
+        pass
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE meta SET value = '999' WHERE key = 'schema_version'")
+    connection.close()
+
+    with pytest.raises(StoreFailed, match=f"version 999.*version {tables.SCHEMA_VERSION}"):
+        await SqlStore(path).open()
+
+
+async def test_a_store_that_failed_to_open_can_be_opened_later(tmp_path: Path) -> None:
+    blocker = tmp_path / "folder"
+    blocker.write_text("in the way")
+    store = SqlStore(blocker / "store.db")
+    with pytest.raises(StoreFailed):
+        await store.open()
+
+    blocker.unlink()
+    async with store:
+        assert await store.jobs() == []
+
+
+async def test_a_write_that_the_database_refuses_fails_with_a_sentence_and_the_next_one_works(path: Path) -> None:
+    async with SqlStore(path) as store:
+        epoch = (await store.take_lease("server-1", ttl_s=30.0, now_s=0.0)).epoch
+        with sqlite3.connect(path) as connection:
+            connection.execute(
+                "CREATE TRIGGER full BEFORE INSERT ON audit BEGIN SELECT RAISE(ROLLBACK, 'disk is full'); END"
+            )
+        outcomes = await asyncio.gather(
+            store.add_job(epoch, record("a")),
+            store.audit(epoch, AuditEntry(1.0, "a", "b", "c", "ok")),
+            return_exceptions=True,
+        )
+        assert isinstance(outcomes[1], StoreFailed)
+        assert "disk is full" in str(outcomes[1])
+        # The first may have had a transaction of its own; what it was told is what there is.
+        assert len(await store.jobs()) == (1 if outcomes[0] is None else 0)
+        connection.execute("DROP TRIGGER full")
+        connection.close()
+
+        await store.audit(epoch, AuditEntry(1.0, "a", "b", "c", "ok"))
+        assert len(await store.audit_log()) == 1
+
+
+async def test_what_was_answered_before_a_kill_is_there_after_it(path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tests.storage.committing",
+        str(path),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout is not None
+    answered = -1
+    while answered < 20:
+        answered = int(await process.stdout.readline())
+    os.kill(process.pid, signal.SIGKILL)
+    rest = (await process.stdout.read()).split()
+    assert await process.wait() == -signal.SIGKILL
+    answered = int(rest[-1]) if rest else answered
+
+    async with SqlStore(path) as store:
+        run = await store.snapshot(JOB)
+        rounds = await store.rounds(JOB)
+
+    # The last commit may have been durable before its answer was printed.
+    assert run.state is not None
+    assert run.state.round in (answered, answered + 1)
+    assert [view.round for view in rounds] == list(range(run.state.round + 1))
+    assert all(each.key.round == run.state.round + 1 for each in (*run.tasks, *run.answers))

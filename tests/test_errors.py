@@ -1,0 +1,131 @@
+"""The tree of errors: stable codes, who may retry, and sentences that a person can act on."""
+
+import inspect
+import re
+
+import pytest
+
+from hanse import errors, model
+from hanse.errors import HanseError
+
+# What programs and people rely on: a code is never given another meaning. Code, exit status, retryable.
+STABLE = {
+    "HanseError": ("error", 1, False),
+    "InternalError": ("internal", 70, False),
+    "OperatorError": ("usage", 2, False),
+    "ConfigError": ("config", 2, False),
+    "JobInvalid": ("job-invalid", 2, False),
+    "NotFound": ("not-found", 3, False),
+    "Conflict": ("conflict", 4, False),
+    "AccessError": ("access", 5, False),
+    "Unauthenticated": ("unauthenticated", 5, False),
+    "Unauthorized": ("unauthorized", 5, False),
+    "NotInService": ("not-in-service", 5, True),
+    "SiteError": ("site", 10, False),
+    "SiteRefused": ("site-refused", 10, False),
+    "TrainingFailed": ("training-failed", 10, False),
+    "ProcessDied": ("process-died", 10, True),
+    "UpdateRejected": ("update-rejected", 10, False),
+    "WorkflowError": ("workflow", 11, False),
+    "WorkflowFailed": ("workflow-failed", 11, False),
+    "TooFewClients": ("too-few-clients", 11, False),
+    "EnvironmentFault": ("environment", 12, True),
+    "Unreachable": ("unreachable", 12, True),
+    "TimedOut": ("timed-out", 12, True),
+    "ProtocolError": ("protocol", 12, False),
+    "StoreFailed": ("store-failed", 12, True),
+    "StaleEpoch": ("stale-epoch", 12, False),
+}
+
+SENTENCES = {
+    errors.InternalError("sorting"): "Hanse failed while sorting; this is a bug, and the log has the traceback",
+    errors.ConfigError("port", got=-1, expected="0 or more"): "port is -1; expected 0 or more",
+    errors.ConfigError(
+        "port", got=-1, expected="0 or more", where="a.toml"
+    ): "port in a.toml is -1; expected 0 or more",
+    errors.JobInvalid("min_clients", got=0, expected="1"): "the job's min_clients is 0; expected 1",
+    errors.NotFound("job", "j1"): "there is no job 'j1'",
+    errors.Conflict("job j1", state="running", wanted="started"): "job j1 is running, so it cannot be started",
+    errors.Unauthenticated("no certificate"): "no certificate",
+    errors.Unauthorized("ada", "stop it", needs="role admin"): "ada may not stop it; that needs role admin",
+    errors.NotInService(): "Server not in service",
+    errors.NotInService("restoring"): "restoring",
+    errors.SiteRefused("site-1", "no code"): "site-1 refused the job: no code",
+    errors.TrainingFailed("site-1", "train", "ValueError"): "task 'train' failed at site-1: ValueError",
+    errors.ProcessDied("site-1", 3): "the job's process at site-1 ended with status 3",
+    errors.ProcessDied("server", -9): "the job's process at server was killed by signal 9",
+    errors.ProcessDied("server", 1, "oh"): "the job's process at server ended with status 1; its log ends with: oh",
+    errors.UpdateRejected("site-3", "'w' as float16"): "site-3 sent 'w' as float16",
+    errors.WorkflowFailed("fedavg", 2, "KeyError"): "workflow 'fedavg' failed in round 2: KeyError",
+    errors.TooFewClients(got=1, needed=2, why="site-2 is lost"): (
+        "only 1 of the 2 answers that the round needs can come: site-2 is lost"
+    ),
+    errors.Unreachable("host:1", "refused"): "cannot reach host:1: refused",
+    errors.TimedOut("site-1", "train", 1.50): "site-1 did not answer 'train' within 1.5 s",
+    errors.ProtocolError("topic", got="x", expected="y"): "topic is 'x'; expected y",
+    errors.StoreFailed("committing", "disk full"): "the store failed while committing: disk full",
+    errors.StaleEpoch(ours=1, current=2): ("epoch 1 has ended (the store is at 2); this server may not write any more"),
+}
+
+
+def tree(root: type[HanseError]) -> list[type[HanseError]]:
+    below = [each for child in root.__subclasses__() for each in tree(child)]
+    return [root, *below]
+
+
+def test_every_class_keeps_its_code_exit_status_and_whether_to_retry() -> None:
+    found = {
+        each.__name__: (each.code, each.exit_status, each.retryable)
+        for each in tree(HanseError)
+        if each.__module__ == errors.__name__
+    }
+
+    assert found == STABLE
+
+
+def test_every_class_of_the_product_has_a_code_of_its_own() -> None:
+    assert model.ModelInvalid in tree(HanseError)
+    codes = [each.code for each in tree(HanseError) if each.__module__.startswith("hanse.")]
+
+    assert len(codes) == len(set(codes))
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", code) for code in codes)
+    assert all("code" in vars(each) for each in tree(HanseError) if each.__module__.startswith("hanse."))
+
+
+def test_the_tree_in_the_docstring_is_the_tree() -> None:
+    drawn = re.findall(r"[├└]── (\w+)", inspect.getdoc(errors) or "")
+
+    assert ["HanseError", *drawn] == [each.__name__ for each in tree(HanseError) if each.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize(("error", "sentence"), SENTENCES.items(), ids=lambda value: type(value).__name__)
+def test_an_error_says_what_happened_in_one_sentence(error: HanseError, sentence: str) -> None:
+    assert str(error) == error.reason == sentence
+
+
+def test_every_class_that_is_raised_has_its_sentence_tested() -> None:
+    drawn = {each for each in tree(HanseError) if each.__module__ == errors.__name__}
+    leaves = drawn - {above for each in drawn for above in each.__mro__[1:]}
+
+    assert {type(error) for error in SENTENCES} == leaves
+
+
+def test_errors_carry_the_data_of_what_happened() -> None:
+    config = errors.ConfigError("port", got=-1, expected="more", where="a.toml")
+    died = errors.ProcessDied("site-1", -9, "bye")
+    stale = errors.StaleEpoch(ours=1, current=2)
+
+    assert (config.field, config.got, config.expected, config.where) == ("port", -1, "more", "a.toml")
+    assert (died.where, died.status, died.last_line) == ("site-1", -9, "bye")
+    assert (stale.ours, stale.current) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", [errors.ConfigError, errors.JobInvalid, errors.ProtocolError])
+def test_a_long_value_is_cut_in_the_sentence_and_kept_in_the_error(
+    kind: type[errors.ConfigError | errors.JobInvalid | errors.ProtocolError],
+) -> None:
+    error = kind("field", got="x" * 5000, expected="less")
+
+    assert len(str(error)) < 300
+    assert "..." in str(error)
+    assert error.got == "x" * 5000
