@@ -1,9 +1,11 @@
 """The documentation says what there is: every setting, error, event and command has its entry, and examples run."""
 
+import importlib
 import importlib.util
 import inspect
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,14 +16,15 @@ import pytest
 import hanse.identity.project
 import hanse.settings
 from hanse.events import GATES, EventType
-from hanse.job import JobSpec
-from hanse.learning.workflow import WORKFLOWS
+from hanse.job import JobSpec, WorkflowSpec, parse
+from hanse.learning.workflow import WORKFLOWS, load_workflow
 from hanse.messages import CATALOGUE
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in (*DOCS.rglob("*.md"), *ROOT.glob("*.md")) if "_build" not in page.parts)
 RUN = re.compile(r"^<!-- run -->\n+```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TOML = re.compile(r"^```toml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)")
 VOCABULARY = re.compile(r"^```\{vocabulary\} (\S+)$", re.MULTILINE)
 
@@ -133,6 +136,42 @@ def command_names(app: object, prefix: str = "") -> Iterator[str]:
         command = app[name]  # type: ignore[index]  # and gives each by its name
         below = list(command_names(command, f"{prefix}{name} "))
         yield from below or [f"{prefix}{name}"]
+
+
+def toml_examples(table: str) -> list[object]:
+    """Return the TOML examples of all pages that have *table*, each with its page's name and first line as its id."""
+    return [
+        pytest.param(found.group(1), id=f"{file.relative_to(ROOT)}:{text.count(chr(10), 0, found.start(1)) + 1}")
+        for file in PAGES
+        for text in [file.read_text(encoding="utf-8")]
+        for found in TOML.finditer(text)
+        if f"\n{table}\n" in f"\n{found.group(1)}"
+    ]
+
+
+@pytest.mark.parametrize("example", toml_examples("[server]"))
+def test_example_of_a_projects_file_is_one(example: str, tmp_path: Path) -> None:
+    file = tmp_path / "project.toml"
+    file.write_text(example, encoding="utf-8")
+    hanse.settings.read(file, hanse.identity.project.Project)
+
+
+@pytest.mark.parametrize("example", toml_examples("[tool.hanse]"))
+def test_example_of_a_job_is_one(example: str) -> None:
+    parse(tomllib.loads(example)["tool"]["hanse"] | {"workflow": "fedavg"}, default_name="example")
+
+
+@pytest.mark.parametrize("example", toml_examples("[tool.hanse.workflow]"))
+def test_example_of_a_workflows_settings_is_accepted(example: str) -> None:
+    table = tomllib.loads(example)["tool"]["hanse"]["workflow"]
+    name = table.pop("name")
+    if name in WORKFLOWS:
+        load_workflow(WorkflowSpec(name, table), importlib.import_module)
+
+
+@pytest.mark.parametrize("example", toml_examples("[policy]"))
+def test_example_of_a_policy_is_one(example: str) -> None:
+    msgspec.convert(tomllib.loads(example)["policy"], hanse.settings.SitePolicy)
 
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))

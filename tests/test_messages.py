@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hanse.ids import ClientName, Digest
-from hanse.job import JobSpec, WorkflowSpec
+from hanse.job import JobSpec, Resources, WorkflowSpec
 from hanse.messages import (
     CATALOGUE,
     ITEM_BYTES,
@@ -38,6 +38,14 @@ SCALARS: dict[object, st.SearchStrategy[object]] = {
     bytes: st.binary(max_size=8),
     object: st.one_of(st.booleans(), st.integers(0, 9), st.text(max_size=3), st.lists(st.integers(0, 9), max_size=2)),
 }
+TENSORS = st.builds(
+    TensorRef,
+    name=st.text(max_size=8),
+    dtype=st.sampled_from(sorted(ITEM_BYTES)),
+    shape=st.lists(st.integers(0, 2**40), max_size=3).map(tuple),
+    digest=st.text(max_size=8).map(Digest),
+    inline=st.none() | st.binary(max_size=8),
+)
 SPECS = st.builds(
     JobSpec,
     name=st.sampled_from(["digits", "j-1"]),
@@ -51,6 +59,10 @@ SPECS = st.builds(
 
 def values_of(kind: object) -> st.SearchStrategy[object]:
     """Return a strategy for values of *kind* as they come out of msgpack, so that equality means equality."""
+    if kind is Resources:
+        return st.builds(Resources, cpus=st.floats(0, 1e6), memory_mb=st.integers(0, 2**40), gpus=st.integers(0, 99))
+    if kind is TensorRef:
+        return TENSORS
     if kind is JobSpec:
         return SPECS
     if kind in SCALARS:

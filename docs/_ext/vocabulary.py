@@ -10,9 +10,10 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from enum import StrEnum
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -22,14 +23,17 @@ import hanse
 import hanse.identity.project
 import hanse.settings
 from hanse.coordination.policy import PEER, ROLE_RIGHTS, Right
+from hanse.coordination.runs import LEGAL as CLIENT_LEGAL
 from hanse.coordination.service import TABLE as SERVICE_TABLE
 from hanse.coordination.service import RequestKind, ServiceState, message
 from hanse.errors import HanseError
-from hanse.job import ENDED, LEGAL, JobState
+from hanse.job import LEGAL
 from hanse.learning.participation import Participation
 from hanse.learning.training import TrainingSettings
 from hanse.learning.workflow import WORKFLOWS
 from hanse.messages import CATALOGUE
+
+State = TypeVar("State", bound=StrEnum)
 
 GENERATED: Final = re.compile(r"_pb2(_grpc)?$|__main__$")
 
@@ -131,9 +135,12 @@ def topics() -> str:
 
 def job_states() -> str:
     """Return the table of a job's states and what may follow each."""
-    rows = [(f"`{state.value}`", _states(LEGAL[state]) or "nothing: the job has ended") for state in JobState]
-    assert len(ENDED) == sum(not following for following in LEGAL.values())  # noqa: S101 - the two tables are one
-    return _table(("state", "may become"), rows)
+    return _transitions(LEGAL, end="nothing: the job has ended")
+
+
+def client_states() -> str:
+    """Return the table of how a client may stand in a run, and what may follow each."""
+    return _transitions(CLIENT_LEGAL, end="nothing: it is over")
 
 
 def service_states() -> str:
@@ -182,6 +189,7 @@ PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "exit-statuses": exit_statuses,
     "topics": topics,
     "job-states": job_states,
+    "client-states": client_states,
     "service-states": service_states,
     "roles": roles,
     "workflows": workflows,
@@ -244,8 +252,13 @@ def _payload(struct: type | None) -> str:
     return f"`{struct.__name__}`" if struct else "nothing"
 
 
-def _states(states: Iterable[JobState]) -> str:
-    return ", ".join(f"`{state.value}`" for state in JobState if state in states)
+def _transitions(legal: Mapping[State, Collection[State]], *, end: str) -> str:
+    """Return a table of states with what may follow each, in the order in which their enum has them."""
+    rows = [
+        (f"`{state}`", ", ".join(f"`{other}`" for other in legal if other in following) or end)
+        for state, following in legal.items()
+    ]
+    return _table(("state", "may become"), rows)
 
 
 def _markdown(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 from hanse.errors import Conflict, JobInvalid
-from hanse.ids import ClientName, Digest, JobId, is_name
+from hanse.ids import NAME_RULE, ClientName, Digest, JobId, is_name
 
 Scalar: TypeAlias = bool | int | float | str
 Config: TypeAlias = dict[str, Scalar]
@@ -23,6 +23,7 @@ Config: TypeAlias = dict[str, Scalar]
 MAX_CLIENTS: Final = 1_000_000
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _SCRIPT = re.compile(r"[\w./-]+\.py")
+_MODEL_FILE = re.compile(r"[\w./-]+\.safetensors")
 
 
 class Resources(msgspec.Struct, frozen=True):
@@ -31,6 +32,11 @@ class Resources(msgspec.Struct, frozen=True):
     cpus: float = 0.0
     memory_mb: int = 0
     gpus: int = 0
+
+    def __post_init__(self) -> None:
+        for part in ("cpus", "memory_mb", "gpus"):
+            if not getattr(self, part) >= 0:
+                raise JobInvalid(f"resources.{part}", got=getattr(self, part), expected="0 or more")
 
 
 class WorkflowSpec(msgspec.Struct, frozen=True):
@@ -68,7 +74,7 @@ class JobSpec(msgspec.Struct, frozen=True):
             raise JobInvalid("name", got=self.name, expected="1 to 63 letters, digits, '-' or '_'")
         if not (_REFERENCE.fullmatch(self.client) or _is_inside(self.client, _SCRIPT)):
             raise JobInvalid("client", got=self.client, expected="'module:app' or a script such as 'train.py'")
-        if not (_REFERENCE.fullmatch(self.model) or self.model.endswith(".safetensors")):
+        if not (_REFERENCE.fullmatch(self.model) or _is_inside(self.model, _MODEL_FILE)):
             raise JobInvalid("model", got=self.model, expected="'module:function' or a .safetensors file of the job")
         if not 1 <= self.min_clients <= MAX_CLIENTS:
             raise JobInvalid("min_clients", got=self.min_clients, expected=f"1 to {MAX_CLIENTS}")
@@ -79,7 +85,10 @@ class JobSpec(msgspec.Struct, frozen=True):
             raise JobInvalid(
                 "min_clients", got=self.min_clients, expected=f"at most the {len(self.clients)} of 'clients'"
             )
-        if self.start_within_s <= 0:
+        for listing in ("required_clients", "clients"):
+            if bad := [name for name in getattr(self, listing) if not is_name(name)]:
+                raise JobInvalid(listing, got=bad[0], expected=f"a client's name: {NAME_RULE}")
+        if not self.start_within_s > 0:
             raise JobInvalid("start_within_s", got=self.start_within_s, expected="more than 0 seconds")
         if self.process_tries < 1:
             raise JobInvalid("process_tries", got=self.process_tries, expected="1 or more")
@@ -198,14 +207,17 @@ def parse(table: Mapping[str, object], *, default_name: str = "") -> JobSpec:
         if name not in values:
             raise JobInvalid(name, got=None, expected="a value; it has no default")
     values["workflow"] = _workflow_table(values["workflow"])
+    resources = values.get("resources", {})
+    if isinstance(resources, Mapping) and (unknown := set(resources) - set(Resources.__struct_fields__)):
+        name = min(map(str, unknown))
+        raise JobInvalid(f"resources.{name}", got=resources[name], expected="cpus, memory_mb or gpus")
     try:
         return msgspec.convert(values, JobSpec)
     except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, JobInvalid):
-            raise error.__cause__ from None
         what, _, path = str(error).partition(" - at `$.")
         name = path.rstrip("`") or "definition"
-        raise JobInvalid(name, got=values.get(name.partition(".")[0].partition("[")[0]), expected=what) from None
+        got = values.get(name.partition(".")[0].partition("[")[0])
+        raise JobInvalid(name, got=got, expected=what.removeprefix("Expected ")) from None
 
 
 def _workflow_table(value: object) -> dict[str, object]:

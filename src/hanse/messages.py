@@ -298,6 +298,14 @@ class TensorRef(msgspec.Struct, frozen=True):
     digest: Digest
     inline: bytes | None = None
 
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(
+                f"tensor {self.name!r:.80} has dtype {self.dtype!r:.40}; expected one of {', '.join(ITEM_BYTES)}"
+            )
+        if any(size < 0 for size in self.shape):
+            raise ValueError(f"tensor {self.name!r:.80} has the shape {self.shape}; expected no negative size")
+
     @property
     def size_bytes(self) -> int:
         """The bytes of the tensor: elements × item size."""

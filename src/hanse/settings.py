@@ -4,6 +4,7 @@ Unknown fields are errors. The few time limits are derived from ``heartbeat_s``,
 other. A relative path in a file is relative to the file.
 """
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Final, TypeVar
@@ -11,7 +12,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from hanse.errors import ConfigError
-from hanse.ids import NAME_RULE, is_name
+from hanse.ids import NAME_RULE, SERVER, is_name
 from hanse.job import Config, Resources
 
 SETTINGS_FILE: Final = "settings.toml"
@@ -138,7 +139,7 @@ class ClientSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Whether the server's port speaks TLS. Turn it off for loopback and tests only."""
 
     def __post_init__(self) -> None:
-        _expect(is_name(self.name), "name", self.name, NAME_RULE)
+        _expect(is_name(self.name) and self.name != SERVER, "name", self.name, f"{NAME_RULE}, and not 'server'")
         _expect(is_name(self.project), "project", self.project, NAME_RULE)
         _expect(bool(self.servers), "servers", self.servers, "at least one 'host:port'")
 
@@ -161,6 +162,11 @@ class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     tls: bool = True
     """Whether the server's port speaks TLS."""
 
+    def __post_init__(self) -> None:
+        _expect(is_name(self.name), "name", self.name, NAME_RULE)
+        _expect(is_name(self.project), "project", self.project, NAME_RULE)
+        _expect(bool(self.servers), "servers", self.servers, "at least one 'host:port'")
+
 
 def read(path: Path, kind: type[T]) -> T:
     """Return the settings of *kind* that the TOML file at *path* holds.
@@ -178,8 +184,15 @@ def read(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
         what, _, field = str(error).partition(" - at `$.")
-        name = field.rstrip("`") or "settings"
-        raise ConfigError(name, got=table.get(name.partition(".")[0]), expected=what, where=str(path)) from None
+        name = field.rstrip("`") or _named_in(what) or "settings"
+        got = table.get(name.partition(".")[0])
+        raise ConfigError(name, got=got, expected=what.removeprefix("Expected "), where=str(path)) from None
+    except ConfigError as error:
+        raise ConfigError(error.field, got=error.got, expected=error.expected, where=str(path)) from None
+
+
+def _named_in(complaint: str) -> str:
+    """Return the field that msgspec's *complaint* about the whole table names, if it names one."""
+    match = re.search(r"field `(\w+)`", complaint)
+    return match[1] if match else ""

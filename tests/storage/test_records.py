@@ -14,6 +14,7 @@ from hanse.storage.records import (
     check_move,
     check_result,
     check_tasks,
+    check_tensor_form,
     check_tensor_ref,
     pack,
     session_id,
@@ -79,8 +80,6 @@ def test_a_job_that_failed_without_a_reason_is_refused() -> None:
     ("field", "wrong"),
     [
         ("name", ""),
-        ("dtype", "complex64"),
-        ("shape", (-1, 3)),
         ("shape", (1,) * 33),
         ("shape", (2**40, 2**40)),
         ("shape", (0, 2**60)),
@@ -91,6 +90,17 @@ def test_a_job_that_failed_without_a_reason_is_refused() -> None:
 def test_a_tensor_that_cannot_be_is_refused_by_field(field: str, wrong: object) -> None:
     with pytest.raises(ProtocolError, match=field):
         check_tensor_ref(changed(tensor(), **{field: wrong}), "the tensor's")
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "dtype", "shape"),
+    [("name", "", "float32", ()), ("dtype", "w", "complex64", ()), ("shape", "w", "float32", (-1, 3))],
+)
+def test_a_form_that_no_tensor_has_is_refused_by_field(
+    field: str, name: str, dtype: str, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(ProtocolError, match=f"the tensor's {field}"):
+        check_tensor_form(name, dtype, shape, field="the tensor's")
 
 
 def test_inline_bytes_above_the_limit_are_refused() -> None:
@@ -132,9 +142,9 @@ def test_an_answer_that_cannot_be_is_refused(wrong: msgspec.Struct) -> None:
 
 
 def test_a_commit_is_refused_for_a_bad_tensor_anywhere_in_its_state() -> None:
-    bad = ModelRef((tensor(dtype="float7"),))
+    bad = ModelRef((tensor(digest="no digest"),))
     for state in (changed(commit(1).state, model=bad), changed(commit(1).state, extra={"momentum": bad})):
-        with pytest.raises(ProtocolError, match="float7"):
+        with pytest.raises(ProtocolError, match="no digest"):
             check_commit(changed(commit(1), state=state), now_s=1.0)
 
 
@@ -159,7 +169,7 @@ def test_a_task_without_a_model_is_packed_without_one() -> None:
 
 def test_one_bad_task_refuses_them_all() -> None:
     with pytest.raises(ProtocolError):
-        check_tasks([task("site-1"), task("site-2", of=ModelRef((tensor(shape=(-1,)),)))])
+        check_tasks([task("site-1"), task("site-2", of=ModelRef((tensor(""),)))])
 
 
 @pytest.mark.parametrize("was", JobState)

@@ -425,7 +425,7 @@ async def test_runs_do_not_see_each_others_journals(running: Store) -> None:
 async def test_what_is_not_valid_is_refused_before_anything_is_written(running: Store) -> None:
     await running.issue_tasks(EPOCH, JOB, [task()])
     before = await everything(running)
-    bad = ModelRef((tensor(dtype="float7"),))
+    bad = ModelRef((tensor(digest="no digest"),))
 
     for write in (
         running.add_job(EPOCH, record("Not An Id")),

@@ -362,7 +362,9 @@ class Cell:
             _send_if_open(asker, replace(frame, headers=_stamped(attached.link.peer, frame, secrets=False)))
             return
         waiting = attached.waiting.get(frame.id)
-        if waiting is None or waiting.destination != frame.origin or waiting.future.done():
+        # A cell that routes may answer for one that it cannot reach; nobody else answers for another.
+        is_expected = waiting is not None and (attached.link.peer.routes or waiting.destination == frame.origin)
+        if waiting is None or not is_expected or waiting.future.done():
             _log.debug("reply that nobody waits for", extra={"peer": frame.origin, "topic": frame.topic})
             return
         reply = Message(_stamped(attached.link.peer, frame))

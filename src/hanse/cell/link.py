@@ -9,7 +9,7 @@ same code, encoding included, as the network's. A link ends once, for one reason
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, TypeAlias
 
@@ -150,8 +150,8 @@ class StreamLink:
     async def run(self, receive: Receive) -> HanseError:
         """Read and write until the link ends; return why it did. Cancelled, it ends at once."""
         tasks = [
-            asyncio.create_task(self._guarded(self._write()), name=f"write to {self.peer.fqcn}"),
-            asyncio.create_task(self._guarded(self._read(receive)), name=f"read from {self.peer.fqcn}"),
+            asyncio.create_task(self._guarded(self._write), name=f"write to {self.peer.fqcn}"),
+            asyncio.create_task(self._guarded(lambda: self._read(receive)), name=f"read from {self.peer.fqcn}"),
         ]
         try:
             return await asyncio.shield(self.closed)
@@ -184,10 +184,10 @@ class StreamLink:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
-    async def _guarded(self, work: Coroutine[None, None, None]) -> None:
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run *work*; whatever it fails with ends this link and no other."""
         try:
-            await work
+            await work()
         except HanseError as error:
             # Where writing fails the other end has often said why, and the reader is about to see it.
             self._end_soon(self._farewell or error)

@@ -23,8 +23,8 @@ from hanse.cell.rpc import ClientTls
 from hanse.cell.transfer import TensorTransfers, Transfers
 from hanse.client.jobs import SiteJobs
 from hanse.client.registration import Registrant, utc_now
-from hanse.client.uplink import Uplink
-from hanse.errors import EnvironmentFault, HanseError, ProtocolError, Unauthenticated
+from hanse.client.uplink import Uplink, first_error
+from hanse.errors import HanseError, ProtocolError, Unauthenticated, Unreachable
 from hanse.identity.certificates import Identity
 from hanse.ids import SERVER, Fqcn
 from hanse.launch.process import Launcher
@@ -163,6 +163,8 @@ class ClientAgent:
         Raises:
             HanseError: the server refuses this client for good.
         """
+        if self._stopping.is_set():
+            return
         try:
             async with self._jobs.serving(), asyncio.TaskGroup() as group:
                 connection = group.create_task(self._connector.run(), name=f"connection of {self._settings.name}")
@@ -173,7 +175,7 @@ class ClientAgent:
                 await self._connector.close()
                 await connection
         except ExceptionGroup as errors:
-            raise _first_of(errors) from None
+            raise first_error(errors) from None
         finally:
             if self._own_transfers is not None:
                 await self._own_transfers.close()
@@ -246,10 +248,10 @@ class ClientAgent:
                 await self._renew_if_due()
                 await self._beat_once()
             except Unauthenticated as error:
-                # Dialled again, the stream is refused or the client registers anew.
+                # The connector dials again, and the client registers anew or is told why it may not.
                 self._session = None
-                self._uplink.cell.drop(SERVER, error)
-            except (EnvironmentFault, HanseError) as error:
+                self._uplink.cell.drop(SERVER, Unreachable(SERVER, f"the token is not taken any more ({error.reason})"))
+            except HanseError as error:
                 _log.warning("heartbeat not answered", extra={"reason": error.reason})
             try:
                 async with asyncio.timeout(self._heartbeat_s):
@@ -285,9 +287,3 @@ class ClientAgent:
     @property
     def _heartbeat_s(self) -> float:
         return self._session.heartbeat_s if self._session else 5.0
-
-
-def _first_of(errors: ExceptionGroup[Exception]) -> Exception:
-    """Return what ended a group of tasks: its first error that is no group."""
-    first = errors.exceptions[0]
-    return _first_of(first) if isinstance(first, ExceptionGroup) else first

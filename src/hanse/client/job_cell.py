@@ -17,7 +17,7 @@ from hanse.cell.cell import RemoteError
 from hanse.cell.transfer import TensorTransfers
 from hanse.client.task import TaskContext
 from hanse.client.trainer import Trainer
-from hanse.client.uplink import ANSWER_TIMEOUT_S, Uplink
+from hanse.client.uplink import ANSWER_TIMEOUT_S, Uplink, first_error
 from hanse.errors import Conflict, HanseError, InternalError, ProtocolError, TrainingFailed, UpdateRejected
 from hanse.ids import SERVER, ClientName, Digest, JobId
 from hanse.job import Config, JobSpec
@@ -151,10 +151,10 @@ class ClientJob:
             return TaskResult(key, fault=TaskFault(error.code, error.why))
         except HanseError as error:
             return TaskResult(key, fault=TaskFault(error.code, error.reason, error.retryable))
-        except Exception:
+        except Exception:  # noqa: BLE001 - a bug costs this task its answer, and no other
             self._log.exception("task failed")
-            error = InternalError(f"working on task {key.name!r} at {self._client}")
-            return TaskResult(key, fault=TaskFault(error.code, error.reason))
+            bug = InternalError(f"working on task {key.name!r} at {self._client}")
+            return TaskResult(key, fault=TaskFault(bug.code, bug.reason))
 
     async def _fetch(self, reference: ModelRef) -> Model:
         """Return the model that *reference* names, its missing tensors fetched."""
@@ -259,7 +259,7 @@ async def _together(works: Mapping[str, Coroutine[None, None, None]]) -> None:
             for name, work in works.items():
                 group.create_task(work, name=name)
     except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+        raise first_error(errors) from None
 
 
 def _plain(update: Update, key: TaskKey, client: ClientName) -> Update:

@@ -17,8 +17,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -33,10 +33,10 @@ from hanse.client.api import Site
 from hanse.client.job_cell import ClientJob, filters_of
 from hanse.client.process_spec import JobProcessSpec
 from hanse.client.trainer import MainThreadTrainer, Trainer, load_app
-from hanse.client.uplink import Uplink
+from hanse.client.uplink import Uplink, first_error
 from hanse.errors import HanseError, JobInvalid, ProtocolError, TrainingFailed
 from hanse.identity.tokens import parse_token
-from hanse.ids import job_cell
+from hanse.ids import Digest, job_cell
 from hanse.launch.log_lines import log_to_stderr
 from hanse.launch.process import read_spec
 from hanse.messages import (
@@ -64,7 +64,8 @@ REPORT_TIMEOUT_S: Final = 15.0
 class JobConnection:
     """The job's cell with its connection to the server: ``run`` is its life. Belongs to one event loop.
 
-    *dial* and *transfers* stand in for gRPC where the server is in the same process.
+    *dial* and *transfers* stand in for gRPC where the server is in the same process; *keep_only* stands in for deleting
+    tensors that no longer matter, where the job's folder for tensors is not its alone.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class JobConnection:
         wall: Callable[[], float] = time.time,
         dial: Dial | None = None,
         transfers: TensorTransfers | None = None,
+        keep_only: Callable[[Collection[Digest]], object] | None = None,
     ) -> None:
         self._spec, self._wall = spec, wall
         self._credentials = spec.identity.credentials
@@ -107,7 +109,7 @@ class JobConnection:
             site=spec.site,
             transfers=transfers,
             files=files,
-            keep_only=files.keep_only,
+            keep_only=keep_only or files.keep_only,
             trainer=trainer,
             filters=filters_of(spec.policy),
         )
@@ -129,7 +131,7 @@ class JobConnection:
                     work.cancel()
                     renewal.cancel()
         except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+            raise first_error(errors) from None
         finally:
             if self._own_transfers is not None:
                 await self._own_transfers.close()
@@ -190,28 +192,26 @@ def main() -> int:
     trainer = MainThreadTrainer(folder)
     connection = run(_connection_of(spec, trainer))
     life = asyncio.run_coroutine_threadsafe(connection.run(), background_loop())
-    life.add_done_callback(lambda _: trainer.close())
+
+    def ended(life: Future[None]) -> None:
+        trainer.close()
+        if (error := life.exception()) is not None:
+            _log.error("the job cannot go on: %s", error, extra={"job": spec.job_id})
+            _exit_within(EXIT_GRACE_S, status=1)
 
     def end() -> None:
         _exit_within(EXIT_GRACE_S)
         asyncio.run_coroutine_threadsafe(connection.close(), background_loop())
 
+    life.add_done_callback(ended)
     _watch(life_line, end)
-    failure: HanseError | None = None
     try:
         serve(spec, trainer, folder)
-        life.result()
-    except HanseError as error:
-        failure = error
-    if failure is None:
-        return 0
-    if not life.done():
-        with suppress(HanseError):
-            run(connection.report_failure(failure), REPORT_TIMEOUT_S)
-        _exit_within(EXIT_GRACE_S, status=1)
-        run(connection.close())
-    _log.error("the job cannot go on: %s", failure.reason, extra={"job": spec.job_id})
-    return 1
+    except HanseError as failure:
+        _tell(connection, failure)
+        _log.error("the job cannot go on: %s", failure.reason, extra={"job": spec.job_id})
+        return 1
+    return 0 if life.exception() is None else 1
 
 
 def serve(spec: JobProcessSpec, trainer: MainThreadTrainer, folder: Path) -> None:
@@ -236,6 +236,16 @@ async def _connection_of(spec: JobProcessSpec, trainer: Trainer) -> JobConnectio
     return JobConnection(spec, trainer, rng=random.Random())  # noqa: S311 - spreads retries, hides nothing
 
 
+def _tell(connection: JobConnection, failure: HanseError) -> None:
+    """Tell the server of *failure*, if it can be told, and leave it."""
+    try:
+        run(connection.report_failure(failure), REPORT_TIMEOUT_S)
+    except HanseError as error:
+        _log.warning("the server was not told", extra={"reason": error.reason})
+    _exit_within(EXIT_GRACE_S, status=1)
+    run(connection.close())
+
+
 def _take_life_line() -> BinaryIO:
     """Return the pipe to the agent, moved away from standard input, which the job's code may read and finds empty."""
     life_line = os.fdopen(os.dup(0), "rb")
@@ -251,6 +261,7 @@ def _watch(life_line: BinaryIO, end: Callable[[], None]) -> None:
     The signal arrives by a pipe: a handler would have to wait until the main thread leaves whatever the job's code
     calls.
     """
+    parent = life_line.fileno()
     signalled, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -258,10 +269,10 @@ def _watch(life_line: BinaryIO, end: Callable[[], None]) -> None:
 
     def watch() -> None:
         while True:
-            ready, _, _ = select.select([life_line, signalled], [], [])
+            ready, _, _ = select.select([parent, signalled], [], [])
             if signalled in ready and signal.SIGTERM in os.read(signalled, 64):
                 break
-            if life_line in ready and not os.read(life_line.fileno(), 64):
+            if parent in ready and not os.read(parent, 64):
                 break
         end()
 

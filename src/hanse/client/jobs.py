@@ -197,6 +197,7 @@ class SiteJobs:
         _log.info("job deployed", extra={"job": deploy.job_id, "job_name": deploy.name, "submitter": deploy.submitter})
 
     async def _start(self, job: _Job, start: StartJob) -> None:
+        self._serving_group()
         handle = await self._launcher.launch(
             PROCESS_MODULE,
             spec=msgspec.msgpack.encode(self._process_spec(job, start.identity)),
@@ -204,8 +205,11 @@ class SiteJobs:
             env={},
             name=f"job {start.job_id}",
         )
+        if self._group is None:  # the agent has begun to stop meanwhile
+            await handle.stop(STOP_GRACE_S)
+        group = self._serving_group()
         job.process = process = _Process(handle, start.attempt)
-        process.watcher = self._serving_group().create_task(self._watch(job, process), name=f"watch job {start.job_id}")
+        process.watcher = group.create_task(self._watch(job, process), name=f"watch job {start.job_id}")
         _log.info("job started", extra={"job": start.job_id, "attempt": start.attempt, "pid": handle.pid})
 
     def _process_spec(self, job: _Job, identity: JobCredentials) -> JobProcessSpec:
@@ -248,7 +252,7 @@ class SiteJobs:
                 return
             await self._stop_process(job)
             await asyncio.to_thread(job.folder.clear)
-            del self._jobs[job_id]
+            self._jobs.pop(job_id, None)
             _log.info("job ended", extra={"job": job_id})
 
     async def _stop_process(self, job: _Job) -> None:

@@ -31,8 +31,9 @@ def utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class Registrant:
-    """Who registers, and whom it expects: the server called *server_name* in a certificate that *roots* (PEM)
-    issued.
+    """Who registers, and whom it expects.
+
+    That is the server called *server_name*, in a certificate that one of *roots* (PEM) issued.
     """
 
     project: str
@@ -40,7 +41,7 @@ class Registrant:
     server_name: str
     identity: Identity | None = None
     roots: bytes = field(default=b"", repr=False)
-    resources: Resources = Resources()
+    resources: Resources = field(default_factory=Resources)
     release: str = ""
     random_bytes: Callable[[int], bytes] = secrets.token_bytes
     wall: Callable[[], datetime] = utc_now

@@ -120,3 +120,9 @@ def may_help_later(error: HanseError) -> bool:
     tell the site's agent to end it.
     """
     return error.retryable or (isinstance(error, RemoteError) and error.return_code is ReturnCode.ABORT_RUN)
+
+
+def first_error(errors: ExceptionGroup[Exception]) -> Exception:
+    """Return what ended a group of tasks: its first error that is not a group itself."""
+    first = errors.exceptions[0]
+    return first_error(first) if isinstance(first, ExceptionGroup) else first

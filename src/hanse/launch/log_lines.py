@@ -11,9 +11,7 @@ _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asc
 
 
 class FieldFormatter(logging.Formatter):
-    """Formats a record with its fields, as ``name=value``, behind the sentence; a traceback follows on its own
-    lines.
-    """
+    """Formats a record with its fields behind the sentence, as ``name=value``; a traceback follows on its own lines."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")

@@ -106,7 +106,9 @@ class Admittance:
             refuse_expired(parse_token(peer.credentials.token), now_s=self.wall())
 
     def scope(self, peer: Peer, scope: str, write: bool, scopes: Scopes) -> TensorFiles:
-        """Return the files of *scope* for *peer*: ``run/<job>``, ``job/<job>`` (package), ``result/<job>``, ``upload``.
+        """Return the files of *scope* for *peer*: ``job/<job>``, ``result/<job>`` or ``upload``.
+
+        ``job/<job>`` is the run's tensors for a client's process in that job, and its package for the client's agent.
 
         Raises:
             Unauthorized: *peer* may not read (or write) there.
@@ -115,7 +117,7 @@ class Admittance:
         kind, _, name = scope.partition("/")
         participant, job_id = split_cell(peer.fqcn)
         match kind, peer.kind:
-            case "run", PeerKind.CLIENT_JOB.value if job_id == name:
+            case "job", PeerKind.CLIENT_JOB.value if job_id == name:
                 if (files := scopes.run_files(JobId(name), participant)) is not None:
                     return files
                 raise NotFound("running job", name)

@@ -250,7 +250,7 @@ class Clients:
     # tokens
 
     def job_credentials(self, fqcn: Fqcn, job_id: JobId) -> JobCredentials:
-        """Return what a job's process needs to be the cell *fqcn*; with TLS, a client's gets a certificate of its own."""
+        """Return what a job's process needs to be the cell *fqcn*; with TLS, a client's has its own certificate."""
         token = self._new_token(job_scope(job_id))
         credentials = Credentials(fqcn, token, self.identities.signer.sign(fqcn, token), self._session())
         authority = self.identities.job_authority

@@ -121,7 +121,7 @@ class Jobs:
             await store.replace_job(epoch, again, was=record.state)
         for record in await store.jobs(states=(JobState.RUNNING,)):
             state = await store.snapshot(record.job_id)
-            run = Run(
+            run = Run.resumed(
                 record.job_id,
                 record.clients,
                 process_tries=record.spec.process_tries,

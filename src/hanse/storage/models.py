@@ -279,10 +279,10 @@ def _checked_entry(name: str, entry: _Entry, path: Path) -> _Entry:
     if dtype is None:
         raise ProtocolError(f"dtype of {name!r} in {path}", got=entry.dtype, expected=f"one of {', '.join(_DTYPE_OF)}")
     start, end = entry.data_offsets
-    tensor = TensorRef(name, dtype, entry.shape, Digest(""))
-    check_tensor_form(tensor, f"in {path},")
-    if start < 0 or end - start != tensor.size_bytes:
-        expected = f"{tensor.size_bytes} bytes, as {TensorSpec(dtype, entry.shape)} says"
+    check_tensor_form(name, dtype, entry.shape, field=f"{path}: tensor {name!r}")
+    size = math.prod(entry.shape) * ITEM_BYTES[dtype]
+    if start < 0 or end - start != size:
+        expected = f"{size} bytes, as {TensorSpec(dtype, entry.shape)} says"
         raise ProtocolError(f"data_offsets of {name!r} in {path}", got=entry.data_offsets, expected=expected)
     return msgspec.structs.replace(entry, dtype=dtype)
 

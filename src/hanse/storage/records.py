@@ -331,7 +331,7 @@ def check_model_ref(ref: ModelRef, field: str) -> None:
 
 def check_tensor_ref(tensor: TensorRef, field: str) -> None:
     """Check form, digest and the number of inline bytes; the bytes themselves are not hashed."""
-    check_tensor_form(tensor, field)
+    check_tensor_form(tensor.name, tensor.dtype, tensor.shape, field=field)
     _expect(is_digest(tensor.digest), f"{field} digest", tensor.digest, "64 lower-case hexadecimal digits")
     if tensor.inline is not None:
         got = len(tensor.inline)
@@ -339,15 +339,15 @@ def check_tensor_ref(tensor: TensorRef, field: str) -> None:
         _expect(got <= INLINE_LIMIT_BYTES, f"{field} inline bytes", got, f"at most {INLINE_LIMIT_BYTES}")
 
 
-def check_tensor_form(tensor: TensorRef, field: str) -> None:
-    """Check that name, dtype and shape are such as a tensor can have."""
-    _expect(bool(tensor.name), f"{field} name", tensor.name, "text")
-    _expect(tensor.dtype in ITEM_BYTES, f"{field} dtype", tensor.dtype, f"one of {', '.join(ITEM_BYTES)}")
-    _expect(len(tensor.shape) <= MAX_DIMENSIONS, f"{field} shape", tensor.shape, f"at most {MAX_DIMENSIONS} dimensions")
-    _expect(all(size >= 0 for size in tensor.shape), f"{field} shape", tensor.shape, "sizes of 0 or more")
+def check_tensor_form(name: str, dtype: str, shape: tuple[int, ...], *, field: str) -> None:
+    """Check that *name*, *dtype* and *shape* are such as a tensor can have."""
+    _expect(bool(name), f"{field} name", name, "text")
+    _expect(dtype in ITEM_BYTES, f"{field} dtype", dtype, f"one of {', '.join(ITEM_BYTES)}")
+    _expect(len(shape) <= MAX_DIMENSIONS, f"{field} shape", shape, f"at most {MAX_DIMENSIONS} dimensions")
+    _expect(all(size >= 0 for size in shape), f"{field} shape", shape, "sizes of 0 or more")
     # Also of an empty tensor, whose other sizes NumPy must still be able to multiply.
-    most = math.prod(size for size in tensor.shape if size) * ITEM_BYTES[tensor.dtype]
-    _expect(most <= MAX_TENSOR_BYTES, f"{field} shape", tensor.shape, f"at most {MAX_TENSOR_BYTES} bytes")
+    most = math.prod(size for size in shape if size) * ITEM_BYTES[dtype]
+    _expect(most <= MAX_TENSOR_BYTES, f"{field} shape", shape, f"at most {MAX_TENSOR_BYTES} bytes")
 
 
 def check_move(stored: JobState, record: JobRecord, *, was: JobState) -> None:

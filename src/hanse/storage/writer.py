@@ -47,7 +47,8 @@ class _Outcome:
 class Writer:
     """Runs operations on a database, one at a time, in a thread of its own: ``start``, use, ``close``.
 
-    *connect* is called in that thread; *name* is what errors call the database. The queue of operations has no bound of its own: each has a caller that waits for it.
+    *connect* is called in that thread; *name* is what errors call the database. The queue of operations has no bound of
+    its own: each has a caller that waits for it.
     """
 
     def __init__(self, connect: Callable[[], Engine], *, name: str) -> None:
