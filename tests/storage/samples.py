@@ -62,6 +62,6 @@ def commit(round_number: int, **fields: Any) -> CommitRound:
     return CommitRound(state, took_s=0.5, answered=(ClientName("site-1"), ClientName("site-2")))
 
 
-def changed(value: msgspec.Struct, **fields: Any) -> Any:
+def changed(value: Any, **fields: Any) -> Any:
     """Return *value* with *fields*, of whatever type they are, as no type checker would allow."""
     return msgspec.structs.replace(value, **fields)

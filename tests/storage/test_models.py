@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hanse.errors import NotFound, ProtocolError, StoreFailed
 from hanse.ids import Digest
 from hanse.messages import INLINE_LIMIT_BYTES, ITEM_BYTES, ModelRef
-from hanse.model import Model, ModelInvalid, TensorMismatch, TensorSpec, dtype_named
+from hanse.model import Array, Model, ModelInvalid, TensorMismatch, TensorSpec, dtype_named
 from hanse.storage.models import (
     allocate,
     check_ref,
@@ -43,7 +43,7 @@ def names(files: TensorFiles) -> set[str]:
 def of_every_dtype() -> Model:
     """Return a model with a large, a small, an empty and a 0-d tensor of each dtype, in no order of sizes."""
     generator = np.random.default_rng(7)
-    arrays = {}
+    arrays: dict[str, Array] = {}
     for dtype, item_bytes in ITEM_BYTES.items():
         count = INLINE_LIMIT_BYTES // item_bytes + 3
         many = generator.integers(0, 2, size=(count,)).astype(dtype_named(dtype))

@@ -196,6 +196,7 @@ BAD_PACKAGES: dict[str, bytes] = {
     "double slash": zipped(("a//evil.py", b"")),
     "hidden": zipped((".ssh/evil.py", b"")),
     "control character": zipped(("a\n.py", b"")),
+    "NUL": zipped(("aXb.py", b"")).replace(b"aXb.py", b"a\0b.py"),
     "too long": zipped(("a" * 300 + ".py", b"")),
     "another kind of file": zipped(("evil.so", b"")),
     "a folder": zipped(("folder/", b"")),

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -196,3 +198,9 @@ def test_a_client_needs_a_name_that_is_one() -> None:
 
 def test_sessions_of_different_tenures_and_stores_have_different_names() -> None:
     assert len({session_id(store, epoch) for store in ("a", "b") for epoch in (1, 2, 3)}) == 6
+
+
+def test_only_the_sql_store_pays_for_sqlalchemy() -> None:
+    modules = "hanse.storage.memory, hanse.storage.models, hanse.storage.packages"
+    program = f"import sys, {modules}; print('sqlalchemy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"False\n"

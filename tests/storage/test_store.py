@@ -706,4 +706,5 @@ async def test_what_was_answered_before_a_kill_is_there_after_it(path: Path) -> 
     assert run.state is not None
     assert run.state.round in (answered, answered + 1)
     assert [view.round for view in rounds] == list(range(run.state.round + 1))
-    assert all(each.key.round == run.state.round + 1 for each in (*run.tasks, *run.answers))
+    keys = [each.key for each in run.tasks] + [each.key for each in run.answers]
+    assert all(key.round == run.state.round + 1 for key in keys)
