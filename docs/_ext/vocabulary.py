@@ -293,6 +293,8 @@ def _autodoc_of(module: ModuleType, name: str) -> str:
     if inspect.ismodule(value):
         return f"`{module.__name__}.{name}`\n: {_summary(value)}"
     if inspect.isclass(value):
+        if f"{value.__module__}:{name}" in WORKFLOWS.values():
+            return f"`{module.__name__}.{name}`\n: {_summary(value)} It is among the [workflows](workflows.md)."
         ours = [base for base in inspect.getmro(value) if base.__module__.startswith("hanse.")]
         members = {member: None for base in ours for member in vars(base) if not member.startswith("_")}
         return _autodoc("autoclass", f"{module.__name__}.{name}", members=", ".join(members))

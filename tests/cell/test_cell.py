@@ -199,7 +199,7 @@ async def test_an_answer_that_does_not_come_is_waited_for_no_longer_than_asked()
 
     server.on(Channel.SERVER, "heartbeat", slow)
     async with joined(client, server):
-        with pytest.raises(TimedOut, match="server did not answer 'server/heartbeat' within 0.01 s"):
+        with pytest.raises(TimedOut, match=r"server did not answer 'server/heartbeat' within 0\.01 s"):
             await beat(client, timeout_s=0.01)
         release.set()  # the late answer finds nobody, and does no harm
         await beat(client)

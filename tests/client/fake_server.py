@@ -77,7 +77,7 @@ class FakeServer:
     roots: bytes = b""
     heartbeat_s: float = 30.0
     token_lifetime_s: float = 3600.0
-    ssid: Ssid = Ssid("1")
+    ssid: Ssid = field(default_factory=lambda: Ssid("1"))
     accept_tokens: bool = True
     refuse: dict[str, HanseError] = field(default_factory=dict)
     abort: tuple[JobId, ...] = ()

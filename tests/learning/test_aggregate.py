@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hanse.learning import aggregate
 from hanse.learning.aggregate import BLOCK, NoUpdates, in_memory, mean_metrics, weighted_mean, with_metadata
 from hanse.messages import ITEM_BYTES
 from hanse.model import Array, Model, ModelSpec, TensorMismatch, Update, dtype_name, dtype_named
@@ -170,7 +169,7 @@ def test_memory_beyond_the_result_does_not_grow_with_the_model_or_the_clients(mo
         return array
 
     target = in_memory(Model({"w": np.zeros(5 * BLOCK, np.float32)}).spec)
-    monkeypatch.setattr(aggregate.np, "empty", counting)
+    monkeypatch.setattr(np, "empty", counting)
     weighted_mean(updates_of(*[(np.ones(5 * BLOCK, np.float32), 1)] * 20), lambda spec: target)
     assert sizes == [8 * BLOCK, 8 * BLOCK]
 

@@ -124,7 +124,8 @@ async def test_resumed_run_makes_the_same_steps(member: type[FedOpt]) -> None:
 @pytest.mark.parametrize("member", FAMILY)
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 def test_steps_are_computed_in_float64_whatever_the_dtype(member: type[FedOpt], dtype: type) -> None:
-    before, trained = np.array([0.5, -2.0]).astype(dtype), np.array([1.5, 2.0]).astype(dtype)
+    before: Array = np.array([0.5, -2.0]).astype(dtype)
+    trained: Array = np.array([1.5, 2.0]).astype(dtype)
     exact = make_step(member(), State(model(0.5, -2.0)), [update(1.5, 2.0)], in_memory)
     state = make_step(member(), State(Model({"w": before})), [Update(Model({"w": trained}), 1)], in_memory)
     assert np.array_equal(state.model["w"], exact.model["w"].astype(dtype))

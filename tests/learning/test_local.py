@@ -71,4 +71,5 @@ def test_randomness_and_arrays_are_what_a_workflow_expects() -> None:
     assert federation.clients == ("a", "b")
     assert federation.rng("x").integers(10**9) == rng_for(3, 1, "x").integers(10**9)
     allocated = federation.allocate(Model({"w": np.zeros((2, 3), np.float16)}).spec)
-    assert (allocated["w"].shape, allocated["w"].dtype, allocated["w"].flags.writeable) == ((2, 3), np.float16, True)
+    assert str(allocated.spec["w"]) == "float16 (2, 3)"
+    assert allocated["w"].flags.writeable

@@ -233,8 +233,12 @@ def test_answer_is_an_update_or_a_fault() -> None:
 def test_randomness_depends_on_seed_round_and_purpose_alone(seed: int, number: int, purpose: list[str]) -> None:
     draw = rng_for(seed, number, *purpose).integers(2**63)
     assert rng_for(seed, number, *purpose).integers(2**63) == draw
-    for other in [(seed + 1, number, *purpose), (seed, number + 1, *purpose), (seed, number, *purpose, "")]:
-        assert rng_for(*other).integers(2**63) != draw
+    others = [
+        rng_for(seed + 1, number, *purpose),
+        rng_for(seed, number + 1, *purpose),
+        rng_for(seed, number, *purpose, ""),
+    ]
+    assert all(other.integers(2**63) != draw for other in others)
 
 
 def test_randomness_tells_purposes_apart_that_read_the_same() -> None:

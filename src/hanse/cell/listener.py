@@ -40,6 +40,7 @@ class Listener:
         self._reception, self._scopes, self._tls = reception, scopes, tls
         self._target, self._unix_path = target, unix_path
         self._server: grpc.aio.Server | None = None
+        self._serving: asyncio.Task[None] | None = None
         self._health = HealthServicer()
 
     async def start(self) -> str:
@@ -65,16 +66,18 @@ class Listener:
             self._unix_path.chmod(0o600)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         self._server = server
+        self._serving = asyncio.create_task(_serve(server), name=f"port {port}")  # awaited by stop()
         return f"{host}:{port}"
 
     async def stop(self, grace_s: float = 1.0) -> None:
         """Let nobody in any more, tell every stream's peer, and let go of the port after at most *grace_s* seconds."""
         server, self._server = self._server, None
-        if server is None:
+        if server is None or self._serving is None:
             return
         await self._health.enter_graceful_shutdown()
         await self._reception.close(NotInService("the server is stopping"))
         await server.stop(grace_s)
+        await self._serving
 
     def _add_port(self, server: grpc.aio.Server) -> int:
         if self._tls is None:
@@ -95,9 +98,17 @@ class Listener:
 
     async def _connect(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         error = await self._reception.serve(_ServerPipe(context), *_caller(context))
-        if not isinstance(error, Unreachable):  # that one means that the peer left
-            code, reason, metadata = status_of(error)
-            await context.abort(code, reason, metadata)
+        code, reason, metadata = status_of(error)
+        await context.abort(code, reason, metadata)
+
+
+async def _serve(server: grpc.aio.Server) -> None:
+    """Wait for the end of *server*; cancelled (the loop winds up and nobody stopped it), end it."""
+    try:
+        await server.wait_for_termination()
+    except asyncio.CancelledError:
+        await server.stop(None)
+        raise
 
 
 class _ServerPipe:

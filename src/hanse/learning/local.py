@@ -7,6 +7,7 @@ lost client or a missed deadline is an argument, and a round with them takes as 
 
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from hanse.learning.workflow import (
 from hanse.messages import TaskFault
 from hanse.model import Model, ModelSpec, Update
 
+Name = TypeVar("Name", bound=str)
+
 
 def _at_once(client: ClientName, task: Task) -> float:
     del client, task
@@ -44,7 +47,7 @@ class LocalFederation:
 
     def __init__(
         self,
-        clients: Mapping[str, Callable[[Task], Update]],
+        clients: Mapping[Name, Callable[[Task], Update]],
         *,
         seed: int = 0,
         took_s: Callable[[ClientName, Task], float] = _at_once,

@@ -6,10 +6,11 @@ round that was interrupted is called again with the same state and finds the ans
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from hanse.errors import HanseError, WorkflowFailed
+from hanse.ids import ClientName
 from hanse.job import JobSpec
 from hanse.learning.workflow import State, Workflow, check_next, is_over
 from hanse.messages import RunSnapshot, StateRef
@@ -43,8 +44,9 @@ async def drive(
         HanseError: as the workflow raised it (``TooFewClients``), or the server's refusal to commit.
     """
     if snapshot.state is None:
+        began = time.monotonic()
         state = await _guarded(spec, 0, asyncio.to_thread(lambda: workflow.start(initial())))
-        await link.commit(await asyncio.to_thread(store_state, state, files), took_s=0.0, answered=())
+        state = await _commit(state, link, files, began=began, answered=())
     else:
         state = load_state(snapshot.state, files)
     while not is_over(workflow, state) and not is_stopping():
@@ -53,10 +55,17 @@ async def drive(
         began = time.monotonic()
         following = await _guarded(spec, number, workflow.round(state, federation))
         state = check_next(state, following, workflow=spec.workflow.name)
-        reference = await asyncio.to_thread(store_state, state, files)
-        took_s = time.monotonic() - began
-        await link.commit(reference, took_s=took_s, answered=sorted(federation.answered_clients))
+        state = await _commit(state, link, files, began=began, answered=sorted(federation.answered_clients))
     return state
+
+
+async def _commit(
+    state: State, link: ServerLink, files: TensorFiles, *, began: float, answered: Sequence[ClientName]
+) -> State:
+    """Commit *state*, and return it with its arrays mapped: what the workflow computed in memory is let go."""
+    reference = await asyncio.to_thread(store_state, state, files)
+    await link.commit(reference, took_s=time.monotonic() - began, answered=answered)
+    return load_state(reference, files)
 
 
 def store_state(state: State, files: TensorFiles) -> StateRef:

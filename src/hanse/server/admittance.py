@@ -46,12 +46,16 @@ class Scopes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Admittance:
-    """Decides who comes in. ``serving`` raises ``NotInService`` while this server serves nobody."""
+    """Decides who comes in.
+
+    ``serving`` raises ``NotInService`` while this server serves nobody, ``admitting`` while it lets nobody new in.
+    """
 
     project: str
     signer: TokenSigner
     wall: Callable[[], float]
     serving: Callable[[], None]
+    admitting: Callable[[], None]
     disabled: Callable[[ClientName], str | None]
     revoked: Callable[[Token], bool]
     job_cell_of: Callable[[bytes], Fqcn] | None = None
@@ -65,7 +69,7 @@ class Admittance:
             Unauthenticated: another project, a name that the certificate or the credentials do not prove, credentials
             that are not ours or have expired, or a disabled client.
         """
-        self.serving()
+        self.admitting()
         if hello.project != self.project:
             raise Unauthenticated(wrong_project(hello.project, self.project))
         participant, job_id = split_cell(hello.fqcn)

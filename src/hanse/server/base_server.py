@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import logging
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -127,9 +128,8 @@ class BaseServer(ABC):
             with self._woken:
                 if self._closing:
                     return
-                deadline = self._registry.next_deadline(
-                    timeout_s=self.heart_beat_timeout, lost_after_s=self.heart_beat_timeout
-                )
+                # Only who is dead matters here; a client that beats without a stream would have the loop spin.
+                deadline = self._registry.next_deadline(timeout_s=self.heart_beat_timeout, lost_after_s=math.inf)
                 self._woken.wait(None if deadline is None else max(deadline - self.clock(), 0.001))
                 if self._closing:
                     return
@@ -224,9 +224,17 @@ class BaseServer(ABC):
     def _forget(self, client: Client) -> None:
         """Take *client*, which has left the registry, out of everything else."""
         self.remove_client_data(client.token)
-        if self._admin_server is not None:
-            self._admin_server.client_dead(client)
+        self._tell_admin_server(lambda admin_server: admin_server.client_dead(client))
         self.notify_dead_client(client)
+
+    def _tell_admin_server(self, tell: Callable[[AdminServer], None]) -> None:
+        """Tell the admin server, if there is one; that it fails must keep no run and no client from their news."""
+        if self._admin_server is None:
+            return
+        try:
+            tell(self._admin_server)
+        except Exception:  # noqa: BLE001 - whatever it raises is its own trouble; the log has it
+            _log.exception("the admin server failed")
 
     def _wake_cleanup(self) -> None:
         with self._woken:

@@ -173,6 +173,7 @@ class FederatedServer(BaseServer):
             session=lambda: self._service.ssid,
             clock=lambda: self.clock(),
         )
+        self._is_leaving = False
         self._tokens: set[str] = set()
         self._deployed: _Deployed | None = None
         self._tenure: Tenure | None = None
@@ -342,6 +343,7 @@ class FederatedServer(BaseServer):
     def fl_shutdown(self) -> None:
         """Park all jobs (they resume at the next start), fire SYSTEM_END, then as the base."""
         if self._deployed is not None and not self._closing:
+            self._is_leaving = True
             run(self._park())
             self._handlers.tell(EventType.SYSTEM_END, self._context())
         super().fl_shutdown()
@@ -429,6 +431,7 @@ class FederatedServer(BaseServer):
             signer=self._clients.identities.signer,
             wall=time.time,
             serving=self._demand_serving,
+            admitting=self._demand_admitting,
             disabled=self._clients.disabled_because,
             revoked=self._clients.is_revoked,
             job_cell_of=self._clients.job_cell_of,
@@ -514,6 +517,11 @@ class FederatedServer(BaseServer):
         if self._service.state not in (ServiceState.COLD2HOT, ServiceState.HOT):
             raise NotInService
 
+    def _demand_admitting(self) -> None:
+        self._demand_serving()
+        if self._is_leaving:
+            raise NotInService("Server not in service: it is shutting down")
+
     # what the handlers of the contract do
 
     def _challenge(self, request: Message) -> Payload:
@@ -568,8 +576,7 @@ class FederatedServer(BaseServer):
                 self._tokens.add(client.token)
             self._wake_cleanup()
             self._note_stream(Fqcn(client.name))
-        if self._admin_server is not None:
-            self._admin_server.client_heartbeat(client)
+        self._tell_admin_server(lambda admin_server: admin_server.client_heartbeat(client))
         tenure = self._tenure
         abort = tenure.jobs.heartbeat(client.name, heartbeat.jobs) if tenure is not None else ()
         return HeartbeatReply(abort, self._service.ssid)

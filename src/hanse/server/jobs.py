@@ -99,6 +99,11 @@ class Jobs:
         self._loop = asyncio.get_running_loop()
         self._register_handlers()
 
+    @property
+    def services(self) -> RunServices:
+        """What these jobs work with: the store and the epoch under which they write to it, the cell, the clocks."""
+        return self._services
+
     # its life
 
     async def serve(self, ready: asyncio.Event) -> None:

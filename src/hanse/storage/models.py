@@ -56,6 +56,24 @@ def store_model(model: Model, files: TensorFiles) -> ModelRef:
     return ModelRef(tuple(_store_tensor(name, array, files) for name, array in model.items()), dict(model.metadata))
 
 
+def name_model(model: Model, files: TensorFiles) -> tuple[ModelRef, dict[Digest, memoryview]]:
+    """Return *model* by name, and the bytes of its large tensors where they lie: nothing is written.
+
+    For a model that is on its way elsewhere. A tensor that was loaded from *files* is not hashed again.
+    """
+    bytes_of: dict[Digest, memoryview] = {}
+    tensors = []
+    for name, array in model.items():
+        dtype = dtype_name(array.dtype)
+        if array.nbytes <= INLINE_LIMIT_BYTES:
+            tensors.append(_store_tensor(name, array, files))
+            continue
+        digest = _known_digest(array, files) or digest_of(_buffer(array))
+        bytes_of[digest] = _buffer(array)
+        tensors.append(TensorRef(name, dtype, array.shape, digest))
+    return ModelRef(tuple(tensors), dict(model.metadata)), bytes_of
+
+
 def load_model(ref: ModelRef, files: TensorFiles) -> Model:
     """Return the model that *ref* names, its arrays read-only and the large ones mapped.
 
@@ -117,8 +135,16 @@ def _in_place(array: Array, files: TensorFiles) -> Digest | None:
     if mapping.digest is None:
         array.flags.writeable = False
         return Scratch(mapping, array.nbytes).finish()
+    return _known_digest(array, files)
+
+
+def _known_digest(array: Array, files: TensorFiles) -> Digest | None:
+    """Return the digest of *array* if it is all of a tensor file of *files*, as it is there; ``None`` otherwise."""
+    mapping = _mapping_behind(array)
+    if mapping is None or mapping.files.root != files.root or len(mapping) != array.nbytes:
+        return None
     # One that is writable is a second view of a finished scratch, and may have changed it.
-    return mapping.digest if not array.flags.writeable and files.has(mapping.digest) else None
+    return mapping.digest if not array.flags.writeable and mapping.digest and files.has(mapping.digest) else None
 
 
 def _mapping_behind(array: Array) -> TensorMap | None:

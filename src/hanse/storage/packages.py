@@ -183,8 +183,6 @@ def _read_spec(archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo])
     try:
         return msgspec.json.decode(text, type=JobSpec)
     except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, JobInvalid):
-            raise error.__cause__ from None
         what, _, field = str(error).partition(" - at `$.")
         raise JobInvalid(field.rstrip("`") or "definition", got="not that", expected=what) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -1,0 +1,251 @@
+import stat
+from pathlib import Path
+
+import pytest
+
+from hanse.cell.cell import RemoteError
+from hanse.client.jobs import JobFolder
+from hanse.client.process_spec import PROCESS_MODULE
+from hanse.errors import NotFound, Unreachable
+from hanse.ids import Digest, Fqcn, JobId
+from hanse.messages import AbortJob, Channel, DeployJob, Heartbeat, JobEnded
+from hanse.settings import SitePolicy
+
+from .fake_server import JOB, PROJECT, SITE, fake_server, job_identity, job_spec
+from .site import code_folder, site, within
+
+AWAY = Unreachable("server", "it has gone")
+
+
+async def test_deployed_job_is_started_with_all_that_its_process_needs(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w", config={"data": "/d"}) as here:
+        await server.up()
+        spec = job_spec(seed=3)
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), spec))
+        assert here.launcher.launched == []
+        await server.ask("start", server.start())
+
+        (handle,) = here.launcher.launched
+        assert handle.module == PROCESS_MODULE
+        told = handle.spec
+        assert (told.job_id, told.client, told.project, told.spec) == (JOB, SITE, PROJECT, spec)
+        assert (told.identity, told.servers, told.roots) == (job_identity(), ("memory",), b"")
+        assert (told.site, told.policy) == ({"data": "/d"}, SitePolicy())
+        assert (Path(told.code) / "app.py").read_text().startswith("from hanse.client import ClientApp")
+        assert Path(told.tensors).parent == here.workspace / "jobs" / JOB
+        assert stat.S_IMODE((here.workspace / "jobs").stat().st_mode) == 0o700
+
+
+async def test_what_is_asked_twice_is_done_once(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        deploy = server.announce(code_folder(tmp_path / "code"), job_spec())
+        for _ in range(2):
+            await server.ask("deploy", deploy)
+        for _ in range(2):
+            await server.ask("start", server.start())
+        await server.ask("deploy", deploy)
+
+        assert len(here.launcher.launched) == 1
+        assert not here.launcher.launched[0].is_stopped
+
+
+async def test_next_attempt_takes_the_place_of_a_process_that_the_server_gave_up(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start(attempt=1))
+        await server.ask("start", server.start(attempt=2))
+
+        first, second = here.launcher.launched
+        assert first.is_stopped
+        assert not second.is_stopped
+        assert server.queue(JobEnded).empty(), "it was asked to end"
+
+
+async def test_start_of_a_job_that_was_not_deployed_is_refused(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w"):
+        await server.up()
+        with pytest.raises(RemoteError, match="there is no deployed job 'digits-1'") as caught:
+            await server.ask("start", server.start())
+        assert caught.value.error_code == NotFound.code
+
+
+@pytest.mark.parametrize("job_id", ["../digits", "", "Digits", "a/b"])
+async def test_job_whose_id_is_none_is_refused_before_a_file_is_touched(tmp_path: Path, job_id: str) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        deploy = DeployJob(JobId(job_id), "digits", "lead", job_spec(), Digest("0" * 64), 1)
+        with pytest.raises(RemoteError, match=r"DeployJob\.job_id"):
+            await server.ask("deploy", deploy)
+
+        assert list((here.workspace / "jobs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "client", "sentence"),
+    [
+        (SitePolicy(submitters=("ada",)), "app:app", "only jobs of ada may run here, and this one is lead's"),
+        (SitePolicy(job_code="deny"), "app:app", "app:app is not installed"),
+        (SitePolicy(job_code="deny"), "train.py", "code that comes with a job may not run here, and train.py does"),
+    ],
+)
+async def test_site_refuses_by_its_policy_and_fetches_nothing(
+    tmp_path: Path, policy: SitePolicy, client: str, sentence: str
+) -> None:
+    name = "train.py" if client == "train.py" else "app.py"
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w", policy=policy) as here:
+        await server.up()
+        deploy = server.announce(code_folder(tmp_path / "code", name=name), job_spec(client))
+        with pytest.raises(RemoteError, match="site-1 refused the job: ") as caught:
+            await server.ask("deploy", deploy)
+
+        assert sentence in caught.value.reason
+        assert list((here.workspace / "jobs").iterdir()) == []
+
+
+async def test_installed_code_runs_where_a_jobs_own_may_not_and_nothing_of_the_job_can_stand_in_for_it(
+    tmp_path: Path,
+) -> None:
+    policy = SitePolicy(job_code="deny")
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w", policy=policy) as here:
+        await server.up()
+        code = code_folder(tmp_path / "code", name="sklearn.py")
+        await server.ask("deploy", server.announce(code, job_spec("sklearn.federated:app")))
+        await server.ask("start", server.start())
+
+        assert here.launcher.launched[0].spec.code == ""
+
+
+@pytest.mark.parametrize("client", ["absent:app", "absent.deeper:app"])
+async def test_client_that_is_neither_in_the_job_nor_installed_is_told_when_it_is_deployed(
+    tmp_path: Path, client: str
+) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w"):
+        await server.up()
+        deploy = server.announce(code_folder(tmp_path / "code"), job_spec(client))
+        with pytest.raises(RemoteError, match="a module of the job, or one installed at the site"):
+            await server.ask("deploy", deploy)
+
+
+async def test_package_must_hold_the_job_that_was_announced(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w"):
+        await server.up()
+        deploy = server.announce(code_folder(tmp_path / "code"), job_spec())
+        other = DeployJob(JOB, "digits", "lead", job_spec(seed=9), deploy.package, deploy.package_bytes)
+        with pytest.raises(RemoteError, match="another definition of digits"):
+            await server.ask("deploy", other)
+        with pytest.raises(RemoteError, match="there is no deployed job"):
+            await server.ask("start", server.start())
+
+
+async def test_end_that_nobody_asked_for_is_reported_with_the_logs_last_lines(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start(attempt=2))
+        here.launcher.launched[0].end(-9, "the last line")
+
+        assert await server.next(JobEnded) == JobEnded(JOB, 2, -9, "the last line")
+
+
+async def test_end_is_reported_until_the_server_has_heard_of_it(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        server.refuse["job_ended"] = Unreachable("server", "its store is away")
+        here.launcher.launched[0].end(1)
+
+        assert (await server.next(JobEnded)).status == 1
+        while (await server.next(Heartbeat)).jobs:
+            pass  # until then the job counts as running, so that the server does not believe that it never started
+
+
+async def test_end_that_the_server_does_not_want_to_hear_of_is_forgotten(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        server.refuse["job_ended"] = NotFound("running job", JOB)
+        here.launcher.launched[0].end(1)
+        while (await server.next(Heartbeat)).jobs:
+            pass
+
+        assert server.queue(JobEnded).empty()
+
+
+async def test_aborted_job_is_stopped_and_leaves_its_log(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        server.cell.tell(Fqcn(SITE), Channel.JOB, "abort", AbortJob(JOB, "the lead wants it so"))
+        while (await server.next(Heartbeat)).jobs:
+            pass
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+
+        assert here.launcher.launched[0].is_stopped
+        assert server.queue(JobEnded).empty(), "it was asked to end"
+        assert JobFolder(here.workspace / "jobs" / JOB).log.read_text() == "a line"
+
+
+async def test_stopping_the_agent_ends_its_jobs_and_leaves_only_logs(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        here.agent.stop()
+        await within(20, here.running)
+
+        assert here.launcher.launched[0].is_stopped
+        assert [path.name for path in (here.workspace / "jobs" / JOB).iterdir()] == ["job.log"]
+
+
+async def test_agent_that_is_refused_for_good_leaves_no_process(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        here.running.cancel()
+        await within(20, here.launcher.launched[0].wait())
+
+        assert here.launcher.launched[0].is_stopped
+
+
+async def test_process_goes_on_while_the_server_is_away(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        await server.go_away(AWAY)
+        await server.up()
+        while (await server.next(Heartbeat)).jobs != (JOB,):
+            pass
+
+        assert not here.launcher.launched[0].is_stopped
+
+
+async def test_what_a_killed_agent_left_behind_is_cleared_away_but_for_logs(tmp_path: Path) -> None:
+    left = JobFolder(tmp_path / "w" / "jobs" / "old-1")
+    for folder in (left.code, left.tensors, left.package):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("old")
+    left.log.write_text("what it said")
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w"):
+        await server.up()
+
+        assert [path.name for path in left.path.iterdir()] == ["job.log"]
+
+
+async def test_process_that_cannot_be_started_is_told_to_the_server_and_the_agent_lives(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        here.launcher.error = OSError(12, "Cannot allocate memory")
+        with pytest.raises(RemoteError):
+            await server.ask("start", server.start())
+        here.launcher.error = None
+        await server.ask("start", server.start())
+
+        assert len(here.launcher.launched) == 1
