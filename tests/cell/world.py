@@ -178,11 +178,11 @@ async def connected(target: str, tls: ClientTls | None = None, **options: Any) -
 
 @asynccontextmanager
 async def transferring(
-    target: str, tls: ClientTls | None = None, *, fqcn: str = SITE, **options: Any
+    target: str | Callable[[], str], tls: ClientTls | None = None, *, fqcn: str = SITE, **options: Any
 ) -> AsyncIterator[Transfers]:
     transfers = Transfers(
         **{
-            "target": lambda: target,
+            "target": target if callable(target) else lambda: target,
             "hello": lambda: hello(fqcn),
             "tls": tls,
             "rng": random.Random(1),

@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -90,7 +91,7 @@ async def test_attempt_is_made_anew_with_growing_pauses_while_that_may_help() ->
     async with linked(uplink, server):
         assert await uplink.persist(attempt, doing="test") == "answered"
 
-    pauses = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert all(first / 2 <= pause <= first for pause, first in zip(pauses, (0.1, 0.2, 0.4, 0.8), strict=True))
 
 

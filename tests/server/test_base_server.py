@@ -336,9 +336,7 @@ def test_tls_is_spoken_with_the_three_files(bare: Bare, project: Project, tmp_pa
     bare.deploy(args(tmp_path), project.grpc_args(), secure_train=True)
     site = project.site("site-1")
 
-    assert healthy(
-        target_of(bare), grpc.ssl_channel_credentials(project.roots, site.key_pem, site.certificate)
-    )
+    assert healthy(target_of(bare), grpc.ssl_channel_credentials(project.roots, site.key_pem, site.certificate))
     with pytest.raises(grpc.RpcError):
         healthy(target_of(bare), grpc.ssl_channel_credentials(project.roots))
 
@@ -350,8 +348,6 @@ def test_nobody_may_use_the_bases_port(bare: Bare, tmp_path: Path, dialler: Dial
 
     assert isinstance(refused, RemoteError)
     assert "a server that registers clients" in refused.reason
-
-
 
 
 @pytest.mark.parametrize("name", ["ssl_root_cert", "ssl_cert", "ssl_private_key"])

@@ -22,14 +22,14 @@ from hanse.cell.rpc import ClientTls
 from hanse.cell.transfer import Transfers
 from hanse.client.registration import Registrant
 from hanse.coordination.policy import PeerKind
-from hanse.errors import HanseError
+from hanse.errors import HanseError, Unreachable
 from hanse.events import EventType, FLComponent, FLContext
 from hanse.identity.authorities import Authority
 from hanse.identity.certificates import Identity, key_pem, new_key
 from hanse.identity.kits import Kit
 from hanse.identity.provision import provision
 from hanse.identity.transcript import client_half, transcript
-from hanse.ids import SERVER, ClientName, Fqcn, JobId
+from hanse.ids import SERVER, ClientName, Fqcn, JobId, Ssid
 from hanse.messages import (
     PROTOCOL_VERSIONS,
     Challenge,
@@ -219,11 +219,7 @@ def target_of(server: Any) -> str:
 
 def appoint(overseer: ScriptedOverseer, server: FederatedServer, ssid: str = "tenure-1") -> None:
     """Have the overseer say that *server* is primary, under *ssid*."""
-    overseer.appoint(Primary(target_of(server), Ssid_(ssid)))
-
-
-def Ssid_(text: str) -> Any:  # noqa: N802 - a NewType's name, with a mark to tell it apart
-    return text
+    overseer.appoint(Primary(target_of(server), Ssid(ssid)))
 
 
 def peer_of(server: FederatedServer, fqcn: str) -> Any:
@@ -334,7 +330,7 @@ class Wire:
     # its life
 
     async def open(self) -> "Wire":
-        """Dial, introduce itself, and return when the link is up; raise what the server refused with."""
+        """Dial once, introduce itself, and return when the link is up; raise what stood in the way."""
         self._connector = Connector(
             self.cell,
             targets=[self._target],
@@ -342,13 +338,17 @@ class Wire:
             tls=self._tls,
             rng=random.Random(1),
             on_welcome=self._introduce,
+            on_waiting=self._waits,
         )
+        self._waiting: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._running = asyncio.create_task(self._connector.run(), name=f"stream of {self.fqcn}")
         ready = asyncio.create_task(self._connector.wait_ready(WITHIN_S), name="ready")
         try:
-            await asyncio.wait({ready, self._running}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({ready, self._running, self._waiting}, return_when=asyncio.FIRST_COMPLETED)
             if self._running.done():
                 self._running.result()
+            if self._waiting.done():
+                raise Unreachable(self._target, self._waiting.result())
             await ready
         except BaseException:
             ready.cancel()
@@ -361,6 +361,10 @@ class Wire:
         with suppress(HanseError):
             await self._running
         await self.cell.close()
+
+    def _waits(self, reason: str) -> None:
+        if not self._waiting.done():
+            self._waiting.set_result(reason)
 
     async def ended(self) -> HanseError | None:
         """Return what the server refused to go on with, once the stream has ended for good."""

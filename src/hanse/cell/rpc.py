@@ -53,6 +53,7 @@ SERVER_OPTIONS: Final = (
     *_OPTIONS,
     # Two servers on one port would share the clients between them.
     ("grpc.so_reuseport", 0),
+    ("grpc.max_concurrent_streams", 64),
     ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_S * 500)),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", int(KEEPALIVE_S * 500)),
 )
@@ -179,6 +180,12 @@ def error_of(error: grpc.aio.AioRpcError, where: str) -> HanseError:
         return Unauthenticated(f"the certificate of the server at {where} does not hold that host's name")
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ProtocolError("frame", got=details, expected=f"at most {MAX_FRAME_BYTES} bytes")
+    if details.startswith("failed to connect"):
+        # gRPC wraps the cause in two layers of its own words.
+        details = details.rpartition(": ")[2]
+    if details == "Socket closed":
+        # What TLS 1.3 shows of a server that does not take the client's certificate; it may also just be going down.
+        details = "it closed the connection while that opened; does it speak TLS, and accept this certificate?"
     return Unreachable(where, details)
 
 

@@ -287,6 +287,12 @@ class Transfers:
             raise error_of(error, target) from error
         except (asyncio.InvalidStateError, grpc.aio.UsageError) as error:
             raise Unreachable(target, "the connection was closed") from error
+        except asyncio.CancelledError:
+            # gRPC says the same whether this task was cancelled or the connection was closed under the call.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise Unreachable(target, "the connection was closed") from None
 
     def _extend(self, limit: asyncio.Timeout) -> None:
         limit.reschedule(asyncio.get_running_loop().time() + self._stall_s)

@@ -7,6 +7,7 @@ and is bound to it; afterwards only its expiry is looked at.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -141,7 +142,8 @@ class Admittance:
         """Return the name that TLS proved: the participant's, or that of its job's process."""
         name = certificate.common_name
         if name not in (participant, fqcn) and self.job_cell_of is not None:
-            name = self.job_cell_of(certificate.pem)
+            with suppress(Unauthenticated):  # then it is a participant's, and the refusal below says whose
+                name = self.job_cell_of(certificate.pem)
         if name not in (participant, fqcn):
             raise Unauthenticated(f"the certificate is for {name!r}, not for {fqcn!r}")
         return name

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from hanse.cell.link import Peer
+from hanse.coordination.policy import ROLE_RIGHTS
 from hanse.coordination.registry import Presence, Registry
 from hanse.coordination.schedule import Candidate, free_resources
 from hanse.errors import Unauthenticated
 from hanse.identity.authorities import JobAuthority
 from hanse.identity.tokens import CLIENT_SCOPE, TokenInfo, TokenSigner, admin_scope, job_scope, new_token
-from hanse.ids import SERVER, ClientName, Fqcn, JobId, Ssid, Token, split_cell
+from hanse.ids import NAME_RULE, SERVER, ClientName, Fqcn, JobId, Ssid, Token, is_name, split_cell
 from hanse.job import JobRecord, Resources
 from hanse.messages import (
     Challenge,
@@ -100,7 +101,7 @@ class Clients:
             raise Unauthenticated(wrong_project(register.project, self._project))
         identification = self.identities.identification
         if identification is None:
-            return register.role
+            return _claimed_role(register)
         wall = datetime.fromtimestamp(self._wall(), UTC)
         with self._lock:
             return identification.identify(origin, register, now=self._clock(), wall=wall).role
@@ -287,6 +288,22 @@ class Clients:
 
     def _new_token(self, scope: str) -> Token:
         return new_token(now_s=self._wall(), lifetime_s=self.lifetimes.token_s, scope=scope)
+
+
+def _claimed_role(register: Register) -> str:
+    """Return the role that *register* claims where nobody proves anything.
+
+    Raises:
+        Unauthenticated: there is no such role, or no administrator can have that name.
+    """
+    kind, _, role = register.role.partition(":")
+    if register.role == CLIENT_SCOPE:
+        return register.role
+    if kind != "admin" or role not in ROLE_RIGHTS:
+        raise Unauthenticated(f"there is no role {register.role!r:.80}; expected 'client' or 'admin:<role>'")
+    if not is_name(register.client) or register.client == SERVER:
+        raise Unauthenticated(f"{register.client!r:.80} cannot be an administrator's name: {NAME_RULE}")
+    return register.role
 
 
 def sender_of(request: Message) -> tuple[ClientName, Token]:

@@ -47,7 +47,7 @@ from hanse.coordination.service import (
     restored,
     shut_down,
 )
-from hanse.errors import ConfigError, Conflict, HanseError, NotInService, Unauthenticated
+from hanse.errors import ConfigError, Conflict, HanseError, InternalError, NotInService, Unauthenticated
 from hanse.events import EventType, FLComponent, FLContext
 from hanse.identity.authorities import JobAuthority
 from hanse.identity.certificates import Identity
@@ -533,6 +533,7 @@ class FederatedServer(BaseServer):
         self._demand(RequestKind.REGISTER)
         register = expect(request, Register)
         role = self._clients.identify(request.get_header(Header.ORIGIN) or register.client, register)
+        _demand_own_stream(register.client, role)
         self._ask_handlers(EventType.CLIENT_REGISTER_RECEIVED, register.client, request)
         if role.partition(":")[0] == "admin":
             return self._clients.log_in(register, role)
@@ -734,6 +735,23 @@ def _answered(handler: Callable[[Message], Payload], request: Message) -> Messag
     except HanseError as error:
         _log.info("request refused", extra={"reason": error.reason, "origin": request.get_header(Header.ORIGIN)})
         return refuse(error)
+    except Exception:  # noqa: BLE001 - a reply always says how it went; a check that crashed has let nobody pass
+        _log.exception("request failed", extra={"origin": request.get_header(Header.ORIGIN)})
+        return refuse(InternalError("answering a request"))
+
+
+def _demand_own_stream(name: str, role: str) -> None:
+    """Let *name* register over the stream that this comes by, if any; otherwise it would get what is for another.
+
+    Raises:
+        Unauthenticated: the stream was opened as another.
+    """
+    peer = current_peer()
+    if peer is None:
+        return
+    opened_as = split_cell(peer.fqcn)[0] if role.startswith("admin:") else peer.fqcn
+    if opened_as != name:
+        raise Unauthenticated(f"{name!r} registers over a stream that was opened as {peer.fqcn!r}")
 
 
 def _from_stream(request: Message) -> Message:

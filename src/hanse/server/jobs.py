@@ -65,6 +65,8 @@ _log = logging.getLogger(__name__)
 P = TypeVar("P", bound=msgspec.Struct)
 
 WATCHERS_PER_JOB: Final = 64
+POSTPONED_S: Final = 5.0
+"""A job that its clients could not take just now (a full disk, a broken line) is tried again after this long."""
 LOG_BYTES: Final = 256 * 1024
 """The most that is read of a log's end to show its last lines."""
 _NOT_IN_ID = re.compile(r"[^a-z0-9]+")
@@ -89,6 +91,8 @@ class Jobs:
         self._limits = limits
         self._runs: dict[JobId, ActiveRun] = {}
         self._lives: dict[JobId, asyncio.Task[None]] = {}
+        self._taking: dict[JobId, JobRecord] = {}
+        self._postponed: dict[JobId, tuple[float, str]] = {}
         self._waiting: dict[JobId, Wait] = {}
         self._known: dict[ClientName, frozenset[JobId]] = {}
         self._watchers: dict[JobId, set[Fqcn]] = {}
@@ -136,7 +140,7 @@ class Jobs:
                 answers=state.answers,
             )
             _log.info("run taken up", extra={"job": record.job_id, "round": run.round})
-            self._live(record.job_id, self._run(record, run, resumed=True))
+            self._live(record, self._run(record, run, resumed=True))
 
     async def _schedule(self) -> None:
         while True:
@@ -150,28 +154,39 @@ class Jobs:
                 continue
 
     async def _plan(self) -> float | None:
+        now_s = self._services.wall()
         submitted = await self._services.store.jobs(states=(JobState.SUBMITTED,))
+        self._postponed = {job_id: later for job_id, later in self._postponed.items() if later[0] > now_s}
+        postponed = {
+            record.job_id: Wait(why, record.submitted_at + record.spec.start_within_s)
+            for record in submitted
+            if (why := self._postponed.get(record.job_id, (0.0, ""))[1])
+        }
+        submitted = [record for record in submitted if record.job_id not in postponed]
         decisions: dict[JobId, Decision] = plan(
             submitted,
             clients=self._clients.candidates(self._jobs_at),
             running_jobs=len(self._lives),
             max_running_jobs=self._limits.max_running_jobs,
             min_registered=self._limits.min_registered,
-            now_s=self._services.wall(),
+            now_s=now_s,
         )
-        self._waiting = {job_id: wait for job_id, wait in decisions.items() if isinstance(wait, Wait)}
+        self._waiting = postponed | {job_id: wait for job_id, wait in decisions.items() if isinstance(wait, Wait)}
         for record in submitted:
             match decisions[record.job_id]:
                 case Start(clients=clients) if self._accepting:
                     scheduled = move(record, JobState.SCHEDULED, at=self._services.wall())
                     scheduled = msgspec.structs.replace(scheduled, clients=clients)
                     await self._services.store.replace_job(self._services.epoch, scheduled, was=record.state)
-                    self._live(record.job_id, self._launch(scheduled))
+                    self._live(scheduled, self._launch(scheduled))
                 case GiveUp(reason=reason):
                     await self._fail(record, "no-clients", reason)
                 case _:
                     pass
-        return next_deadline(decisions.values())
+        deadlines = [at for at, _ in self._postponed.values()]
+        if (give_up := next_deadline(decisions.values())) is not None:
+            deadlines.append(give_up)
+        return min(deadlines, default=None)
 
     async def _watch_clients(self) -> None:
         """Tell runs of clients that are lost: woken by the earliest deadline of a suspect client, or by a change."""
@@ -267,6 +282,8 @@ class Jobs:
             return
         again = move(record, JobState.SUBMITTED, at=self._services.wall())
         await self._services.store.replace_job(self._services.epoch, again, was=record.state)
+        why = "; ".join(error.reason for error in refusals)
+        self._postponed[record.job_id] = (self._services.wall() + POSTPONED_S, why)
         self.wake()
 
     async def _run(self, record: JobRecord, run: Run, *, resumed: bool) -> None:
@@ -302,12 +319,16 @@ class Jobs:
         self._watchers.pop(record.job_id, None)
         self.wake()
 
-    def _live(self, job_id: JobId, life: Coroutine[Any, Any, None]) -> None:
+    def _live(self, record: JobRecord, life: Coroutine[Any, Any, None]) -> None:
         """Give a job a task of its own; whatever goes wrong there ends that job and no other."""
+        job_id = record.job_id
         task = self._group.create_task(self._guarded(job_id, life), name=f"job {job_id}")
-        self._lives[job_id] = task
-        task.add_done_callback(lambda _: self._lives.pop(job_id, None))
-        task.add_done_callback(lambda _: self.wake())
+        self._lives[job_id], self._taking[job_id] = task, record
+        task.add_done_callback(lambda _: self._has_lived(job_id))
+
+    def _has_lived(self, job_id: JobId) -> None:
+        del self._lives[job_id], self._taking[job_id]
+        self.wake()
 
     async def _guarded(self, job_id: JobId, life: Coroutine[Any, Any, None]) -> None:
         try:
@@ -563,7 +584,7 @@ class Jobs:
         return [run for run in self._runs.values() if client in run.run.clients]
 
     def _jobs_at(self, client: ClientName) -> list[JobRecord]:
-        return [run.record for run in self._runs_of(client)]
+        return [record for record in self._taking.values() if client in record.clients]
 
     def _tell(self, notice: EventType, job_id: JobId, *, reason: str = "") -> None:
         context = FLContext("server", project=self._services.project, job_id=job_id, reason=reason)

@@ -1,0 +1,88 @@
+"""The command line: one file a command, each a composition root or a few calls, and what they share.
+
+Here belong arguments, output, exit statuses, and putting a process together: settings, then services, then serving. No
+rule belongs here; whatever a command decides is decided by what it calls, so that the console and a program get the
+same. A command's module is imported when it is called, and ``hanse --help`` imports none of them.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from cyclopts import App, CycloptsError
+
+from hanse.cli.failures import INTERRUPTED, USAGE, Failure, failure_of, wants_json, wants_log
+
+COMMANDS: Final = {
+    "new": ("hanse.cli.new:new", "Make a job's folder that runs, to start from."),
+    "simulate": ("hanse.cli.simulate:simulate", "Run a job here, in one process, with simulated clients."),
+    "provision": ("hanse.cli.provision:provision", "Make the project's authority and a kit for each participant."),
+    "kit request": ("hanse.cli.kit:request", "Make a key here, and a request for a certificate."),
+    "kit approve": ("hanse.cli.kit:approve", "Answer a request, as the holder of the project's authority."),
+    "kit install": ("hanse.cli.kit:install", "Put what was approved beside the key."),
+    "server start": ("hanse.cli.server:start", "Run the server until it is stopped."),
+    "server stop": ("hanse.cli.server:stop", "Stop the server in order; running jobs stay resumable."),
+    "client start": ("hanse.cli.client:start", "Run a site's agent until it is stopped."),
+    "client stop": ("hanse.cli.client:stop", "Stop a site's agent."),
+    "job submit": ("hanse.cli.job:submit", "Submit a job; prints its id."),
+    "job list": ("hanse.cli.job:list_jobs", "List all jobs, newest first."),
+    "job show": ("hanse.cli.job:show", "Show one job: state, reason, clients, rounds."),
+    "job wait": ("hanse.cli.job:wait", "Follow a job to its end."),
+    "job log": ("hanse.cli.job:log", "Show the last lines of a job's log, at the server or as a client reported it."),
+    "job abort": ("hanse.cli.job:abort", "End a job; what is committed stays."),
+    "job download": ("hanse.cli.job:download", "Fetch the model that a job resulted in."),
+    "version": ("hanse.cli.version:version", "Print the release."),
+}
+"""Each command, the function behind it, and what it does."""
+
+GROUPS: Final = {
+    "kit": "Certificates for keys that never leave their site.",
+    "server": "The server.",
+    "client": "A site's agent.",
+    "job": "Jobs at a server, asked for with an administrator's kit.",
+}
+
+
+def _app() -> App:
+    top = App(name="hanse", help=f"{__package__.partition('.')[0].capitalize()}: federated learning.", version=_version)
+    groups = {"": top}
+    for name, text in GROUPS.items():
+        groups[name] = App(name=name, help=text)
+        top.command(groups[name])
+    for command, (function, text) in COMMANDS.items():
+        group, _, name = command.rpartition(" ")
+        groups[group].command(function, name=name, help=text)
+    return top
+
+
+def _version() -> str:
+    from importlib.metadata import version  # noqa: PLC0415 - costs more than all of the help, and is rarely asked for
+
+    return version("hanse")
+
+
+app: Final = _app()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that *arguments* name (by default the process's) and return the exit status."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+    except CycloptsError as error:
+        return Failure("usage", _sentence(error), USAGE).tell(as_json=wants_json(tokens))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has enough. What is still in the buffer must not be written when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 - the edge of the process: a sentence for people, a status for scripts
+        return failure_of(error, with_traceback=wants_log(tokens)).tell(as_json=wants_json(tokens))
+    return status if isinstance(status, int) else 0
+
+
+def _sentence(error: CycloptsError) -> str:
+    return f"{' '.join(str(error).split()).rstrip('.')} (hanse --help shows what there is)"

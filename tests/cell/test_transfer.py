@@ -1,0 +1,573 @@
+import asyncio
+import random
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hanse.cell import wire_pb2
+from hanse.cell.link import Peer
+from hanse.cell.refusals import RemoteError
+from hanse.cell.rpc import CHUNK_BYTES, DOWNLOAD, MISSING, UPLOAD, decode_chunk, encode_chunk, hello_of, metadata_of
+from hanse.cell.transfer import Files, Inflow, LocalTransfers, Transfers
+from hanse.cell.transfer_service import MAX_CALLS_PER_PEER
+from hanse.errors import HanseError, NotFound, ProtocolError, TimedOut, Unauthenticated, Unauthorized, Unreachable
+from hanse.ids import Digest
+from hanse.messages import Hello
+from hanse.storage.tensors import TensorFiles, digest_of
+
+from .world import SITE, Authority, Serving, hello, serving, transferring
+
+pytestmark = pytest.mark.usefixtures("no_task_is_left_behind")
+
+SCOPE = "job/j-1"
+BIG = random.Random(7).randbytes(5 * CHUNK_BYTES + 12_345)
+SMALL = b"a small tensor"
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> TensorFiles:
+    return TensorFiles(tmp_path / "there")
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> TensorFiles:
+    return TensorFiles(tmp_path / "here")
+
+
+def scopes_of(files: Files) -> Callable[..., Files]:
+    def scopes(peer: Peer, scope: str, *, write: bool) -> Files:
+        if scope != SCOPE:
+            raise NotFound("scope", scope)
+        if write and peer.fqcn != SITE:
+            raise Unauthorized(peer.fqcn, f"write to {scope}", needs="to take part in the job")
+        return files
+
+    return scopes
+
+
+@asynccontextmanager
+async def moving(files: Files, **options: Any) -> AsyncIterator[tuple[Serving, Transfers]]:
+    async with serving(scopes=scopes_of(files)) as server, transferring(server.target, **options) as transfers:
+        yield server, transfers
+
+
+@pytest.mark.parametrize("data", [BIG, SMALL, b"", bytes(CHUNK_BYTES)], ids=["big", "small", "empty", "one chunk"])
+async def test_a_tensor_goes_there_and_back_over_mutual_tls(
+    data: bytes, there: TensorFiles, here: TensorFiles, authority: Authority
+) -> None:
+    digest = digest_of(data)
+    async with (
+        serving(authority.server_tls(), scopes=scopes_of(there)) as server,
+        transferring(server.target, authority.client_tls()) as transfers,
+    ):
+        assert await transfers.missing(SCOPE, [digest]) == [digest]
+        await transfers.upload(SCOPE, digest, memoryview(data))
+        assert await transfers.missing(SCOPE, [digest]) == []
+        await transfers.download(SCOPE, digest, len(data), here.begin(digest, len(data)))
+    assert there.map(digest) == here.map(digest) == memoryview(data)
+
+
+async def test_a_buffer_of_any_item_size_can_be_sent(there: TensorFiles) -> None:
+    data = memoryview(BIG[: 8 * 1000]).cast("d")
+    async with moving(there) as (_, transfers):
+        await transfers.upload(SCOPE, digest_of(BIG[:8000]), data)
+    assert there.map(digest_of(BIG[:8000])) == BIG[:8000]
+
+
+async def test_an_upload_goes_on_from_what_is_there(there: TensorFiles) -> None:
+    digest = digest_of(BIG)
+    partial = there.begin(digest, len(BIG))
+    partial.write(BIG[: 3 * CHUNK_BYTES])
+    partial.close()
+    counted = CountingFiles(there)
+    async with moving(counted) as (_, transfers):
+        await transfers.upload(SCOPE, digest, memoryview(BIG))
+    assert counted.written == len(BIG) - 3 * CHUNK_BYTES
+    assert there.map(digest) == BIG
+
+
+async def test_a_download_goes_on_from_what_is_there(there: TensorFiles, here: TensorFiles) -> None:
+    digest = there.put(BIG)
+    partial = here.begin(digest, len(BIG))
+    partial.write(BIG[:1000])
+    partial.close()
+    counted = CountingFiles(here)
+    async with moving(there) as (_, transfers):
+        await transfers.download(SCOPE, digest, len(BIG), counted.begin(digest, len(BIG)))
+    assert counted.written == len(BIG) - 1000
+    assert here.map(digest) == BIG
+
+
+async def test_what_is_there_is_not_sent_again(there: TensorFiles) -> None:
+    digest = there.put(BIG)
+    counted = CountingFiles(there)
+    async with moving(counted) as (_, transfers):
+        await transfers.upload(SCOPE, digest, memoryview(BIG))
+    assert counted.written == 0
+
+
+async def test_missing_keeps_the_order_and_asks_about_any_number(there: TensorFiles) -> None:
+    held = there.put(SMALL)
+    asked = [digest_of(str(number).encode()) for number in range(25_000)]
+    asked[12_345] = held
+    async with moving(there) as (_, transfers):
+        found = await transfers.missing(SCOPE, asked)
+    assert found == [digest for digest in asked if digest != held]
+
+
+async def test_bytes_that_are_not_what_their_name_says_are_refused_and_forgotten(there: TensorFiles) -> None:
+    digest = digest_of(BIG)
+    async with moving(there) as (_, transfers):
+        with pytest.raises(RemoteError, match="digest of the received tensor"):
+            await transfers.upload(SCOPE, digest, memoryview(bytes(len(BIG))))
+        assert not there.has(digest)
+        await transfers.upload(SCOPE, digest, memoryview(BIG))
+    assert there.map(digest) == BIG
+
+
+async def test_a_download_is_verified(there: TensorFiles, here: TensorFiles) -> None:
+    digest = there.put(BIG)
+    there.path(digest).chmod(0o600)
+    there.path(digest).write_bytes(bytes(len(BIG)))
+    async with moving(there) as (_, transfers):
+        with pytest.raises(ProtocolError, match="digest of the received tensor"):
+            await transfers.download(SCOPE, digest, len(BIG), here.begin(digest, len(BIG)))
+    assert not here.has(digest)
+
+
+async def test_several_tensors_move_at_once(there: TensorFiles, here: TensorFiles) -> None:
+    tensors = {digest_of(data): data for data in (BIG[number:] for number in range(20))}
+    async with moving(there) as (_, transfers):
+        await asyncio.gather(*(transfers.upload(SCOPE, name, memoryview(data)) for name, data in tensors.items()))
+        await asyncio.gather(
+            *(transfers.download(SCOPE, name, len(data), here.begin(name, len(data))) for name, data in tensors.items())
+        )
+    assert here.missing(tensors) == []
+
+
+async def test_who_is_not_authorized_moves_nothing(there: TensorFiles) -> None:
+    async with moving(there, hello=lambda: hello(project="other")) as (_, transfers):
+        with pytest.raises(Unauthenticated, match="this server serves demo"):
+            await transfers.missing(SCOPE, [digest_of(SMALL)])
+
+
+async def test_who_has_yet_to_register_moves_nothing(there: TensorFiles) -> None:
+    async with moving(there, hello=lambda: hello(token=None)) as (_, transfers):
+        with pytest.raises(Unauthenticated, match="site-1 must register before it moves tensors"):
+            await transfers.upload(SCOPE, digest_of(SMALL), memoryview(SMALL))
+    assert not there.has(digest_of(SMALL))
+
+
+async def test_a_scope_decides_who_may_write(there: TensorFiles, here: TensorFiles) -> None:
+    digest = there.put(SMALL)
+    async with moving(there, fqcn="site-2", hello=lambda: hello("site-2")) as (_, transfers):
+        await transfers.download(SCOPE, digest, len(SMALL), here.begin(digest, len(SMALL)))
+        with pytest.raises(RemoteError, match="site-2 may not write"):
+            await transfers.upload(SCOPE, digest_of(BIG), memoryview(BIG))
+        with pytest.raises(RemoteError, match="there is no scope 'job/other'"):
+            await transfers.missing("job/other", [digest])
+
+
+async def test_what_the_server_has_not_cannot_be_fetched(there: TensorFiles, here: TensorFiles) -> None:
+    digest = digest_of(BIG)
+    async with moving(there) as (_, transfers):
+        with pytest.raises(RemoteError) as refused:
+            await transfers.download(SCOPE, digest, len(BIG), here.begin(digest, len(BIG)))
+    assert refused.value.error_code == "not-found"
+
+
+def download(**fields: Any) -> bytes:
+    known = {"scope": SCOPE, "digest": digest_of(SMALL), "size": len(SMALL), "offset": 0}
+    return wire_pb2.DownloadRequest(**{**known, **fields}).SerializeToString()
+
+
+def upload(**fields: Any) -> bytes:
+    known = {"scope": SCOPE, "digest": digest_of(BIG), "size": len(BIG)}
+    return wire_pb2.UploadPart(**{**known, **fields}).SerializeToString()
+
+
+async def status_of(call: Any, *parts: bytes) -> tuple[grpc.StatusCode, str]:
+    """Say *parts* on *call*, read what comes until it ends, and return how."""
+    with pytest.raises((grpc.aio.AioRpcError, asyncio.InvalidStateError)):
+        await say(call, *parts)
+    return await call.code(), await call.details()
+
+
+async def say(call: Any, *parts: bytes) -> None:
+    for part in parts:
+        await call.write(part)
+    if parts:
+        await call.done_writing()
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "field"),
+    [
+        (b"\xff\xff", "DownloadRequest"),
+        (download(digest="../../etc/passwd"), "DownloadRequest.digest"),
+        (download(digest=""), "DownloadRequest.digest"),
+        (download(digest="AB" * 32), "DownloadRequest.digest"),
+        (download(scope=""), "scope"),
+        (download(scope="x" * 1000), "scope"),
+        (download(size=1), "DownloadRequest.size"),
+        (download(size=2**64 - 1), "DownloadRequest.size"),
+        (download(offset=len(SMALL) + 1), "DownloadRequest.offset"),
+        (download(offset=2**64 - 1), "DownloadRequest.offset"),
+    ],
+)
+async def test_a_hostile_download_is_refused_by_the_field_that_is_wrong(
+    request_bytes: bytes, field: str, there: TensorFiles
+) -> None:
+    there.put(SMALL)
+    async with moving(there) as (server, _), grpc.aio.insecure_channel(server.target) as channel:
+        call = channel.unary_stream(DOWNLOAD)(request_bytes, metadata=metadata_of(hello()))
+        code, details = await status_of(call)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert details.startswith(field)
+
+
+@pytest.mark.parametrize(
+    ("parts", "field"),
+    [
+        ([b"\xff\xff"], "UploadPart"),
+        ([], "upload is 'the end of the stream'"),
+        ([upload(digest="..")], "UploadPart.digest"),
+        ([upload(scope="x" * 1000)], "scope"),
+        ([upload(size=2**63)], "UploadPart.size"),
+        ([upload(), b"\xff\xff"], "UploadPart"),
+        ([upload(), wire_pb2.UploadPart().SerializeToString()], "UploadPart.data"),
+        ([upload(), encode_chunk(bytes(CHUNK_BYTES + 1))], "UploadPart.data"),
+        ([upload(size=10), encode_chunk(bytes(11))], "UploadPart.data"),
+        ([upload(), encode_chunk(b"too little")], "upload is 'the end of the stream'"),
+    ],
+)
+async def test_a_hostile_upload_is_refused_by_the_field_that_is_wrong(
+    parts: list[bytes], field: str, there: TensorFiles
+) -> None:
+    async with moving(there) as (server, transfers), grpc.aio.insecure_channel(server.target) as channel:
+        call = channel.stream_stream(UPLOAD)(metadata=metadata_of(hello()))
+        if not parts:
+            await call.done_writing()
+        code, details = await status_of(call, *parts)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert details.startswith(field)
+        assert not there.has(digest_of(BIG))
+        await transfers.upload(SCOPE, digest_of(BIG[1:]), memoryview(BIG)[1:])  # the server serves on
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "field"),
+    [
+        (b"\xff", "MissingRequest"),
+        (wire_pb2.MissingRequest(scope=SCOPE, digests=["x"]).SerializeToString(), "MissingRequest.digests"),
+        (wire_pb2.MissingRequest(scope=SCOPE, digests=[""] * 20_001).SerializeToString(), "MissingRequest.digests"),
+    ],
+    ids=["bytes", "digest", "number"],
+)
+async def test_a_hostile_question_is_refused_by_the_field_that_is_wrong(
+    request_bytes: bytes, field: str, there: TensorFiles
+) -> None:
+    async with moving(there) as (server, _), grpc.aio.insecure_channel(server.target) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.unary_unary(MISSING)(request_bytes, metadata=metadata_of(hello()))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.value.details().startswith(field)
+
+
+@pytest.mark.parametrize("metadata", [(), (("hanse-fqcn", "../x"),), (("hanse-token", "t"),)])
+async def test_a_call_that_does_not_say_who_makes_it_is_refused(
+    metadata: tuple[tuple[str, str], ...], there: TensorFiles
+) -> None:
+    async with moving(there) as (server, _), grpc.aio.insecure_channel(server.target) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.unary_unary(MISSING)(b"", metadata=metadata)
+    assert refused.value.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT)
+
+
+async def test_a_crash_in_the_servers_code_is_its_own_and_not_told(
+    there: TensorFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    def crashing(*_: object, **__: object) -> Files:
+        raise KeyError("secret detail")
+
+    async with serving(scopes=crashing) as server, transferring(server.target) as transfers:
+        with pytest.raises(RemoteError) as failed:
+            await transfers.missing(SCOPE, [digest_of(SMALL)])
+    assert "secret detail" not in failed.value.reason
+    assert "secret detail" in caplog.text
+
+
+async def test_one_peer_has_a_bounded_number_of_calls(there: TensorFiles) -> None:
+    async with moving(there) as (server, _), grpc.aio.insecure_channel(server.target) as channel:
+        calls = [channel.stream_stream(UPLOAD)(metadata=metadata_of(hello())) for _ in range(MAX_CALLS_PER_PEER)]
+        for number, call in enumerate(calls):
+            await call.write(upload(digest=digest_of(str(number).encode())))
+            await call.read()
+        late = channel.stream_stream(UPLOAD)(metadata=metadata_of(hello()))
+        code, details = await status_of(late, upload())
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert "site-1 already moves 16 tensors" in details
+        other = channel.stream_stream(UPLOAD)(metadata=metadata_of(hello("site-2")))
+        code, _ = await status_of(other, upload())
+        assert code is grpc.StatusCode.PERMISSION_DENIED  # and not: no place
+        for call in calls:
+            call.cancel()
+
+
+async def test_an_upload_that_is_broken_off_is_resumed_where_it_was(there: TensorFiles) -> None:
+    digest = digest_of(BIG)
+    counted = CountingFiles(there)
+    async with moving(counted) as (server, transfers):
+        async with grpc.aio.insecure_channel(server.target) as channel:
+            call = channel.stream_stream(UPLOAD)(metadata=metadata_of(hello()))
+            await call.write(upload())
+            await call.read()
+            for at in range(0, 4 * CHUNK_BYTES, CHUNK_BYTES):
+                await call.write(encode_chunk(BIG[at : at + CHUNK_BYTES]))
+            await counted.until(4 * CHUNK_BYTES)
+        await counted.until_closed()
+        assert counted.written == 4 * CHUNK_BYTES
+        await transfers.upload(SCOPE, digest, memoryview(BIG))
+    assert counted.written == len(BIG)
+    assert there.map(digest) == BIG
+
+
+async def test_a_transfer_outlives_a_restart_of_the_server(there: TensorFiles, here: TensorFiles) -> None:
+    digest = there.put(BIG)
+    tried = threading.Event()
+
+    def say_hello() -> Hello:
+        tried.set()
+        return hello()
+
+    async with serving(scopes=scopes_of(there)) as first:
+        target = first.target
+    async with transferring(target, max_tries=20, hello=say_hello) as transfers:
+        fetching = asyncio.create_task(transfers.download(SCOPE, digest, len(BIG), here.begin(digest, len(BIG))))
+        await asyncio.to_thread(tried.wait, 10)
+        async with serving(scopes=scopes_of(there), target=target):
+            await fetching
+    assert here.map(digest) == BIG
+
+
+async def test_tries_are_bounded_and_the_last_reason_is_told(here: TensorFiles) -> None:
+    async with serving() as server:
+        target = server.target
+    async with transferring(target, max_tries=2) as transfers:
+        with pytest.raises(Unreachable, match="Connection refused"):
+            await transfers.missing(SCOPE, [digest_of(SMALL)])
+
+
+async def test_a_server_that_moves_nothing_is_given_up() -> None:
+    release = threading.Event()
+
+    class Stuck(TensorFiles):
+        def missing(self, digests: Any) -> list[Digest]:
+            release.wait(5)
+            return []
+
+    async with serving(scopes=lambda *_args, **_kw: Stuck.__new__(Stuck)) as server:
+        async with transferring(server.target, max_tries=1, stall_s=0.1) as transfers:
+            with pytest.raises(TimedOut, match=r"'Missing' within 0\.1 s"):
+                await transfers.missing(SCOPE, [digest_of(SMALL)])
+        release.set()
+
+
+async def test_closed_transfers_move_nothing(there: TensorFiles) -> None:
+    async with moving(there) as (_, transfers):
+        await transfers.missing(SCOPE, [digest_of(SMALL)])
+        await transfers.close()
+        with pytest.raises(Unreachable, match="closed"):
+            await transfers.missing(SCOPE, [digest_of(SMALL)])
+
+
+async def test_a_transfer_that_is_under_way_when_they_are_closed_is_unreachable(there: TensorFiles) -> None:
+    stuck = StuckFiles(there)
+    async with moving(stuck) as (_, transfers):
+        sending = asyncio.create_task(transfers.upload(SCOPE, digest_of(BIG), memoryview(BIG)))
+        await asyncio.to_thread(stuck.began.wait, 10)
+        await transfers.close()
+        with pytest.raises(Unreachable, match="closed"):
+            await sending
+        stuck.release.set()
+
+
+async def test_a_transfer_that_is_cancelled_is_cancelled(there: TensorFiles) -> None:
+    stuck = StuckFiles(there)
+    async with moving(stuck) as (_, transfers):
+        sending = asyncio.create_task(transfers.upload(SCOPE, digest_of(BIG), memoryview(BIG)))
+        await asyncio.to_thread(stuck.began.wait, 10)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        stuck.release.set()
+        await transfers.upload(SCOPE, digest_of(SMALL), memoryview(SMALL))
+
+
+async def test_a_new_target_is_taken_for_the_next_transfer(there: TensorFiles, here: TensorFiles) -> None:
+    digest = here.put(SMALL)
+    async with serving(scopes=scopes_of(there)) as one, serving(scopes=scopes_of(here)) as other:
+        target = one.target
+        async with transferring(lambda: target) as transfers:
+            assert await transfers.missing(SCOPE, [digest]) == [digest]
+            target = other.target
+            assert await transfers.missing(SCOPE, [digest]) == []
+
+
+# One place for both
+
+
+async def test_where_both_sides_share_a_place_nothing_is_missing_and_nothing_moves(here: TensorFiles) -> None:
+    digest = here.put(BIG)
+    counted = CountingFiles(here)
+    local = LocalTransfers(lambda _scope: counted)
+    assert await local.missing(SCOPE, [digest, digest_of(SMALL)]) == [digest_of(SMALL)]
+    await local.upload(SCOPE, digest, memoryview(BIG))
+    await local.download(SCOPE, digest, len(BIG), counted.begin(digest, len(BIG)))
+    assert counted.written == 0
+
+
+async def test_local_transfers_between_two_places_copy(there: TensorFiles, here: TensorFiles) -> None:
+    local = LocalTransfers(lambda _scope: there)
+    digest = digest_of(BIG)
+    await local.upload(SCOPE, digest, memoryview(BIG))
+    await local.download(SCOPE, digest, len(BIG), here.begin(digest, len(BIG)))
+    assert here.map(digest) == BIG
+    with pytest.raises(NotFound):
+        await local.download(SCOPE, digest_of(SMALL), len(SMALL), here.begin(digest_of(SMALL), len(SMALL)))
+
+
+# Parts
+
+
+@given(st.binary(max_size=1000))
+def test_a_chunk_made_by_hand_is_what_protobuf_makes(data: bytes) -> None:
+    made = encode_chunk(data)
+    assert wire_pb2.Chunk.FromString(made).data == data
+    assert wire_pb2.UploadPart.FromString(made).data == data
+    assert decode_chunk(made) == data
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 16_383, 16_384, CHUNK_BYTES - 1, CHUNK_BYTES])
+def test_chunks_of_any_size_are_read_as_they_were_written(size: int) -> None:
+    assert len(decode_chunk(encode_chunk(bytes(size))) or b"") == size
+    assert decode_chunk(wire_pb2.Chunk(data=b"x" * size).SerializeToString()) == (b"x" * size if size else None)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_as_protobuf_reads_them_or_left_to_it(data: bytes) -> None:
+    chunk = decode_chunk(data)
+    if chunk is not None:
+        assert wire_pb2.Chunk.FromString(data).data == chunk
+
+
+def test_metadata_says_what_the_hello_says() -> None:
+    said = hello()
+    assert hello_of(metadata_of(said)) == Hello((1,), said.fqcn, said.project, credentials=said.credentials)
+    anonymous = hello(token=None)
+    assert hello_of(metadata_of(anonymous)).credentials is None
+
+
+async def test_a_write_that_fails_in_its_thread_is_raised_to_the_transfer() -> None:
+    class Full:
+        offset = 0
+        is_closed = False
+
+        def write(self, chunk: bytes | memoryview) -> None:
+            raise HanseError("disk full")
+
+        def finish(self) -> None: ...
+
+        def close(self) -> None:
+            self.is_closed = True
+
+    full = Full()
+    inflow = Inflow(full)
+    await inflow.add(SMALL)
+    with pytest.raises(HanseError, match="disk full"):
+        await inflow.finish()
+    inflow.close()
+    assert full.is_closed
+
+
+class CountingFiles:
+    """Tensor files that count what is written into them."""
+
+    def __init__(self, files: TensorFiles) -> None:
+        self._files = files
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self.written = 0
+        self.closed = 0
+
+    def has(self, digest: Digest) -> bool:
+        return self._files.has(digest)
+
+    def missing(self, digests: Any) -> list[Digest]:
+        return self._files.missing(digests)
+
+    def map(self, digest: Digest) -> memoryview:
+        return self._files.map(digest)
+
+    def begin(self, digest: Digest, size: int) -> "CountingPartial":
+        return CountingPartial(self, self._files.begin(digest, size))
+
+    def count(self, size: int, *, closed: bool = False) -> None:
+        self.written += size
+        self.closed += closed
+        self._loop.call_soon_threadsafe(self._changed.set)
+
+    async def until(self, written: int) -> None:
+        await self._until(lambda: self.written >= written)
+
+    async def until_closed(self) -> None:
+        await self._until(lambda: self.closed > 0)
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not holds():
+                self._changed.clear()
+                await self._changed.wait()
+
+
+class StuckFiles(CountingFiles):
+    """Tensor files that take their time to begin."""
+
+    def __init__(self, files: TensorFiles) -> None:
+        super().__init__(files)
+        self.began, self.release = threading.Event(), threading.Event()
+
+    def begin(self, digest: Digest, size: int) -> "CountingPartial":
+        self.began.set()
+        self.release.wait(10)
+        return super().begin(digest, size)
+
+
+class CountingPartial:
+    def __init__(self, files: CountingFiles, partial: Any) -> None:
+        self._files, self._partial = files, partial
+
+    @property
+    def offset(self) -> int:
+        return int(self._partial.offset)
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        self._partial.write(chunk)
+        self._files.count(len(chunk))
+
+    def finish(self) -> None:
+        self._partial.finish()
+
+    def close(self) -> None:
+        self._partial.close()
+        self._files.count(0, closed=True)

@@ -1,0 +1,224 @@
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+
+from hanse.cell.listener import Listener
+from hanse.cell.rpc import ServerTls
+from hanse.client.process_spec import PROCESS_MODULE, JobProcessSpec
+from hanse.errors import Unreachable
+from hanse.identity.authorities import Authority, JobAuthority
+from hanse.ids import Fqcn
+from hanse.launch.process import ProcessLauncher, RunningProcess
+from hanse.messages import (
+    Channel,
+    JobCredentials,
+    JobFailure,
+    LogMetrics,
+    TaskAssignment,
+    TaskKey,
+    TaskResult,
+)
+from hanse.model import Model
+from hanse.storage.models import load_model, store_model
+
+from .fake_server import JOB, PROJECT, SITE, FakeServer, certified, fake_server, job_identity, job_spec
+from .site import code_folder
+
+CELL = Fqcn(f"{SITE}.{JOB}")
+SCOPE = f"job/{JOB}"
+MODEL = Model({"w": np.arange(50_000, dtype=np.float32)})
+
+APP = """
+import os, sys, threading
+from hanse.client import ClientApp
+from hanse.model import Model, Update
+
+app = ClientApp()
+
+@app.train
+def train(model, ctx):
+    assert threading.current_thread() is threading.main_thread()
+    assert os.path.samefile(os.getcwd(), os.path.dirname(__file__))
+    assert sys.stdin.read() == ""
+    ctx.log({"loss": 0.5}, step=1)
+    return Update(Model({"w": model["w"] + ctx.config["add"]}), 5, {"seen": 1})
+
+@app.evaluate
+def evaluate(model, ctx):
+    print("evaluating", flush=True)
+    threading.Event().wait()
+"""
+
+SCRIPT = """
+import hanse.client as hanse
+
+while hanse.is_running():
+    task = hanse.receive()
+    hanse.log({"loss": 0.5}, step=1)
+    hanse.send({"w": task.model["w"] + task.config["add"]}, num_examples=5, metrics={"seen": 1})
+print("the script has ended")
+"""
+
+
+@dataclass
+class Place:
+    server: FakeServer
+    target: str
+    folder: Path
+    roots: bytes = b""
+
+    async def launch(self, client: str = "app:app", **changes: Any) -> RunningProcess:
+        spec = JobProcessSpec(
+            **{
+                "job_id": JOB,
+                "client": SITE,
+                "project": PROJECT,
+                "spec": job_spec(client, config={"add": 1.0}),
+                "identity": job_identity(),
+                "servers": (self.target,),
+                "roots": self.roots,
+                "code": str(self.folder / "code"),
+                "tensors": str(self.folder / "tensors"),
+                **changes,
+            }
+        )
+        return await ProcessLauncher().launch(
+            PROCESS_MODULE, spec=msgspec.msgpack.encode(spec), log_path=self.folder / "log", env={}, name="job"
+        )
+
+    def give(self, name: str = "train") -> None:
+        reference = store_model(MODEL, self.server.files(SCOPE))
+        task = TaskAssignment(TaskKey(1, name, 0, SITE), reference, expects_model=name == "train")
+        self.server.cell.tell(CELL, Channel.TASK, "task", task)
+
+
+@asynccontextmanager
+async def place(
+    folder: Path, source: str = APP, name: str = "app.py", tls: ServerTls | None = None
+) -> AsyncIterator[Place]:
+    """A fake server that listens on a real port, and a job's code."""
+    code_folder(folder / "code", source, name)
+    async with fake_server(folder / "server") as server:
+        listener = Listener(server.reception, scopes=server.scopes, tls=tls, target="127.0.0.1:0")
+        target = await listener.start()
+        try:
+            yield Place(server, target, folder)
+        finally:
+            await listener.stop(0.5)
+
+
+@pytest.mark.parametrize(("client", "name", "source"), [("app:app", "app.py", APP), ("train.py", "train.py", SCRIPT)])
+async def test_functions_and_script_run_the_same_job_end_to_end(
+    tmp_path: Path, client: str, name: str, source: str
+) -> None:
+    async with place(tmp_path, source, name) as here:
+        process = await here.launch(client)
+        await here.server.up(CELL)
+        here.give()
+        result = await here.server.next(TaskResult)
+        assert result.update is not None, result.fault
+        assert result.update.model is not None
+        assert load_model(result.update.model, here.server.files(SCOPE)) == Model({"w": MODEL["w"] + 1})
+        assert (result.update.num_examples, result.update.metrics) == (5, {"seen": 1.0})
+        assert (await here.server.next(LogMetrics)).metrics == {"loss": 0.5}
+
+        assert await process.stop() == 0
+        if client == "train.py":
+            assert "the script has ended" in process.log_tail(), "the run's end ends its loop"
+
+
+async def test_job_proves_itself_by_a_certificate_of_its_own(tmp_path: Path) -> None:
+    from datetime import UTC, datetime
+
+    now = datetime.now(UTC)
+    project = Authority.create(PROJECT, now=now)
+    jobs = JobAuthority.load_or_create(tmp_path / "authority", now=now)
+    server = certified(project, "server", "server", "localhost", "127.0.0.1")
+    certificate, key = jobs.issue(CELL, now=now)
+    tls = ServerTls(server.certificate, server.key_pem, project.certificate + jobs.certificate)
+    async with place(tmp_path, tls=tls) as here:
+        here.roots = project.certificate
+        process = await here.launch(identity=JobCredentials(job_identity().credentials, certificate, key))
+        peer = await here.server.up(CELL)
+        assert peer.transport == "mtls"
+        here.give()
+        assert (await here.server.next(TaskResult)).update is not None
+        assert await process.stop() == 0
+
+
+async def test_process_is_gone_soon_though_user_code_does_not_end(tmp_path: Path) -> None:
+    async with place(tmp_path) as here:
+        process = await here.launch()
+        await here.server.up(CELL)
+        os.mkfifo(tmp_path / "unused")
+        here.give("evaluate")
+        await here.server.downs.get() if False else None
+        process_info = psutil.Process(process.pid)
+        os.close(process._life_line)  # type: ignore[arg-type]  # as the kernel does when the agent dies
+        process._life_line = None
+        status = await asyncio.to_thread(process_info.wait, timeout=10)
+
+        assert status in (0, None)
+        await process.wait()
+
+
+async def test_sigterm_ends_the_process_in_order(tmp_path: Path) -> None:
+    async with place(tmp_path) as here:
+        process = await here.launch()
+        await here.server.up(CELL)
+        os.kill(process.pid, signal.SIGTERM)
+
+        assert await process.wait() == 0
+        peer, reason = await here.server.downs.get()
+        assert (peer.fqcn, "it has left" in reason) == (CELL, True)
+
+
+@pytest.mark.parametrize(
+    ("client", "source", "kind", "reason"),
+    [
+        ("app:app", "raise RuntimeError('no GPU')\n", "exception", "RuntimeError: no GPU (app.py:1)"),
+        ("app:other", APP, "config", "module 'app' has no attribute 'other'"),
+        ("app:app", "import not_there_at_all\n", "config", "No module named 'not_there_at_all'"),
+        ("train.py", APP, "config", "a script among the job's files"),
+    ],
+)
+async def test_code_that_cannot_run_is_reported_and_is_the_last_word_of_the_log(
+    tmp_path: Path, client: str, source: str, kind: str, reason: str
+) -> None:
+    async with place(tmp_path, source) as here:
+        process = await here.launch(client)
+        failure = await here.server.next(JobFailure)
+        assert await process.wait() == 1
+
+        assert failure.kind == kind
+        assert reason in failure.reason
+        assert reason in process.log_tail(1)
+
+
+async def test_process_that_the_server_refuses_for_good_ends_with_the_reason(tmp_path: Path) -> None:
+    async with place(tmp_path) as here:
+        here.server.accept_tokens = False
+        process = await here.launch()
+
+        assert await process.wait() == 1
+        assert "the job cannot go on: the token has expired" in process.log_tail(1)
+
+
+async def test_process_waits_for_a_server_that_is_away_and_says_so(tmp_path: Path) -> None:
+    async with place(tmp_path) as here:
+        process = await here.launch()
+        await here.server.up(CELL)
+        await here.server.go_away(Unreachable("server", "maintenance"))
+        assert await process.stop() == 0
+
+        assert "waiting for the server" in process.log_tail()
