@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-HANSE = [sys.executable, "-m", "hanse.cli"]
+HANSE = [str(Path(sys.executable).with_name("hanse"))]
 PROJECT = """
 name = "bench"
 organisation = "Bench"

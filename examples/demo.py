@@ -39,7 +39,7 @@ CLIENTS = 3
 WITHIN_POOLED = 0.03
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 15.0
-HANSE = (sys.executable, "-m", "hanse.cli")
+HANSE = (str(Path(sys.executable).with_name("hanse")),)
 console = Console()
 
 

@@ -49,7 +49,7 @@ from hanse.storage.tensors import TensorFiles
 PROJECT = "demo"
 SITE = ClientName("site-1")
 JOB = JobId("digits-1")
-LONG = f"job:{JOB}~{'0' * 32}~{2**40}"
+LONG = f"job:{JOB}~{'0' * 32}~{10**11}"
 """A job's token that does not expire in our time."""
 
 M = TypeVar("M", bound=msgspec.Struct)

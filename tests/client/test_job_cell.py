@@ -103,9 +103,10 @@ async def job(
     running = asyncio.create_task(connection.run(), name="job under test")
     try:
         yield running
-    finally:
         await connection.close()
-        await asyncio.gather(running, return_exceptions=True)
+        await asyncio.gather(running, return_exceptions=running.done())  # an end that the test did not see is told
+    finally:
+        running.cancel()
 
 
 async def test_task_is_trained_on_and_answered(tmp_path: Path) -> None:
@@ -388,10 +389,11 @@ async def test_more_tasks_than_can_wait_are_refused(tmp_path: Path) -> None:
 
     async with fake_server(tmp_path / "s") as server, job(server, tmp_path / "t", FakeTrainer(forever)):
         await server.up(CELL)
-        give(server, TaskAssignment(key(0), None, expects_model=False))
+        for number in range(MAX_QUEUED_TASKS + 1):  # one of which is worked on
+            give(server, TaskAssignment(key(number), None, expects_model=False))
+        more = TaskAssignment(key(MAX_QUEUED_TASKS + 1), None)
         with pytest.raises(RemoteError, match=f"site-1 is busy with {MAX_QUEUED_TASKS} tasks"):
-            for number in range(1, MAX_QUEUED_TASKS + 3):
-                await server.cell.ask(Fqcn(CELL), Channel.TASK, "task", TaskAssignment(key(number), None), timeout_s=10)
+            await server.cell.ask(Fqcn(CELL), Channel.TASK, "task", more, timeout_s=10)
 
 
 async def test_model_that_cannot_be_is_a_fault(tmp_path: Path) -> None:
@@ -442,10 +444,12 @@ async def test_failure_of_the_job_is_reported_by_its_kind(tmp_path: Path) -> Non
 
 
 async def test_job_whose_token_is_refused_ends_with_the_reason(tmp_path: Path) -> None:
-    async with fake_server(tmp_path / "s", accept_tokens=False) as server:
-        async with job(server, tmp_path / "t", FakeTrainer(add_one)) as running:
-            with pytest.raises(Unauthenticated, match="the token has expired"):
-                await running
+    async with (
+        fake_server(tmp_path / "s", accept_tokens=False) as server,
+        job(server, tmp_path / "t", FakeTrainer(add_one)) as running,
+    ):
+        with pytest.raises(Unauthenticated, match="the token has expired"):
+            await running
 
 
 async def test_token_is_renewed_and_used_from_then_on(tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import psutil
 import pytest
 
 from hanse.cell.listener import Listener
@@ -55,7 +55,8 @@ def train(model, ctx):
 
 @app.evaluate
 def evaluate(model, ctx):
-    print("evaluating", flush=True)
+    with open(ctx.site["evaluating"], "w") as told:
+        told.write("now")
     threading.Event().wait()
 """
 
@@ -138,8 +139,6 @@ async def test_functions_and_script_run_the_same_job_end_to_end(
 
 
 async def test_job_proves_itself_by_a_certificate_of_its_own(tmp_path: Path) -> None:
-    from datetime import UTC, datetime
-
     now = datetime.now(UTC)
     project = Authority.create(PROJECT, now=now)
     jobs = JobAuthority.load_or_create(tmp_path / "authority", now=now)
@@ -156,20 +155,23 @@ async def test_job_proves_itself_by_a_certificate_of_its_own(tmp_path: Path) -> 
         assert await process.stop() == 0
 
 
-async def test_process_is_gone_soon_though_user_code_does_not_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["life line", "SIGTERM"])
+async def test_process_is_gone_soon_though_user_code_does_not_end(tmp_path: Path, how: str) -> None:
+    evaluating = tmp_path / "evaluating"
+    os.mkfifo(evaluating)
     async with place(tmp_path) as here:
-        process = await here.launch()
+        process = await here.launch(site={"evaluating": str(evaluating)})
         await here.server.up(CELL)
-        os.mkfifo(tmp_path / "unused")
         here.give("evaluate")
-        await here.server.downs.get() if False else None
-        process_info = psutil.Process(process.pid)
-        os.close(process._life_line)  # type: ignore[arg-type]  # as the kernel does when the agent dies
-        process._life_line = None
-        status = await asyncio.to_thread(process_info.wait, timeout=10)
+        await asyncio.to_thread(evaluating.read_text)
+        if how == "life line":
+            assert process._life_line is not None
+            os.close(process._life_line)  # as the kernel does when the agent dies
+            process._life_line = None
+        else:
+            os.kill(process.pid, signal.SIGTERM)
 
-        assert status in (0, None)
-        await process.wait()
+        assert await process.wait() == 0
 
 
 async def test_sigterm_ends_the_process_in_order(tmp_path: Path) -> None:

@@ -9,9 +9,7 @@ import pytest
 CHECK = Path(__file__).resolve().parents[2].parent / "shared" / "checks" / "server_api.py"
 
 
-@pytest.mark.skipif(
-    not CHECK.is_file(), reason=f"there is no {CHECK}: the contract's check comes beside the repository"
-)
+@pytest.mark.skipif(not CHECK.is_file(), reason="the contract's check lies beside the repository, and is not there")
 def test_signatures_are_those_of_the_contract() -> None:
     done = subprocess.run([sys.executable, str(CHECK)], capture_output=True, text=True, timeout=60)
 

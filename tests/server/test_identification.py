@@ -253,7 +253,7 @@ def test_a_transcript_with_any_field_changed_is_refused(
 
 
 def test_the_servers_half_sent_back_is_refused(server: FederatedServer, site: Identity) -> None:
-    challenge, half = challenged(server, site)
+    _, half = challenged(server, site)
     mirrored = Register("site-1", PROJECT, site.certificate, half.signature)
 
     assert "does not prove the key" in unauthenticated(server.register_client(request(mirrored)))
@@ -520,7 +520,7 @@ def test_an_expired_certificate_is_refused_behind_a_proxy_too(
     make_server: MakeServer, project: Project, dialler: Dialler, tmp_path: Path
 ) -> None:
     server = make_server()
-    server.deploy(args(tmp_path / "ws"), project.grpcargs(require_client_certificate=False), secure_train=True)
+    server.deploy(args(tmp_path / "ws"), project.grpc_args(require_client_certificate=False), secure_train=True)
     old = project.issued(tmp_path, "site-1", now=datetime.now(UTC) - timedelta(days=3), lifetime=timedelta(days=1))
 
     refused = dialler.refused(dialler.site_wire(server, identity=old, tls=dialler.tls(None)))
@@ -533,7 +533,7 @@ def test_a_client_behind_a_proxy_proves_itself_by_the_challenge(
     make_server: MakeServer, project: Project, dialler: Dialler, tmp_path: Path
 ) -> None:
     server = make_server()
-    server.deploy(args(tmp_path / "ws"), project.grpcargs(require_client_certificate=False), secure_train=True)
+    server.deploy(args(tmp_path / "ws"), project.grpc_args(require_client_certificate=False), secure_train=True)
 
     site = dialler.site(server, tls=dialler.tls(None))
 
@@ -546,7 +546,7 @@ def test_nobody_takes_anothers_address_by_registering_as_themselves(
     make_server: MakeServer, project: Project, dialler: Dialler, tmp_path: Path, fqcn: str
 ) -> None:
     server = make_server()
-    server.deploy(args(tmp_path / "ws"), project.grpcargs(require_client_certificate=False), secure_train=True)
+    server.deploy(args(tmp_path / "ws"), project.grpc_args(require_client_certificate=False), secure_train=True)
     victim = dialler.site(server, "site-1", tls=dialler.tls(None))
 
     refused = dialler.refused(dialler.site_wire(server, "site-2", fqcn=fqcn, tls=dialler.tls(None)))
@@ -587,7 +587,7 @@ def test_a_challenge_of_one_stream_is_no_session_of_another(
     make_server: MakeServer, project: Project, dialler: Dialler, tmp_path: Path
 ) -> None:
     server = make_server()
-    server.deploy(args(tmp_path / "ws"), project.grpcargs(require_client_certificate=False), secure_train=True)
+    server.deploy(args(tmp_path / "ws"), project.grpc_args(require_client_certificate=False), secure_train=True)
     site = project.site("site-1")
     mine = dialler.dial(Wire(target_of(server), "site-1", tls=dialler.tls(None)))
     theirs = dialler.dial(Wire(target_of(server), "site-1", tls=dialler.tls(None)))
@@ -661,7 +661,7 @@ def test_a_wire_registration_at_a_cold_server_is_not_in_service(
     make_server: MakeServer, project: Project, dialler: Dialler, tmp_path: Path
 ) -> None:
     server = make_server(overseer_agent=ScriptedOverseer())
-    server.deploy(args(tmp_path / "ws"), project.grpcargs(), secure_train=True)
+    server.deploy(args(tmp_path / "ws"), project.grpc_args(), secure_train=True)
 
     refused = dialler.refused(dialler.site_wire(server))
 

@@ -39,7 +39,7 @@ from hanse.messages import Hello
 BATCH_BYTES: Final = 4 * CHUNK_BYTES
 """What is written to a file at once: enough that handing it to a thread costs little beside it."""
 
-MAX_AT_ONCE: Final = 4
+MAX_AT_ONCE: Final = 2
 MAX_TRIES: Final = 6
 STALL_S: Final = 60.0
 """A transfer that moves nothing for this long is given up, or tried again."""
@@ -154,7 +154,7 @@ class Inflow:
 class Transfers:
     """``TensorTransfers`` over gRPC, on a connection of its own, so that no heartbeat waits behind a tensor.
 
-    *target* tells where to (a ``Connector``'s ``target``), *hello* what proves who calls. At most four tensors move at
+    *target* tells where to (a ``Connector``'s ``target``), *hello* what proves who calls. At most two tensors move at
     once; more wait. ``close`` gives up what is under way.
 
     Raises, from each method: ``Unreachable`` or ``TimedOut`` when the tries are used up, and whatever the server

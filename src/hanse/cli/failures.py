@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from hanse.errors import ConfigError, EnvironmentFault, HanseError, InternalError
@@ -57,8 +58,7 @@ def failure_of(error: Exception, *, with_traceback: bool = False) -> Failure:
 
 def wants_json(tokens: Sequence[str]) -> bool:
     """Return whether *tokens* ask for JSON; they may be such as cannot be parsed."""
-    pairs = zip(tokens, [*tokens[1:], ""], strict=True)
-    return any(token == "--format=json" or (token, after) == ("--format", "json") for token, after in pairs)
+    return "--format=json" in tokens or ("--format", "json") in pairwise(tokens)
 
 
 def wants_log(tokens: Sequence[str]) -> bool:

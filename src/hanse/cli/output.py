@@ -40,11 +40,11 @@ class Output:
 
     def document(self, value: object) -> None:
         """Print *value*, a struct or plain data, as the JSON document that is this command's output."""
-        self.say(json.dumps(msgspec.to_builtins(value), indent=2))
+        self.say(json.dumps(msgspec.to_builtins(value, enc_hook=str), indent=2))
 
     def line(self, value: object) -> None:
         """Print *value* as a JSON document in one line, for scripts that read on while the command runs."""
-        self.say(json.dumps(msgspec.to_builtins(value)))
+        self.say(json.dumps(msgspec.to_builtins(value, enc_hook=str)))
 
     def say(self, *lines: str) -> None:
         """Print *lines* as they are."""
@@ -57,6 +57,10 @@ class Output:
         for row in rows:
             table.add_row(*row)
         console_on(sys.stdout.isatty()).print(table if table.row_count else nothing)
+
+
+TEXT: Final = Output()
+"""What a command is called with by default."""
 
 
 def console_on(is_terminal: bool, *, stderr: bool = False) -> Console:

@@ -52,8 +52,8 @@ def stop(path: Path, *, what: str, timeout_s: float, force: bool = False) -> int
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    pid = _number(descriptor)
     try:
-        pid = _number(descriptor)
         process = _Process(pid) if pid else None
     except ProcessLookupError:
         process = None

@@ -3,11 +3,11 @@
 import platform
 from importlib.metadata import version as version_of
 
-from hanse.cli.output import Output
+from hanse.cli.output import TEXT, Output
 from hanse.messages import PROTOCOL_VERSIONS
 
 
-def version(*, output: Output = Output()) -> None:
+def version(*, output: Output = TEXT) -> None:
     """Print the release."""
     release = version_of("hanse")
     if output.is_json:

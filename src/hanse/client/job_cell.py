@@ -9,14 +9,13 @@ cancelled is dropped wherever it is, and code that runs on is not listened to an
 
 import asyncio
 import logging
-import operator
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Final
 
 from hanse.cell.cell import RemoteError
 from hanse.cell.transfer import TensorTransfers
 from hanse.client.task import TaskContext
-from hanse.client.trainer import Trainer
+from hanse.client.trainer import Trainer, plain_update
 from hanse.client.uplink import ANSWER_TIMEOUT_S, Uplink, first_error
 from hanse.errors import Conflict, HanseError, InternalError, ProtocolError, TrainingFailed, UpdateRejected
 from hanse.ids import SERVER, ClientName, Digest, JobId
@@ -26,7 +25,6 @@ from hanse.messages import (
     Channel,
     LogMetrics,
     Message,
-    Metrics,
     ModelRef,
     TaskAssignment,
     TaskCancelled,
@@ -174,7 +172,7 @@ class ClientJob:
     async def _trained(self, assignment: TaskAssignment, received: Model | None) -> Update:
         """Return what leaves the site: what the job's code returned, filtered, and found to be what is expected."""
         update = await self._trainer.run(received or Model({}), self._context(assignment))
-        update = _plain(update, assignment.key, self._client)
+        update = plain_update(update, client=self._client, task=assignment.key.name)
         if not assignment.expects_model:
             return Update(None, update.num_examples, update.metrics)
         if update.model is None:
@@ -260,20 +258,3 @@ async def _together(works: Mapping[str, Coroutine[None, None, None]]) -> None:
                 group.create_task(work, name=name)
     except ExceptionGroup as errors:
         raise first_error(errors) from None
-
-
-def _plain(update: Update, key: TaskKey, client: ClientName) -> Update:
-    """Return *update* with plain numbers in place of NumPy's, which do not travel.
-
-    Raises:
-        TrainingFailed: ``num_examples`` is no whole number, or a metric no number.
-    """
-    try:
-        return Update(update.model, operator.index(update.num_examples), _plain_metrics(update.metrics))
-    except (TypeError, ValueError) as error:
-        why = f"an update needs a whole number for num_examples and numbers for metrics ({error})"
-        raise TrainingFailed(client, key.name, why) from error
-
-
-def _plain_metrics(metrics: Mapping[str, float]) -> Metrics:
-    return {str(name): float(value) for name, value in metrics.items()}

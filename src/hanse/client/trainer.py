@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import operator
 import queue
 import runpy
 import traceback
@@ -26,6 +27,8 @@ from hanse.model import Model, Update
 
 _log = logging.getLogger(__name__)
 
+ENDING: Final = "the process is ending"
+"""Why a task has no answer when nobody serves any more."""
 START: Final = "start"
 """What the code was doing, in place of a task's name, when it fails before its first task."""
 
@@ -77,6 +80,20 @@ def run_function(app: ClientApp, model: Model, ctx: TaskContext, *, code: Path) 
         why = f"the function for {ctx.name!r} returned {type(answer).__name__}; expected a hanse Update"
         raise TrainingFailed(ctx.client, ctx.name, why)
     return answer
+
+
+def plain_update(update: Update, *, client: str, task: str) -> Update:
+    """Return *update* with plain numbers in place of NumPy's, which do not travel.
+
+    Raises:
+        TrainingFailed: ``num_examples`` is no whole number, or a metric no number.
+    """
+    try:
+        metrics = {str(name): float(value) for name, value in update.metrics.items()}
+        return Update(update.model, operator.index(update.num_examples), metrics)
+    except (TypeError, ValueError) as error:
+        why = f"an update needs a whole number for num_examples and numbers for metrics ({error})"
+        raise TrainingFailed(client, task, why) from error
 
 
 def described(error: BaseException, code: Path) -> str:
@@ -140,7 +157,7 @@ class _Inbox:
             while True:
                 work = self._queue.get_nowait()
                 if work is not None and work.answer.set_running_or_notify_cancel():
-                    work.answer.set_exception(TrainingFailed(work.ctx.client, work.ctx.name, "the process is ending"))
+                    work.answer.set_exception(TrainingFailed(work.ctx.client, work.ctx.name, ENDING))
 
 
 class MainThreadTrainer:
@@ -155,9 +172,13 @@ class MainThreadTrainer:
 
     async def run(self, model: Model, ctx: TaskContext) -> Update:
         """Hand the task to the serving thread and return its answer (see ``Trainer.run``)."""
+        return await asyncio.wrap_future(self.submit(model, ctx))
+
+    def submit(self, model: Model, ctx: TaskContext) -> Future[Update]:
+        """Hand the task to the serving thread, from any other; the answer is what ``run`` returns or raises."""
         work = _Work(model, ctx, Future())
         self._inbox.put(work)
-        return await asyncio.wrap_future(work.answer)
+        return work.answer
 
     def close(self) -> None:
         """Have ``serve_…`` return when it is done with the task in hand; to be called from any thread."""
@@ -197,7 +218,7 @@ class MainThreadTrainer:
                 if why is not None and not session.fail(why) and session.taken == 0:
                     raise TrainingFailed(site.name, START, why)
         finally:
-            session.fail("the process is ending")
+            session.fail(ENDING)
             self._inbox.end()
 
     def _run_script(self, script: Path, session: "_ScriptSession") -> str | None:

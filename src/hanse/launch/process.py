@@ -15,7 +15,7 @@ import os
 import signal
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
@@ -59,10 +59,14 @@ class Launcher(Protocol):
 
 
 class ProcessLauncher:
-    """Starts processes with this interpreter, on this machine."""
+    """Starts processes with this interpreter, on this machine; each gets the descriptors *pass_fds*, by their numbers.
 
-    def __init__(self, python: str = sys.executable) -> None:
+    Descriptors are for one process: who passes some makes a launcher for it, and closes them here afterwards.
+    """
+
+    def __init__(self, python: str = sys.executable, *, pass_fds: Sequence[int] = ()) -> None:
         self._python = python
+        self._pass_fds = tuple(pass_fds)
 
     async def launch(
         self, module: str, *, spec: bytes, log_path: Path, env: Mapping[str, str], name: str
@@ -90,6 +94,7 @@ class ProcessLauncher:
                     stderr=asyncio.subprocess.STDOUT,
                     env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **env},
                     start_new_session=True,
+                    pass_fds=self._pass_fds,
                 )
         except BaseException:
             os.close(life_line)

@@ -59,6 +59,7 @@ class Admittance:
     admitting: Callable[[], None]
     disabled: Callable[[ClientName], str | None]
     revoked: Callable[[Token], bool]
+    left: Callable[[ClientName], bool]
     job_cell_of: Callable[[bytes], Fqcn] | None = None
     """Which job's cell a certificate of the server's own authority names (a CN is too short for some)."""
 
@@ -90,7 +91,7 @@ class Admittance:
             return peer
         if info.scope != CLIENT_SCOPE or job_id is not None:
             raise Unauthenticated(f"a client's token does not open {hello.fqcn!r}")
-        self._refuse_disabled(participant)
+        refuse_disabled(ClientName(participant), self.disabled(ClientName(participant)))
         peer.kind = PeerKind.CLIENT.value
         return peer
 
@@ -100,15 +101,18 @@ class Admittance:
         Raises:
             NotInService: this server serves nobody now.
             Unauthorized: a peer of that kind, or an administrator of that role, may not ask this.
-            Unauthenticated: its token has expired.
+            Unauthenticated: its token has expired or was revoked, or its client has quit.
         """
         del message
         self.serving()
         demand_use(peer.kind, topic[0], topic[1], who=peer.fqcn)
         if peer.kind == PeerKind.ADMIN and topic[0] is Channel.ADMIN:
             demand_topic(topic, who=split_cell(peer.fqcn)[0], role=peer.role)
+        if peer.kind == PeerKind.CLIENT_JOB:
+            self._refuse_absent(split_cell(peer.fqcn)[0])
         if peer.credentials is not None and peer.transport != "unix" and topic not in UNEXPIRING:
             refuse_expired(parse_token(peer.credentials.token), now_s=self.wall())
+            refuse_revoked(peer.credentials.token, self.revoked)
 
     def scope(self, peer: Peer, scope: str, write: bool, scopes: Scopes) -> TensorFiles:
         """Return the files of *scope* for *peer*: ``job/<job>``, ``result/<job>`` or ``upload``.
@@ -160,13 +164,15 @@ class Admittance:
                 raise Unauthenticated("a run's process connects to its server on the same machine only")
             peer.kind = PeerKind.SERVER_JOB.value
             return peer
-        self._refuse_disabled(participant)
+        self._refuse_absent(participant)
         peer.kind = PeerKind.CLIENT_JOB.value
         return peer
 
-    def _refuse_disabled(self, name: str) -> None:
-        if (reason := self.disabled(ClientName(name))) is not None:
-            raise Unauthenticated(f"client {name} is disabled{f': {reason}' if reason else ''}")
+    def _refuse_absent(self, participant: str) -> None:
+        name = ClientName(participant)
+        refuse_disabled(name, self.disabled(name))
+        if self.left(name):
+            raise Unauthenticated(f"client {name} has quit; what it still sends does not count")
 
 
 def verified_token(
@@ -181,8 +187,7 @@ def verified_token(
     if not signer.verify(credentials.name, credentials.token, credentials.signature):
         raise Unauthenticated(f"the token is not one that this project's server gave to {credentials.name}")
     refuse_expired(info, now_s=now_s)
-    if is_revoked(credentials.token):
-        raise Unauthenticated("the token was revoked; register again")
+    refuse_revoked(credentials.token, is_revoked)
     return info
 
 
@@ -194,3 +199,23 @@ def refuse_expired(info: TokenInfo, *, now_s: float) -> None:
     """
     if info.is_expired(now_s):
         raise Unauthenticated("the token has expired; register again")
+
+
+def refuse_revoked(token: Token, is_revoked: Callable[[Token], bool]) -> None:
+    """Let *token* pass unless it was revoked.
+
+    Raises:
+        Unauthenticated: it was.
+    """
+    if is_revoked(token):
+        raise Unauthenticated("the token was revoked; register again")
+
+
+def refuse_disabled(name: ClientName, reason: str | None) -> None:
+    """Let *name* pass unless it is disabled, because of *reason* (``None``: it is not).
+
+    Raises:
+        Unauthenticated: it is; the sentence says why.
+    """
+    if reason is not None:
+        raise Unauthenticated(f"client {name} is disabled{f': {reason}' if reason else ''}")

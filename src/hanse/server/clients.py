@@ -32,7 +32,7 @@ from hanse.messages import (
     Register,
     Registered,
 )
-from hanse.server.admittance import verified_token
+from hanse.server.admittance import refuse_disabled, verified_token
 from hanse.server.identification import Identification, wrong_project
 
 _log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Clients:
         self._wall = wall
         self.identities = Identities(TokenSigner.from_secret(secrets.token_bytes(32)))
         self.lifetimes = Lifetimes()
+        self._left: set[ClientName] = set()
 
     # identification
 
@@ -119,6 +120,7 @@ class Clients:
         props: dict[str, object] = {"resources": register.resources, "release": register.release}
         with self._lock:
             registration = self._registry.register(name, token, fqcn=Fqcn(name), now=self._clock(), props=props)
+            self._left.discard(name)
         _log.info("client registered", extra={"client": name})
         return self._given(token, name, "client"), registration.replaced
 
@@ -154,15 +156,18 @@ class Clients:
         """
         name, token = sender_of(request)
         with self._lock:
+            refuse_disabled(name, self._registry.disabled().get(name))
+            registered = self._registry.by_token(token)
+            if registered is not None and registered.name != name:
+                raise Unauthenticated(f"the token is not {name}'s")
             client = self._registry.heard(token, now=self._clock())
             if client is not None:
-                if client.name != name:
-                    raise Unauthenticated(f"the token is not {name}'s")
                 return client, False
             signature = request.get_header(Header.TOKEN_SIGNATURE) or ""
             if self._verified(Credentials(name, token, signature, self._session())).scope != CLIENT_SCOPE:
                 raise Unauthenticated("the token is not a client's")
             client = self._registry.reactivate(name, token, fqcn=Fqcn(name), now=self._clock())
+            self._left.discard(name)
         _log.info("client re-activated", extra={"client": name})
         return client, True
 
@@ -191,10 +196,21 @@ class Clients:
             raise Unauthenticated(f"Unknown client identity: {name!r} is not registered")
         return client
 
-    def revoke(self, token: Token) -> Client | None:
-        """Remove the client registered under *token* for good and return it; unknown: ``None``."""
+    def quit(self, token: Token) -> Client | None:
+        """Remove the client registered under *token*, which leaves, and return it; unknown: ``None``.
+
+        Neither the token nor what its jobs' processes still send counts any more, until it registers again.
+        """
         with self._lock:
-            return self._registry.revoke(token, now=self._clock())
+            client = self._registry.revoke(token, now=self._clock())
+            if client is not None:
+                self._left.add(client.name)
+            return client
+
+    def has_left(self, name: ClientName) -> bool:
+        """Return whether *name* has quit and not registered since."""
+        with self._lock:
+            return name in self._left
 
     def set_disabled(self, name: ClientName, reason: str | None) -> Client | None:
         """Refuse *name* from now on because of *reason* (``None``: no longer); return its client, now logged out."""

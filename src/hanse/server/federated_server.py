@@ -47,7 +47,7 @@ from hanse.coordination.service import (
     restored,
     shut_down,
 )
-from hanse.errors import ConfigError, Conflict, HanseError, InternalError, NotInService, Unauthenticated
+from hanse.errors import ConfigError, Conflict, HanseError, InternalError, NotInService, Unauthenticated, Unauthorized
 from hanse.events import EventType, FLComponent, FLContext
 from hanse.identity.authorities import JobAuthority
 from hanse.identity.certificates import Identity
@@ -274,10 +274,8 @@ class FederatedServer(BaseServer):
         client = self._clients.set_disabled(name, reason)
         if client is not None:
             self._forget(client)
-            if self._deployed is not None:
-                background_loop().call_soon_threadsafe(
-                    self._deployed.cell.drop, Fqcn(name), Unauthenticated(f"client {name} is disabled")
-                )
+        if reason is not None:
+            self._drop_cells_of(name, Unauthenticated(f"client {name} is disabled"))
 
     # service state
 
@@ -361,6 +359,7 @@ class FederatedServer(BaseServer):
         """Run the store, the port and the jobs; whichever of them started is gone when this ends."""
         self._settings = getattr(args, "settings", None) or self._settings
         self._clients.lifetimes = Lifetimes(self._settings.token_lifetime_s, self._settings.heartbeat_s)
+        self._registry.token_lifetime_s = self._settings.token_lifetime_s
         make_private_folder(where.workspace)
         async with AsyncExitStack() as stack:
             stack.enter_context(only_user_of(where.workspace))
@@ -434,6 +433,7 @@ class FederatedServer(BaseServer):
             admitting=self._demand_admitting,
             disabled=self._clients.disabled_because,
             revoked=self._clients.is_revoked,
+            left=self._clients.has_left,
             job_cell_of=self._clients.job_cell_of,
         )
 
@@ -565,7 +565,12 @@ class FederatedServer(BaseServer):
         peer = current_peer()
         if peer is None:
             raise Unauthenticated("a token is renewed over the stream that it opened")
-        return ok(self._clients.renew(peer))
+        before = peer.credentials
+        given = self._clients.renew(peer)
+        with self._lock:
+            if before is not None and before.token in self._tokens:
+                self._tokens = self._tokens - {before.token} | {given.token}
+        return ok(given)
 
     def _heartbeat(self, request: Message) -> Payload:
         self._demand(RequestKind.HEARTBEAT)
@@ -584,16 +589,34 @@ class FederatedServer(BaseServer):
 
     def _quit(self, request: Message) -> Payload:
         expect(request, Quit)
-        client = self._clients.revoke(self._clients.known(request).token)
+        client = self._clients.quit(self._clients.known(request).token)
         if client is not None:
             self._forget(client)
+            # Its own stream stays for the reply, and the client closes it.
+            self._drop_cells_of(client.name, Unauthenticated(f"client {client.name} has quit"), jobs_only=True)
         return None
 
     def _job_failure(self, request: Message) -> Payload:
         failure = expect(request, JobFailure)
-        participant, _ = split_cell(Fqcn(request.get_header(Header.CLIENT) or ""))
+        participant, job_id = split_cell(Fqcn(request.get_header(Header.CLIENT) or ""))
+        if job_id not in (None, failure.job_id):
+            raise Unauthorized(f"{participant}.{job_id}", f"report on job {failure.job_id}", needs="to be of that job")
         self.jobs.failed_at(self._clients.named(participant).name, failure)
         return None
+
+    def _drop_cells_of(self, name: ClientName, error: HanseError, *, jobs_only: bool = False) -> None:
+        """End the streams of client *name* and of its jobs' processes; from any thread."""
+        if self._deployed is None:
+            return
+        cell = self._deployed.cell
+
+        def drop() -> None:
+            for peer in cell.peers():
+                participant, job_id = split_cell(peer.fqcn)
+                if participant == name and (job_id is not None or not jobs_only):
+                    cell.drop(peer.fqcn, error)
+
+        background_loop().call_soon_threadsafe(drop)
 
     def _ask_handlers(self, gate: EventType, peer: str, request: Message) -> None:
         refused = self._handlers.ask(gate, self._context(peer=peer, message=request))

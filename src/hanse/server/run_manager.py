@@ -8,6 +8,8 @@ what is committed by then stays.
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from hanse.ids import Digest, JobId
 from hanse.job import JobSpec
 from hanse.learning.workflow import State, is_over
 from hanse.messages import RunEnded, RunSnapshot
+from hanse.model import Model
 from hanse.run.federation import RunFederation
 from hanse.run.loading import importing_from, initial_model_of, workflow_of
 from hanse.run.runner import drive
@@ -61,16 +64,29 @@ class RunManager:
 
 
 class LocalRun:
-    """One run, driven in this process over *link*; ``drive`` is its life."""
+    """One run, driven in this process over *link*; ``drive`` is its life.
+
+    *importing* and *initial_model* are how the job's code is found and its first model made; a process that is not the
+    run's alone has ways of its own.
+    """
 
     def __init__(
-        self, manager: RunManager, spec: JobSpec, link: ServerLink, *, heartbeat_s: float, snapshot: RunSnapshot | None
+        self,
+        manager: RunManager,
+        spec: JobSpec,
+        link: ServerLink,
+        *,
+        heartbeat_s: float,
+        snapshot: RunSnapshot | None,
+        importing: Callable[[Path], AbstractContextManager[None]] = importing_from,
+        initial_model: Callable[[JobSpec, Path], Model] = initial_model_of,
     ) -> None:
         self._manager = manager
         self._spec = spec
         self._link = link
         self._heartbeat_s = heartbeat_s
         self._snapshot = snapshot
+        self._importing, self._initial_model = importing, initial_model
         self._stopping = asyncio.Event()
         self._aborted: str | None = None
         self._is_last_round = False
@@ -109,7 +125,7 @@ class LocalRun:
     async def _work(self) -> RunEnded:
         folder = RunFolder(self._manager.workspace)
         try:
-            with importing_from(folder.code):
+            with self._importing(folder.code):
                 return await self._run(folder)
         except HanseError as error:
             _log.error("run failed", extra={"job": self._manager.job_id, "code": error.code, "reason": error.reason})
@@ -131,7 +147,7 @@ class LocalRun:
             workflow,
             spec=self._spec,
             snapshot=snapshot,
-            initial=lambda: initial_model_of(self._spec, folder.code),
+            initial=lambda: self._initial_model(self._spec, folder.code),
             link=self._link,
             files=files,
             federation=federation,

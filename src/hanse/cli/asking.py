@@ -1,0 +1,42 @@
+"""What the commands that ask a server have in common: an administrator's kit, and one session."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, TypeAlias, TypeVar
+
+from cyclopts import Parameter
+
+from hanse.admin.session import AdminSession
+from hanse.cli.logs import show_logs
+from hanse.cli.output import Output
+from hanse.errors import ConfigError
+from hanse.identity.kits import Kit
+from hanse.settings import AdminSettings
+
+T = TypeVar("T")
+
+KitFolder: TypeAlias = Annotated[
+    Path | None,
+    Parameter(name="--kit", env_var="HANSE_KIT", help="The folder of an administrator's kit."),
+]
+
+
+def ask(kit: Path | None, work: Callable[[AdminSession], Awaitable[T]], output: Output) -> T:
+    """Return what *work* returns, given a session of the administrator whose kit is in the folder *kit*.
+
+    Raises:
+        ConfigError: no kit is named, or it does not hold together.
+        HanseError: the server cannot be reached, or refuses.
+    """
+    show_logs(logging.WARNING, as_json=output.is_json, verbose=output.verbose)
+    if kit is None:
+        raise ConfigError("--kit", got=None, expected="the folder of an administrator's kit (or set HANSE_KIT)")
+    loaded = Kit.load(kit, AdminSettings)
+
+    async def session() -> T:
+        async with AdminSession(loaded) as asked:
+            return await work(asked)
+
+    return asyncio.run(session())

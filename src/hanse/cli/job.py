@@ -1,0 +1,154 @@
+"""``hanse job …``: what administrators ask about jobs, each one request or a few."""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Final, Literal, TypeAlias
+
+from cyclopts import Parameter
+
+from hanse.admin.session import AdminSession
+from hanse.cli.asking import KitFolder, ask
+from hanse.cli.failures import JOB_ABORTED, JOB_FAILED
+from hanse.cli.job_text import job_line, job_lines
+from hanse.cli.output import TEXT, Output
+from hanse.cli.progress import JobProgress
+from hanse.errors import Conflict, TimedOut
+from hanse.job import JobState
+from hanse.messages import JobView
+from hanse.run.authoring import package_of
+from hanse.run.loading import importing_from, workflow_of
+
+_STATUS: Final = {JobState.FAILED.value: JOB_FAILED, JobState.ABORTED.value: JOB_ABORTED}
+
+JobName: TypeAlias = Annotated[str, Parameter(help="A job's id, or a beginning of it that only one job has.")]
+StateName: TypeAlias = Literal["submitted", "scheduled", "running", "completed", "failed", "aborted"]
+
+
+def submit(
+    folder: Annotated[Path, Parameter(help="The job's folder, with [tool.hanse] in its pyproject.toml.")],
+    *,
+    wait: Annotated[bool, Parameter(negative=(), help="Follow the job to its end, as 'hanse job wait' does.")] = False,
+    kit: KitFolder = None,
+    output: Output = TEXT,
+) -> int:
+    """Submit a job, after checking its definition here; prints its id."""
+    spec, package = package_of(folder)
+    with importing_from(folder):
+        workflow_of(spec)
+
+    async def work(session: AdminSession) -> int:
+        submitted = await session.submit(package)
+        if not output.is_json:
+            output.say(submitted.job_id)
+        elif not wait:
+            output.document(submitted)
+        return await _followed(session, submitted.job_id, output) if wait else 0
+
+    return ask(kit, work, output)
+
+
+def list_jobs(
+    *,
+    state: Annotated[StateName | None, Parameter(help="Only jobs in this state.")] = None,
+    limit: Annotated[int, Parameter(help="At most so many, the newest.")] = 100,
+    kit: KitFolder = None,
+    output: Output = TEXT,
+) -> None:
+    """List jobs, newest first."""
+    jobs = ask(kit, lambda session: session.list(state=state or "", limit=limit), output)
+    if output.is_json:
+        output.document({"jobs": jobs})
+    else:
+        output.table(("job", "state", "round", "submitted", "by", "remark"), map(job_line, jobs), nothing="no jobs")
+
+
+def show(job: JobName, *, kit: KitFolder = None, output: Output = TEXT) -> None:
+    """Show one job: its state with the reason or what it waits for, its clients, its rounds."""
+    _show(ask(kit, lambda session: session.show(job), output), output)
+
+
+def wait(
+    job: JobName,
+    *,
+    timeout_s: Annotated[float | None, Parameter(name="--timeout", help="Give up after so many seconds.")] = None,
+    kit: KitFolder = None,
+    output: Output = TEXT,
+) -> int:
+    """Follow a job to its end; the exit status says how it ended.
+
+    0: completed; 20: failed; 21: aborted. The server may be restarted meanwhile.
+    """
+
+    async def work(session: AdminSession) -> int:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await _followed(session, job, output)
+        except TimeoutError:
+            raise TimedOut(f"job {job}", "end", timeout_s or 0.0) from None
+
+    return ask(kit, work, output)
+
+
+def log(
+    job: JobName,
+    *,
+    client: Annotated[str, Parameter(help="The log as this client last reported it, not the server's.")] = "",
+    lines: Annotated[int, Parameter(help="So many lines, the last ones.")] = 200,
+    kit: KitFolder = None,
+    output: Output = TEXT,
+) -> None:
+    """Show the last lines of a job's log, at the server or as a client reported it."""
+    text = ask(kit, lambda session: session.log(job, client=client, lines=lines), output)
+    if output.is_json:
+        output.document({"job": job, "client": client, "lines": text.splitlines()})
+    elif text:
+        output.say(text)
+
+
+def abort(job: JobName, *, kit: KitFolder = None, output: Output = TEXT) -> None:
+    """End a job; what is committed stays."""
+    view = ask(kit, lambda session: session.abort(job), output)
+    if output.is_json:
+        output.document(view)
+    else:
+        output.say(f"job {view.job_id} is {view.state}")
+
+
+def download(
+    job: JobName,
+    path: Annotated[Path | None, Parameter(help="The file; by default JOB.safetensors, here.")] = None,
+    *,
+    force: Annotated[bool, Parameter(negative=(), help="Write over a file that is there.")] = False,
+    kit: KitFolder = None,
+    output: Output = TEXT,
+) -> None:
+    """Fetch the model that a job resulted in, as a .safetensors file."""
+
+    async def work(session: AdminSession) -> tuple[JobView, Path]:
+        target = path or Path(f"{(await session.show(job)).job_id}.safetensors")
+        if target.exists() and not force:
+            raise Conflict(f"the file {target}", state="there already", wanted="written (--force writes over it)")
+        return await session.download(job, target), target
+
+    view, target = ask(kit, work, output)
+    if output.is_json:
+        output.document({"job_id": view.job_id, "path": str(target.absolute()), "size_bytes": view.result_bytes})
+    else:
+        output.say(f"{target} ({view.result_bytes:,} bytes)")
+
+
+async def _followed(session: AdminSession, job: str, output: Output) -> int:
+    """Show how the job fares until its end, then the job; return the exit status that says how it ended."""
+    with JobProgress(is_quiet=output.is_json) as progress:
+        async for seen in session.follow(job):
+            progress.add(seen)
+    view = await session.show(job)
+    _show(view, output)
+    return _STATUS.get(view.state, 0)
+
+
+def _show(view: JobView, output: Output) -> None:
+    if output.is_json:
+        output.document(view)
+    else:
+        output.say(*job_lines(view))
