@@ -11,9 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -26,6 +25,7 @@ organisation = "Bench"
 hosts = ["localhost", "127.0.0.1"]
 listen = "127.0.0.1"
 port = {port}
+{settings}
 
 {clients}
 [[admins]]
@@ -34,14 +34,60 @@ role = "admin"
 """
 
 
-@dataclass
 class Deployment:
-    """The running processes and where their kits are; ``registered_s`` is from start until all were registered."""
+    """A provisioned project and its running processes; ``processes`` maps participants' names to theirs."""
 
-    root: Path
-    server: psutil.Process
-    agents: list[psutil.Process]
-    registered_s: float
+    def __init__(self, root: Path, *, clients: int, settings: str = "") -> None:
+        self.root = root
+        self.names = [f"site-{number}" for number in range(1, clients + 1)]
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+        sections = "".join(f'[[clients]]\nname = "{name}"\n\n' for name in self.names)
+        project = root / "project.toml"
+        project.write_text(PROJECT.format(port=_free_port(), clients=sections, settings=settings))
+        provision = [*HANSE, "provision", str(project), "--out", str(root / "kits")]
+        subprocess.run(provision, check=True, stdout=subprocess.DEVNULL)
+
+    def start(self, *names: str) -> float:
+        """Start these participants; return the seconds until each has said that it is ready."""
+        began = time.perf_counter()
+        for name in names:
+            kind = "server" if name == "server" else "client"
+            with (self.root / f"{name}.log").open("a") as log:
+                command = [*HANSE, kind, "start", str(self.root / "kits" / name)]
+                self.processes[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        for name in names:
+            if not _pipe_of(self.processes[name]).readline():
+                raise RuntimeError(f"{name} did not start: {(self.root / f'{name}.log').read_text()[-2000:]}")
+        return time.perf_counter() - began
+
+    def kill(self, name: str) -> None:
+        """Kill a participant's process, so that it can do nothing more, and reap it."""
+        process = self.processes.pop(name)
+        process.kill()
+        process.wait()
+        _pipe_of(process).close()
+
+    def stop(self) -> None:
+        """Ask all processes to end, and wait for them; those that do not are killed."""
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            _pipe_of(process).close()
+        self.processes.clear()
+
+    def process(self, name: str) -> psutil.Process:
+        """Return a participant's process."""
+        return psutil.Process(self.processes[name].pid)
+
+    def job_process(self, name: str) -> psutil.Process:
+        """Return the one job process of a participant."""
+        (process,) = self.process(name).children()
+        return process
 
     def hanse(self, *arguments: str) -> Any:
         """Return what ``hanse ARGUMENTS --format json`` prints, run with the administrator's kit."""
@@ -63,38 +109,21 @@ class Deployment:
 
     def server_processes(self) -> list[psutil.Process]:
         """Return the server and its job processes."""
-        return [self.server, *self.server.children(recursive=True)]
+        server = self.process("server")
+        return [server, *server.children(recursive=True)]
 
 
 @contextmanager
-def deployment(*, clients: int = 2) -> Iterator[Deployment]:
-    """Run a server and *clients* agents until the block ends."""
+def deployment(*, clients: int = 2, settings: str = "") -> Iterator[Deployment]:
+    """Provision a project with *clients* sites until the block ends; nothing is started yet."""
     root = Path(tempfile.mkdtemp(prefix="hanse-bench-"))
-    names = [f"site-{number}" for number in range(1, clients + 1)]
-    sections = "".join(f'[[clients]]\nname = "{name}"\n\n' for name in names)
-    (root / "project.toml").write_text(PROJECT.format(port=_free_port(), clients=sections))
-    provision = [*HANSE, "provision", str(root / "project.toml"), "--out", str(root / "kits")]
-    subprocess.run(provision, check=True, stdout=subprocess.DEVNULL)
-    processes: list[subprocess.Popen[str]] = []
-    began = time.perf_counter()
     try:
-        for kind, name in [("server", "server"), *(("client", name) for name in names)]:
-            with (root / f"{name}.log").open("w") as log:
-                command = [*HANSE, kind, "start", str(root / "kits" / name)]
-                processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True))
-        for process in processes:  # each says one line when it is ready: the server serves, the client is registered
-            if process.stdout is None or not process.stdout.readline():
-                raise RuntimeError(f"a process did not start; see the logs in {root}")
-        registered_s = time.perf_counter() - began
-        server, *agents = (psutil.Process(process.pid) for process in processes)
-        yield Deployment(root, server, agents, registered_s)
+        running = Deployment(root, clients=clients, settings=settings)
+        try:
+            yield running
+        finally:
+            running.stop()
     finally:
-        for process in reversed(processes):
-            process.terminate()
-        for process in processes:
-            process.wait(60)
-            if process.stdout is not None:
-                process.stdout.close()
         shutil.rmtree(root, ignore_errors=True)
 
 
@@ -133,3 +162,9 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _pipe_of(process: subprocess.Popen[str]) -> IO[str]:
+    if process.stdout is None:
+        raise RuntimeError("the process was started without a pipe")
+    return process.stdout

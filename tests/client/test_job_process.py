@@ -221,6 +221,7 @@ async def test_process_waits_for_a_server_that_is_away_and_says_so(tmp_path: Pat
         process = await here.launch()
         await here.server.up(CELL)
         await here.server.go_away(Unreachable("server", "maintenance"))
+        await here.server.up(CELL)
         assert await process.stop() == 0
 
-        assert "waiting for the server" in process.log_tail()
+        assert "waiting for the server job=digits-1 reason='" in process.log_tail()

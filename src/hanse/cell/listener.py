@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from hanse.cell.handshake import Reception
 from hanse.cell.link import PeerCertificate, Transport
+from hanse.cell.loop import end_first
 from hanse.cell.rpc import SERVER_OPTIONS, SERVICE, ServerTls, status_of
 from hanse.cell.transfer_service import Scopes, TransferService
 from hanse.errors import ConfigError, NotInService, Unreachable
@@ -67,6 +68,7 @@ class Listener:
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         self._server = server
         self._serving = asyncio.create_task(_serve(server), name=f"port {port}")  # awaited by stop()
+        end_first(self._serving)
         return f"{host}:{port}"
 
     async def stop(self, grace_s: float = 1.0) -> None:

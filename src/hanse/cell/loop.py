@@ -8,6 +8,7 @@ because what it stands for, the process, is one too. A program that has a loop o
 import asyncio
 import atexit
 import threading
+import weakref
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ T = TypeVar("T")
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 _thread: threading.Thread | None = None
+_first: weakref.WeakSet[asyncio.Task[None]] = weakref.WeakSet()
 
 
 def background_loop() -> asyncio.AbstractEventLoop:
@@ -57,6 +59,11 @@ def run(coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         future.cancel()
 
 
+def end_first(task: asyncio.Task[None]) -> None:
+    """At the process's exit, cancel *task* and wait for it before any other task is cancelled: it ends those in order."""
+    _first.add(task)
+
+
 def _turn(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
@@ -67,11 +74,16 @@ def _turn(loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def _wind_up() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await _cancel(set(_first))
+    await _cancel(asyncio.all_tasks())
     await asyncio.get_running_loop().shutdown_asyncgens()
+
+
+async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
+    others = tasks - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

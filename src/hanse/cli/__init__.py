@@ -45,7 +45,7 @@ GROUPS: Final = {
 
 
 def _app() -> App:
-    top = App(name="hanse", help=f"{__package__.partition('.')[0].capitalize()}: federated learning.", version=_version)
+    top = App(name="hanse", help="Hanse: a federated-learning server, its sites' agents, and a simulator.", version=_version, help_format="plaintext")
     groups = {"": top}
     for name, text in GROUPS.items():
         groups[name] = App(name=name, help=text)

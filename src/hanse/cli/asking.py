@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, TypeAlias, TypeVar
+from typing import Annotated, Final, TypeAlias, TypeVar
 
 from cyclopts import Parameter
 
@@ -15,6 +15,9 @@ from hanse.errors import ConfigError
 from hanse.identity.kits import Kit
 from hanse.settings import AdminSettings
 
+PATIENCE_S: Final = 5.0
+"""How long a command waits for a server that does not answer; somebody sits before it."""
+
 T = TypeVar("T")
 
 KitFolder: TypeAlias = Annotated[
@@ -23,8 +26,16 @@ KitFolder: TypeAlias = Annotated[
 ]
 
 
-def ask(kit: Path | None, work: Callable[[AdminSession], Awaitable[T]], output: Output) -> T:
+def ask(
+    kit: Path | None,
+    work: Callable[[AdminSession], Awaitable[T]],
+    output: Output,
+    *,
+    on_waiting: Callable[[str], None] | None = None,
+) -> T:
     """Return what *work* returns, given a session of the administrator whose kit is in the folder *kit*.
+
+    *on_waiting* hears what is waited for while the server is away.
 
     Raises:
         ConfigError: no kit is named, or it does not hold together.
@@ -36,7 +47,7 @@ def ask(kit: Path | None, work: Callable[[AdminSession], Awaitable[T]], output: 
     loaded = Kit.load(kit, AdminSettings)
 
     async def session() -> T:
-        async with AdminSession(loaded) as asked:
+        async with AdminSession(loaded, patience_s=PATIENCE_S, on_waiting=on_waiting) as asked:
             return await work(asked)
 
     return asyncio.run(session())

@@ -24,7 +24,7 @@ PROCESS_FILE: Final = "client.pid"
 STOP_TIMEOUT_S: Final = 30.0
 
 
-def start(kit: Annotated[Path, Parameter(help="The folder of the client's kit.")], *, output: Output = TEXT) -> None:
+def start(kit: Annotated[Path, Parameter(help="The folder of the client's kit.")], /, *, output: Output = TEXT) -> None:
     """Run a site's agent until it is stopped: by Ctrl-C, SIGTERM, or 'hanse client stop'.
 
     Prints one line when the client is registered. It connects again by itself, however long the server is away.
@@ -38,6 +38,7 @@ def start(kit: Annotated[Path, Parameter(help="The folder of the client's kit.")
 
 def stop(
     kit: Annotated[Path, Parameter(help="The folder of the client's kit.")],
+    /,
     *,
     force: Annotated[bool, Parameter(negative=(), help="Kill the process if it does not end in time.")] = False,
     output: Output = TEXT,

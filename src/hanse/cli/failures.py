@@ -17,12 +17,6 @@ from hanse.errors import ConfigError, EnvironmentFault, HanseError, InternalErro
 USAGE: Final = ConfigError.exit_status
 """The arguments are not what the command takes."""
 
-JOB_FAILED: Final = 20
-"""The command went well, and the job that it waited for failed."""
-
-JOB_ABORTED: Final = 21
-"""The command went well, and the job that it waited for was aborted."""
-
 INTERRUPTED: Final = 130
 """Ctrl-C, by the shells' convention: 128 and the signal's number."""
 

@@ -2,23 +2,19 @@
 
 import asyncio
 from pathlib import Path
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from cyclopts import Parameter
 
 from hanse.admin.session import AdminSession
 from hanse.cli.asking import KitFolder, ask
-from hanse.cli.failures import JOB_ABORTED, JOB_FAILED
-from hanse.cli.job_text import job_line, job_lines
+from hanse.cli.job_text import job_line, job_lines, job_status
 from hanse.cli.output import TEXT, Output
 from hanse.cli.progress import JobProgress
-from hanse.errors import Conflict, TimedOut
-from hanse.job import JobState
+from hanse.errors import Conflict, EnvironmentFault
 from hanse.messages import JobView
 from hanse.run.authoring import package_of
 from hanse.run.loading import importing_from, workflow_of
-
-_STATUS: Final = {JobState.FAILED.value: JOB_FAILED, JobState.ABORTED.value: JOB_ABORTED}
 
 JobName: TypeAlias = Annotated[str, Parameter(help="A job's id, or a beginning of it that only one job has.")]
 StateName: TypeAlias = Literal["submitted", "scheduled", "running", "completed", "failed", "aborted"]
@@ -26,6 +22,7 @@ StateName: TypeAlias = Literal["submitted", "scheduled", "running", "completed",
 
 def submit(
     folder: Annotated[Path, Parameter(help="The job's folder, with [tool.hanse] in its pyproject.toml.")],
+    /,
     *,
     wait: Annotated[bool, Parameter(negative=(), help="Follow the job to its end, as 'hanse job wait' does.")] = False,
     kit: KitFolder = None,
@@ -42,9 +39,10 @@ def submit(
             output.say(submitted.job_id)
         elif not wait:
             output.document(submitted)
-        return await _followed(session, submitted.job_id, output) if wait else 0
+        return await _followed(session, submitted.job_id, progress, output) if wait else 0
 
-    return ask(kit, work, output)
+    progress = JobProgress(is_quiet=output.is_json or not wait)
+    return ask(kit, work, output, on_waiting=progress.say_waiting)
 
 
 def list_jobs(
@@ -62,13 +60,14 @@ def list_jobs(
         output.table(("job", "state", "round", "submitted", "by", "remark"), map(job_line, jobs), nothing="no jobs")
 
 
-def show(job: JobName, *, kit: KitFolder = None, output: Output = TEXT) -> None:
+def show(job: JobName, /, *, kit: KitFolder = None, output: Output = TEXT) -> None:
     """Show one job: its state with the reason or what it waits for, its clients, its rounds."""
     _show(ask(kit, lambda session: session.show(job), output), output)
 
 
 def wait(
     job: JobName,
+    /,
     *,
     timeout_s: Annotated[float | None, Parameter(name="--timeout", help="Give up after so many seconds.")] = None,
     kit: KitFolder = None,
@@ -82,15 +81,17 @@ def wait(
     async def work(session: AdminSession) -> int:
         try:
             async with asyncio.timeout(timeout_s):
-                return await _followed(session, job, output)
+                return await _followed(session, job, progress, output)
         except TimeoutError:
-            raise TimedOut(f"job {job}", "end", timeout_s or 0.0) from None
+            raise EnvironmentFault(f"job {job} has not ended within {timeout_s:g} s; it goes on") from None
 
-    return ask(kit, work, output)
+    progress = JobProgress(is_quiet=output.is_json)
+    return ask(kit, work, output, on_waiting=progress.say_waiting)
 
 
 def log(
     job: JobName,
+    /,
     *,
     client: Annotated[str, Parameter(help="The log as this client last reported it, not the server's.")] = "",
     lines: Annotated[int, Parameter(help="So many lines, the last ones.")] = 200,
@@ -105,7 +106,7 @@ def log(
         output.say(text)
 
 
-def abort(job: JobName, *, kit: KitFolder = None, output: Output = TEXT) -> None:
+def abort(job: JobName, /, *, kit: KitFolder = None, output: Output = TEXT) -> None:
     """End a job; what is committed stays."""
     view = ask(kit, lambda session: session.abort(job), output)
     if output.is_json:
@@ -117,6 +118,7 @@ def abort(job: JobName, *, kit: KitFolder = None, output: Output = TEXT) -> None
 def download(
     job: JobName,
     path: Annotated[Path | None, Parameter(help="The file; by default JOB.safetensors, here.")] = None,
+    /,
     *,
     force: Annotated[bool, Parameter(negative=(), help="Write over a file that is there.")] = False,
     kit: KitFolder = None,
@@ -137,14 +139,14 @@ def download(
         output.say(f"{target} ({view.result_bytes:,} bytes)")
 
 
-async def _followed(session: AdminSession, job: str, output: Output) -> int:
+async def _followed(session: AdminSession, job: str, progress: JobProgress, output: Output) -> int:
     """Show how the job fares until its end, then the job; return the exit status that says how it ended."""
-    with JobProgress(is_quiet=output.is_json) as progress:
+    with progress:
         async for seen in session.follow(job):
             progress.add(seen)
     view = await session.show(job)
     _show(view, output)
-    return _STATUS.get(view.state, 0)
+    return job_status(view.state)
 
 
 def _show(view: JobView, output: Output) -> None:

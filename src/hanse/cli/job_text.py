@@ -1,12 +1,25 @@
-"""Jobs as text for people."""
+"""Jobs as text for people, and how a command ends that saw one to its end."""
 
 from collections.abc import Iterator
+from typing import Final
 
 from hanse.cli.output import duration_text, metrics_text, time_text
+from hanse.job import JobState
 from hanse.messages import JobView
 
-LAST_ROUNDS = 20
+JOB_FAILED: Final = 20
+"""The command went well, and the job that it waited for failed."""
+
+JOB_ABORTED: Final = 21
+"""The command went well, and the job that it waited for was aborted."""
+
+LAST_ROUNDS: Final = 20
 """How many rounds of a job are shown; ``--format json`` has them all."""
+
+
+def job_status(state: str) -> int:
+    """Return what a command ends with that saw a job to its end in *state*."""
+    return {JobState.FAILED.value: JOB_FAILED, JobState.ABORTED.value: JOB_ABORTED}.get(state, 0)
 
 
 def job_line(view: JobView) -> tuple[str, ...]:
@@ -21,8 +34,8 @@ def job_line(view: JobView) -> tuple[str, ...]:
     )
 
 
-def job_lines(view: JobView) -> Iterator[str]:
-    """Yield all that is known of a job, a line at a time."""
+def job_lines(view: JobView, *, where: str = "") -> Iterator[str]:
+    """Yield all that is known of a job, a line at a time; *where* its result is, or how to get it."""
     yield f"job        {view.job_id}"
     yield f"state      {view.state}"
     if view.reason:
@@ -44,7 +57,7 @@ def job_lines(view: JobView) -> Iterator[str]:
     for each in rounds[-LAST_ROUNDS:]:
         yield f"round {each.round:<4} {metrics_text(each.metrics)}  [{duration_text(each.took_s)}]"
     if view.result:
-        yield f"result     {view.result_bytes:,} bytes (hanse job download {view.job_id})"
+        yield f"result     {view.result_bytes:,} bytes ({where or f'hanse job download {view.job_id}'})"
 
 
 def rounds_text(view: JobView) -> str:

@@ -13,6 +13,7 @@ from hanse.identity import provision
 
 def request(
     name: Annotated[str, Parameter(help="The participant, as project.toml calls it.")],
+    /,
     *,
     organisation: Annotated[str, Parameter(help="Whose the participant is, as project.toml says.")],
     role: Annotated[str, Parameter(help="client, server, or admin:ROLE, as project.toml says.")] = "client",
@@ -25,6 +26,7 @@ def request(
 
 def approve(
     request: Annotated[Path, Parameter(help="The request.pem that came from the site.")],
+    /,
     *,
     project: Annotated[Path, Parameter(help="The project.toml that lists the participant.")] = Path("project.toml"),
     authority: Annotated[Path, Parameter(help="The folder of the project's authority.")] = Path("kits/authority"),
@@ -37,6 +39,7 @@ def approve(
 
 def install(
     approved: Annotated[Path, Parameter(help="What came back from the project's operator.")],
+    /,
     *,
     into: Annotated[Path, Parameter(help="The kit's folder, where the key is.")],
     output: Output = TEXT,

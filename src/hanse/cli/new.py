@@ -18,6 +18,7 @@ _PLACE: Final = "NAME"
 
 def new(
     folder: Annotated[Path, Parameter(help="The folder to make; its last part is the job's name.")],
+    /,
     *,
     template: Annotated[
         Literal["numpy", "script"],

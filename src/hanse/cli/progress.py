@@ -33,6 +33,7 @@ class JobProgress:
         self._clients: dict[str, str] = {}
         self._rounds: deque[tuple[int, dict[str, float]]] = deque(maxlen=SHOWN_ROUNDS)
         self._remarks: deque[str] = deque(maxlen=3)
+        self._waiting = ""
         self._is_quiet = is_quiet
         is_terminal = sys.stderr.isatty() and not is_quiet
         self._console = console_on(is_terminal, stderr=True)
@@ -53,7 +54,16 @@ class JobProgress:
 
     def add(self, seen: JobView | JobEvent) -> None:
         """Take in what is known, or what has happened."""
-        line = self._add_view(seen) if isinstance(seen, JobView) else self._add_event(seen)
+        self._waiting = ""
+        self._tell(self._add_view(seen) if isinstance(seen, JobView) else self._add_event(seen))
+
+    def say_waiting(self, reason: str) -> None:
+        """Take in that the server is away, and why; said once until it is back."""
+        if not self._waiting and self._view is not None:
+            self._tell(f"waiting for the server: {reason}")
+        self._waiting = reason
+
+    def _tell(self, line: str) -> None:
         if line and self._live is None and not self._is_quiet:
             self._console.print(line)
 
@@ -104,6 +114,8 @@ class JobProgress:
             parts.append(Text(f"waits for {waiting}", style="yellow"))
         parts += [self._client_table(), self._round_table()]
         parts += [Text(remark, style="yellow") for remark in self._remarks]
+        if self._waiting:
+            parts.append(Text(f"waiting for the server: {self._waiting}", style="red"))
         return Group(*parts)
 
     def _client_table(self) -> Table:

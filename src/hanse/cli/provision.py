@@ -15,6 +15,7 @@ from hanse.identity.provision import provision as provision_project
 
 def provision(
     project_file: Annotated[Path, Parameter(help="The project.toml that says who takes part.")],
+    /,
     *,
     out: Annotated[Path, Parameter(help="The folder for the authority and the kits.")] = Path("kits"),
     output: Output = TEXT,

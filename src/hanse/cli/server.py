@@ -31,7 +31,7 @@ BEYOND_SHUTDOWN_S: Final = 30.0
 _log = logging.getLogger(__name__)
 
 
-def start(kit: Annotated[Path, Parameter(help="The folder of the server's kit.")], *, output: Output = TEXT) -> None:
+def start(kit: Annotated[Path, Parameter(help="The folder of the server's kit.")], /, *, output: Output = TEXT) -> None:
     """Run the server until it is stopped: by Ctrl-C, SIGTERM, 'hanse server stop', or an administrator.
 
     Prints one line when it serves. Running jobs stay resumable: the next start takes them up.
@@ -63,6 +63,7 @@ def start(kit: Annotated[Path, Parameter(help="The folder of the server's kit.")
 
 def stop(
     kit: Annotated[Path | None, Parameter(help="The folder of the server's kit, on the server's machine.")] = None,
+    /,
     *,
     admin_kit: KitFolder = None,
     force: Annotated[

@@ -182,6 +182,7 @@ class JobConnection:
 def main() -> int:
     """Run the job that standard input describes until asked to end; return the exit status."""
     log_to_stderr()
+    signals = _catch_sigterm()
     life_line = _take_life_line()
     spec = msgspec.msgpack.decode(read_spec(life_line), type=JobProcessSpec)
     folder = Path(spec.code or spec.tensors)
@@ -204,7 +205,7 @@ def main() -> int:
         asyncio.run_coroutine_threadsafe(connection.close(), background_loop())
 
     life.add_done_callback(ended)
-    _watch(life_line, end)
+    _watch(life_line, signals, end)
     try:
         serve(spec, trainer, folder)
     except HanseError as failure:
@@ -255,24 +256,28 @@ def _take_life_line() -> BinaryIO:
     return life_line
 
 
-def _watch(life_line: BinaryIO, end: Callable[[], None]) -> None:
-    """Call *end*, from a thread of its own, when the agent is gone or asks by SIGTERM.
+def _catch_sigterm() -> int:
+    """Return the end of a pipe on which SIGTERM arrives from now on.
 
-    The signal arrives by a pipe: a handler would have to wait until the main thread leaves whatever the job's code
-    calls.
+    A handler would have to wait until the main thread leaves whatever the job's code calls.
     """
-    parent = life_line.fileno()
-    signalled, wake = os.pipe()
+    signals, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    return signals
+
+
+def _watch(life_line: BinaryIO, signals: int, end: Callable[[], None]) -> None:
+    """Call *end*, from a thread of its own, when the agent is gone or asks by SIGTERM."""
+    agent = life_line.fileno()
 
     def watch() -> None:
         while True:
-            ready, _, _ = select.select([parent, signalled], [], [])
-            if signalled in ready and signal.SIGTERM in os.read(signalled, 64):
+            ready, _, _ = select.select([agent, signals], [], [])
+            if signals in ready and signal.SIGTERM in os.read(signals, 64):
                 break
-            if parent in ready and not os.read(parent, 64):
+            if agent in ready and not os.read(agent, 64):
                 break
         end()
 

@@ -32,7 +32,7 @@ from hanse.cell.handshake import Reception
 from hanse.cell.link import Peer
 from hanse.cell.listener import Listener
 from hanse.cell.loop import background_loop, run
-from hanse.cell.refusals import refuse
+from hanse.cell.refusals import RemoteError, refuse
 from hanse.coordination.admission import Admission
 from hanse.coordination.policy import PeerKind
 from hanse.coordination.service import (
@@ -54,7 +54,7 @@ from hanse.identity.certificates import Identity
 from hanse.identity.private_files import make_private_folder
 from hanse.identity.tokens import TokenSigner
 from hanse.ids import SERVER, ClientName, Fqcn, JobId, Ssid, split_cell
-from hanse.job import JobSpec
+from hanse.job import Job, JobRecord, JobSpec
 from hanse.launch.process import Launcher, ProcessLauncher
 from hanse.messages import (
     Challenge,
@@ -70,17 +70,20 @@ from hanse.messages import (
     Quit,
     Register,
     Registered,
+    ReturnCode,
     RunEnded,
     RunSnapshot,
+    Topic,
     ok,
 )
+from hanse.run.authoring import package_of
 from hanse.server.active_run import RunServices
 from hanse.server.admittance import Admittance
 from hanse.server.base_server import AdminServer, BaseServer
 from hanse.server.clients import Clients, Identities, Lifetimes
 from hanse.server.identification import Identification
 from hanse.server.job_cell import JobCell, connect
-from hanse.server.jobs import JobLimits, Jobs, expect
+from hanse.server.jobs import JobLimits, Jobs, answer_not_in_service, expect
 from hanse.server.lifetime import only_user_of
 from hanse.server.listening import Place, server_tls
 from hanse.server.overseer import OverseerAgent
@@ -307,6 +310,28 @@ class FederatedServer(BaseServer):
             raise NotInService
         return self._tenure.jobs
 
+    def submit_job(self, job: Job | Path | str, *, submitter: str = "server") -> JobId:
+        """Submit *job*, a ``Job`` or the folder of one, and return its id; from a plain thread.
+
+        Raises:
+            JobInvalid: its definition does not hold, or a handler refuses it.
+            NotInService: the server is not deployed, or not hot.
+        """
+        _, package = package_of(job)
+        with tempfile.TemporaryDirectory(prefix="hanse-") as folder:
+            path = Path(folder) / "package.zip"
+            path.write_bytes(package)
+            return run(self.jobs.submit(path, submitter=submitter)).job_id
+
+    def wait_for_job(self, job_id: JobId, timeout_s: float | None = None) -> JobRecord:
+        """Return the job's record once it has ended; from a plain thread.
+
+        Raises:
+            NotFound: there is no such job.
+            TimedOut: it has not ended within *timeout_s*.
+        """
+        return run(self.jobs.wait(job_id), timeout_s)
+
     @property
     def clients(self) -> Clients:
         """The clients of this server."""
@@ -368,7 +393,7 @@ class FederatedServer(BaseServer):
             for name, reason in (await store.disabled_clients()).items():
                 self._clients.set_disabled(ClientName(name), reason)
             admittance = self._admittance()
-            cell = Cell(Fqcn(SERVER), gate=admittance.gate)
+            cell = Cell(Fqcn(SERVER), gate=lambda *arrival: self._gate(admittance, *arrival))
             stack.push_async_callback(cell.close)
             self._answer_on(cell)
             self._deployed = deployed = _Deployed(
@@ -437,7 +462,22 @@ class FederatedServer(BaseServer):
             job_cell_of=self._clients.job_cell_of,
         )
 
+    def _gate(self, admittance: Admittance, peer: Peer, topic: Topic, message: Message) -> None:
+        """Let *peer*'s message pass: who it is, what it may ask, and whether this service takes a contribution now."""
+        admittance.gate(peer, topic, message)
+        if topic != (Channel.TASK, "result"):
+            return
+        verdict = self._service.verdict(RequestKind.SUBMIT)
+        reason = self.authentication_check(message, verdict)
+        if verdict is Verdict.ABORT_RUN:
+            raise RemoteError(reason or "", return_code=ReturnCode.ABORT_RUN)
+        if verdict is Verdict.NOT_IN_SERVICE:
+            raise NotInService
+        if reason is not None:
+            raise Unauthenticated(reason)
+
     def _answer_on(self, cell: Cell) -> None:
+        answer_not_in_service(cell)
         cell.on(Channel.SERVER, "challenge", lambda request: self.client_challenge(_from_stream(request)))
         cell.on(Channel.SERVER, "register", lambda request: self._register_over_stream(cell, _from_stream(request)))
         cell.on(Channel.SERVER, "renew", self._renew)
@@ -461,7 +501,14 @@ class FederatedServer(BaseServer):
         _log.info("service state", extra={"was": self._service.state.value, "is": after.state.value})
         self._service = after
         if after.state is ServiceState.COLD2HOT:
-            run(self._begin_tenure(after.ssid), TURN_TIMEOUT_S)
+            try:
+                run(self._begin_tenure(after.ssid), TURN_TIMEOUT_S)
+            except BaseException:
+                # Cold again, by the legal way, so that the overseer's next word is heard.
+                self._service = observe(restored(self._service), primary_ssid=None, is_me=False)
+                run(self._end_tenure(), TURN_TIMEOUT_S)
+                self._service = parked(self._service)
+                raise
             self._service = restored(self._service)
         else:
             run(self._end_tenure(), TURN_TIMEOUT_S)
@@ -502,6 +549,8 @@ class FederatedServer(BaseServer):
     async def _park(self) -> None:
         """End the runs' processes here; their state stays committed, and the next tenure resumes them."""
         tenure, self._tenure = self._tenure, None
+        if self._deployed is not None:
+            answer_not_in_service(self._deployed.cell)
         if tenure is not None:
             await tenure.end()
 
@@ -510,8 +559,11 @@ class FederatedServer(BaseServer):
         self._service = observe(self._service, primary_ssid=None, is_me=False)
         self._tenure = None
         if self._deployed is not None:
+            answer_not_in_service(self._deployed.cell)
             for peer in self._deployed.cell.peers():
                 self._deployed.cell.drop(peer.fqcn, NotInService())
+        if self._service.state is ServiceState.HOT2COLD:
+            self._service = parked(self._service)
 
     def _demand_serving(self) -> None:
         if self._service.state not in (ServiceState.COLD2HOT, ServiceState.HOT):

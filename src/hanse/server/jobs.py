@@ -29,6 +29,7 @@ from hanse.errors import (
     InternalError,
     JobInvalid,
     NotFound,
+    NotInService,
     ProtocolError,
     StaleEpoch,
     Unauthorized,
@@ -53,6 +54,7 @@ from hanse.messages import (
     Message,
     RunEnded,
     TaskResult,
+    Topic,
     ok,
 )
 from hanse.server.active_run import ActiveRun, RunFolder, RunServices, deploy
@@ -69,6 +71,18 @@ POSTPONED_S: Final = 5.0
 """A job that its clients could not take just now (a full disk, a broken line) is tried again after this long."""
 LOG_BYTES: Final = 256 * 1024
 """The most that is read of a log's end to show its last lines."""
+TOPICS: Final[tuple[Topic, ...]] = (
+    (Channel.RUN, "attach"),
+    (Channel.RUN, "issue"),
+    (Channel.RUN, "cancel"),
+    (Channel.RUN, "commit"),
+    (Channel.RUN, "ended"),
+    (Channel.RUN, "heartbeat"),
+    (Channel.TASK, "result"),
+    (Channel.TASK, "metrics"),
+    (Channel.SERVER, "job_ended"),
+)
+"""What the jobs of a tenure answer, in the order of their handlers."""
 _NOT_IN_ID = re.compile(r"[^a-z0-9]+")
 
 
@@ -592,16 +606,19 @@ class Jobs:
         self.emit(JobEvent(job_id, notice.value, self._services.wall(), text=reason))
 
     def _register_handlers(self) -> None:
-        cell = self._services.cell
-        cell.on(Channel.RUN, "attach", self._on_attach)
-        cell.on(Channel.RUN, "issue", self._on_issue)
-        cell.on(Channel.RUN, "cancel", self._on_cancel)
-        cell.on(Channel.RUN, "commit", self._on_commit)
-        cell.on(Channel.RUN, "ended", self._on_ended)
-        cell.on(Channel.RUN, "heartbeat", self._on_run_heartbeat)
-        cell.on(Channel.TASK, "result", self._on_result)
-        cell.on(Channel.TASK, "metrics", self._on_metrics)
-        cell.on(Channel.SERVER, "job_ended", self._on_job_ended)
+        handlers = (
+            self._on_attach,
+            self._on_issue,
+            self._on_cancel,
+            self._on_commit,
+            self._on_ended,
+            self._on_run_heartbeat,
+            self._on_result,
+            self._on_metrics,
+            self._on_job_ended,
+        )
+        for (channel, topic), handler in zip(TOPICS, handlers, strict=True):
+            self._services.cell.on(channel, topic, handler)
 
     async def _on_attach(self, message: Message) -> Message:
         return ok(await self._sender_run(message)[0].attach())
@@ -640,6 +657,20 @@ class Jobs:
         """Return the run that the sender's cell belongs to, and its participant's name."""
         participant, job_id = split_cell(Fqcn(message.headers.get(Header.ORIGIN, "")))
         return self._run_of(job_id or JobId("")), ClientName(participant)
+
+
+def answer_not_in_service(cell: Cell) -> None:
+    """Have *cell* answer what the jobs of a tenure answer, while there is no tenure: another time, or another server.
+
+    Without this a client's answer would be refused for good, as one to a run that there is not.
+    """
+    for channel, topic in TOPICS:
+        cell.on(channel, topic, _not_in_service)
+
+
+def _not_in_service(message: Message) -> None:
+    del message
+    raise NotInService
 
 
 def expect(message: Message, kind: type[P]) -> P:

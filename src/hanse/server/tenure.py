@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from hanse.errors import StaleEpoch
 from hanse.ids import Ssid
 from hanse.server.jobs import Jobs
 from hanse.storage.records import Lease, Store
@@ -31,7 +30,7 @@ async def take_lease(store: Store) -> Lease:
 
 
 class Tenure:
-    """Jobs under one lease; *on_lost* is called when the lease turns out to be another's."""
+    """Jobs under one lease; *on_lost* is called when the lease turns out to be another's, or the store fails."""
 
     def __init__(self, store: Store, lease: Lease, jobs: Jobs, *, on_lost: Callable[[], None]) -> None:
         self.jobs = jobs
@@ -50,6 +49,8 @@ class Tenure:
             await asyncio.wait({waiting, self._work}, return_when=asyncio.FIRST_COMPLETED)
             if self._work.done():
                 self._work.result()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
         finally:
             waiting.cancel()
 
@@ -65,8 +66,12 @@ class Tenure:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._keep_lease(), name="keep the lease")
                 await self.jobs.serve(ready)
-        except* StaleEpoch as deposed:
-            _log.error("this server's tenure has ended", extra={"reason": str(deposed.exceptions[0])})
+        except* Exception as errors:
+            if not ready.is_set():
+                raise
+            # Whatever it was, the jobs are parked by now: who still called this server hot would wait for ever.
+            for error in errors.exceptions:
+                _log.error("this server's tenure has ended", exc_info=error)
             self._on_lost()
 
     async def _keep_lease(self) -> None:

@@ -1,10 +1,10 @@
 """The whole federation in one process: ``simulate`` runs a job as deployed, without network, certificates or sites.
 
-Here belong what stands in for a deployment's surroundings: a launcher that runs jobs' processes as tasks (``launcher``),
-the pool of worker processes in which users' training code runs (``pool``, ``worker``, and ``exchange``, what the two say
-to each other), the importing of a job's code into a process that is not its own (``code``), and the composition of it
-all (``simulation``). No rule belongs here: server, agents, runs, tasks and frames are the deployed ones, so what runs
-here runs there, with the same bytes.
+Here belongs what stands in for a deployment's surroundings: a launcher that runs jobs' processes as tasks
+(``launcher``), the pool of worker processes in which users' training code runs (``pool``, ``worker``, and ``exchange``,
+what the two say to each other), the importing of a job's code into a process that is not its own (``code``), and the
+composition of it all (``simulation``). No rule belongs here: server, agents, runs, tasks and frames are the deployed
+ones, so what runs here runs there, with the same bytes.
 
 The names below are loaded when they are first used: a worker must not pay for the server.
 """

@@ -118,8 +118,8 @@ Answer: TypeAlias = Loaded | Done | Raised | Invalid | Broken | Faulty
 Said: TypeAlias = Answer | Logged
 
 _encoder = msgspec.msgpack.Encoder()
-_requests = msgspec.msgpack.Decoder(Request)
-_said = msgspec.msgpack.Decoder(Said)
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_said: msgspec.msgpack.Decoder[Said] = msgspec.msgpack.Decoder(Said)
 
 
 def encode(message: Request | Said) -> bytes:

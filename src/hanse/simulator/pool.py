@@ -10,7 +10,6 @@ costs the one request it was at, and the next one in its place finds a new worke
 import asyncio
 import contextlib
 import itertools
-import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -42,7 +41,6 @@ SCRIPT_GRACE_S: Final = 2.0
 """How long a script may go on after its run has ended, as a deployed one may."""
 
 OnLog = Callable[[int, Metrics], None]
-_log = logging.getLogger(__name__)
 
 
 class Worker:
@@ -124,6 +122,10 @@ class Worker:
 class Crew(Protocol):
     """Workers that answer requests on behalf of clients."""
 
+    def enter(self, site: Site, code: Path) -> None:
+        """Be ready to work for the client *site*, whose job's code is in the folder *code*."""
+        ...
+
     async def ask(self, client: ClientName, request: Callable[[int], Request], on_log: OnLog) -> Answer:
         """Return the answer to the request that *request* makes of its number.
 
@@ -145,6 +147,7 @@ class _Place:
         self.name = name
         self._log_path, self._spec = log_path, spec
         self._worker: asyncio.Task[Worker] | None = None
+        self._is_closed = False
 
     def prepare(self) -> "asyncio.Task[Worker]":
         if self._worker is None:
@@ -153,6 +156,8 @@ class _Place:
         return self._worker
 
     async def ask(self, request: Request, on_log: OnLog) -> Answer:
+        if self._is_closed:
+            raise Unreachable(self.name, "the simulation is ending")
         try:
             worker = await asyncio.shield(self.prepare())
         except OSError as error:
@@ -165,14 +170,14 @@ class _Place:
             raise
 
     async def stop(self, grace_s: float) -> None:
+        self._is_closed = True
         task, self._worker = self._worker, None
         if task is None:
             return
-        if not task.done():
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, OSError):
-            worker = await task
-            await worker.stop(grace_s=grace_s)
+        task.cancel()  # a worker that is being started is killed by that; one that has been is not touched
+        await asyncio.wait({task})
+        if not task.cancelled() and task.exception() is None:
+            await task.result().stop(grace_s=grace_s)
 
 
 class _Errands:
@@ -189,7 +194,7 @@ class _Errands:
     async def run(self, errand: Coroutine[Any, Any, Answer], *, name: str) -> Answer:
         task = asyncio.create_task(errand, name=name)  # awaited here, and by close()
         self._under_way.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._has_ended)
         return await asyncio.shield(task)
 
     async def close(self) -> None:
@@ -199,10 +204,10 @@ class _Errands:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _ended(self, task: "asyncio.Task[Answer]") -> None:
+    def _has_ended(self, task: "asyncio.Task[Answer]") -> None:
         self._under_way.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.info("a worker's answer is lost", extra={"reason": str(error)})
+        if not task.cancelled():
+            task.exception()  # nobody may want the answer any more, and that is no mistake
 
 
 class FunctionCrew:
@@ -232,6 +237,9 @@ class FunctionCrew:
         return await self._errands.run(
             self._do(place, request(self._errands.number()), on_log), name=f"{client} at {place.name}"
         )
+
+    def enter(self, site: Site, code: Path) -> None:
+        """See ``Crew``: nothing is one client's alone."""
 
     async def leave(self, client: ClientName) -> None:
         """See ``Crew``: nothing is one client's alone."""
@@ -266,8 +274,8 @@ class ScriptCrew:
         finally:
             await self.kill()
 
-    def enter(self, site: Site, *, code: Path) -> None:
-        """Make a place for *site*'s script, in the folder *code*."""
+    def enter(self, site: Site, code: Path) -> None:
+        """See ``Crew``: a place for the client's script, which starts with its first task."""
         spec = _script_spec(site, code, self._script)
         self._places[site.name] = asyncio.Lock(), _Place(site.name, self._logs / f"{site.name}.log", spec)
 

@@ -42,8 +42,8 @@ from hanse.simulator.exchange import (
     Loaded,
     Logged,
     Raised,
-    WorkerSpec,
     Work,
+    WorkerSpec,
 )
 from hanse.storage.models import load_model, store_model
 from hanse.storage.tensors import TensorFiles

@@ -1,0 +1,1 @@
+"""Whole deployments: real processes over mutual TLS, killed where it hurts."""

@@ -1,0 +1,31 @@
+"""Training that depends on round and client, and that a test can hold up: at a gate it waits for someone to let it on.
+
+A gate is a named pipe in the folder that the environment names, called ``<client>-<round>``; opening it waits for the
+other side to open it too, so the test knows that the client is there, and the client goes on when the test closes it.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+import hanse
+
+app = hanse.ClientApp()
+
+
+def initial(seed: int) -> hanse.Model:
+    """Return a small and a larger tensor."""
+    rng = np.random.default_rng(seed)
+    return hanse.Model({"small": rng.standard_normal(7), "large": rng.standard_normal((100, 200), np.float32)})
+
+
+@app.train
+def train(model: hanse.Model, ctx: hanse.TaskContext) -> hanse.Update:
+    """Return the model changed by noise of this client's and round's own."""
+    gate = Path(os.environ.get("HANSE_TEST_GATES", "/nowhere")) / f"{ctx.client}-{ctx.round}"
+    if gate.exists():
+        gate.read_bytes()
+    rng = ctx.rng()
+    noisy = {name: array + rng.standard_normal(array.shape).astype(array.dtype) for name, array in model.items()}
+    return hanse.Update(hanse.Model(noisy), num_examples=int(rng.integers(1, 100)), metrics={"round": ctx.round})

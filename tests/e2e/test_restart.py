@@ -1,0 +1,88 @@
+"""Whatever process is killed in the middle of a round, the job completes with the bytes of an undisturbed run."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from benchmarks.deployment import Deployment, deployment
+
+JOB = Path(__file__).parent / "job"
+ROUND = 3
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Iterator[str]:
+    """Return the digest of the model that a run without trouble ends with."""
+    with deployment() as running:
+        running.start("server", *running.names)
+        yield running.run(JOB)["result"]
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
+    """Run a server and two clients whose training waits at gates in *tmp_path*."""
+    monkeypatch.setenv("HANSE_TEST_GATES", str(tmp_path))
+    with deployment() as up:
+        up.start("server", *up.names)
+        yield up
+
+
+def gate(folder: Path, client: str) -> Path:
+    """Make the gate at which *client* will wait in the round that is disturbed."""
+    path = folder / f"{client}-{ROUND}"
+    os.mkfifo(path)
+    return path
+
+
+def test_a_killed_server_goes_on_where_it_was_when_it_is_started_again(
+    running: Deployment, tmp_path: Path, undisturbed: str
+) -> None:
+    waiting = gate(tmp_path, "site-1")
+    job = running.hanse("job", "submit", str(JOB))["job_id"]
+    with waiting.open("wb"):  # from here on site-1 is in the middle of its training
+        running.kill("server")
+        running.start("server")
+    ended = running.hanse("job", "wait", job)
+    assert (ended["state"], ended["reason"]) == ("completed", "")
+    assert ended["result"] == undisturbed
+    assert [each["round"] for each in ended["history"]] == list(range(7))
+
+
+def test_a_killed_run_process_is_started_again_and_asks_nothing_twice(
+    running: Deployment, tmp_path: Path, undisturbed: str
+) -> None:
+    waiting = gate(tmp_path, "site-2")
+    job = running.hanse("job", "submit", str(JOB))["job_id"]
+    with waiting.open("wb"):
+        running.job_process("server").kill()
+    ended = running.hanse("job", "wait", job)
+    assert (ended["state"], ended["reason"]) == ("completed", "")
+    assert ended["result"] == undisturbed
+
+
+def test_a_killed_client_process_is_started_again_and_gets_its_task_again(
+    running: Deployment, tmp_path: Path, undisturbed: str
+) -> None:
+    waiting = gate(tmp_path, "site-1")
+    job = running.hanse("job", "submit", str(JOB))["job_id"]
+    with waiting.open("wb"):
+        waiting.unlink()
+        running.job_process("site-1").kill()
+    ended = running.hanse("job", "wait", job)
+    assert (ended["state"], ended["reason"]) == ("completed", "")
+    assert ended["result"] == undisturbed
+
+
+def test_a_killed_agent_takes_its_job_up_again_when_it_is_started_again(
+    running: Deployment, tmp_path: Path, undisturbed: str
+) -> None:
+    waiting = gate(tmp_path, "site-1")
+    job = running.hanse("job", "submit", str(JOB))["job_id"]
+    with waiting.open("wb"):
+        waiting.unlink()
+        running.kill("site-1")
+    running.start("site-1")
+    ended = running.hanse("job", "wait", job)
+    assert (ended["state"], ended["reason"]) == ("completed", "")
+    assert ended["result"] == undisturbed
