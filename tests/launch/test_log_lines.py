@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from hanse.launch.log_lines import FieldFormatter, log_to_stderr
+from hanse.launch.log_lines import FieldFormatter, FieldLogger, log_to_stderr
 
 
 def line(message: str, level: int = logging.INFO, **fields: object) -> str:
@@ -35,6 +35,17 @@ def test_traceback_follows_on_lines_of_its_own() -> None:
     first, *rest = FieldFormatter().format(record).splitlines()
     assert first.endswith("failed job=digits-1")
     assert rest[-1] == "ValueError: bad"
+
+
+def test_bound_fields_stand_beside_the_lines_own(caplog: pytest.LogCaptureFixture) -> None:
+    log = FieldLogger(logging.getLogger("hanse.test"), {"job": "digits-1"})
+    log.warning("task failed", extra={"reason": "no data"})
+    log.warning("and again")
+
+    assert [FieldFormatter().format(record).partition(": ")[2] for record in caplog.records] == [
+        "task failed job=digits-1 reason='no data'",
+        "and again job=digits-1",
+    ]
 
 
 def test_process_logs_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

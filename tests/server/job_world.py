@@ -1,6 +1,7 @@
-"""What the tests of jobs share: a tiny job, sites that take part as a test says, and runs in threads of this process."""
+"""What the tests of jobs share: a tiny job, sites that take part as a test says, and runs in threads."""
 
 import asyncio
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -124,7 +125,7 @@ class RunThread:
                 self.server.start_run(self.spec.job_id, Path(self.spec.folder), self.spec.spec, None, None)
             finally:
                 self.server.stop_run_engine_cell()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a process would end with a traceback and a status
             self._last_words = f"{type(error).__name__}: {error}"
             self._done.set_result(1)
         else:
@@ -162,9 +163,9 @@ class ScriptedProcess:
 
     pid = 0
 
-    def __init__(self, last_line: str, *, stops: asyncio.Event) -> None:
+    def __init__(self, last_line: str, *, stopping: threading.Event, stops: asyncio.Event) -> None:
         self._last_line = last_line
-        self._stops = stops
+        self._stopping, self._stops = stopping, stops
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def end(self, status: int) -> None:
@@ -176,6 +177,7 @@ class ScriptedProcess:
 
     async def stop(self, grace_s: float = 5.0) -> int:
         del grace_s
+        self._stopping.set()
         await self._stops.wait()
         self.end(-15)
         return await self.wait()
@@ -191,13 +193,15 @@ class ScriptedLauncher:
     def __init__(self, last_line: str = "") -> None:
         self.started: asyncio.Queue[ScriptedProcess] = asyncio.Queue()
         self.specs: list[RunProcessSpec] = []
+        self.stopping = threading.Event()
+        """Set when a process has been asked to stop."""
         self.stops = asyncio.Event()
         self.stops.set()
         self._last_line = last_line
 
     async def launch(self, module: str, *, spec: bytes, log_path: Path, env: Mapping[str, str], name: str) -> Handle:
         del module, log_path, env, name
-        process = ScriptedProcess(self._last_line, stops=self.stops)
+        process = ScriptedProcess(self._last_line, stopping=self.stopping, stops=self.stops)
         self.specs.append(msgspec.msgpack.decode(spec, type=RunProcessSpec))
         self.started.put_nowait(process)
         return process
@@ -210,6 +214,9 @@ class ScriptedLauncher:
 
 
 # The clients' side ----------------------------------------------------------------------------------------------------
+
+NO_FILES = TensorFiles(Path(tempfile.mkdtemp(prefix="hanse-test-")))
+"""For models whose tensors all ride along."""
 
 Train = Callable[[TaskAssignment, Model], TaskResult | None]
 
@@ -225,7 +232,7 @@ def plus(amount: float, num_examples: int = 1) -> Train:
 
 def answer(task: TaskAssignment, model: Model | None, num_examples: int = 1, **metrics: float) -> TaskResult:
     """The answer to *task* with a small *model*, whose tensors ride along."""
-    reference = None if model is None else store_model(model, TensorFiles(Path("/nonexistent-and-unused")))
+    reference = None if model is None else store_model(model, NO_FILES)
     return TaskResult(task.key, UpdateRef(reference, num_examples, metrics))
 
 
@@ -293,9 +300,7 @@ class Site:
 
     async def _task(self, message: Message) -> None:
         task = expect(message, TaskAssignment)
-        model = (
-            Model({}) if task.model is None else load_model(task.model, TensorFiles(Path("/nonexistent-and-unused")))
-        )
+        model = Model({}) if task.model is None else load_model(task.model, NO_FILES)
         result = self.train(task, model)
         if result is None or self.job is None:
             return

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from hanse.coordination.service import TABLE, RequestKind, ServiceState, message
 from hanse.errors import Conflict, HanseError, NotInService, StaleEpoch, StoreFailed
 from hanse.events import EventType
-from hanse.ids import ClientName, JobId, Ssid
-from hanse.job import JobState
+from hanse.ids import ClientName, Digest, JobId, Ssid
+from hanse.job import JobRecord, JobState, move
 from hanse.messages import (
     Challenge,
     Channel,
@@ -28,7 +29,7 @@ from hanse.messages import (
 from hanse.server import FederatedServer
 from hanse.server.overseer import OverseerAgent, Primary, ScriptedOverseer
 from hanse.storage.memory import MemoryStore
-from hanse.storage.records import Lease
+from hanse.storage.records import Lease, session_id
 
 from .job_world import ScriptedLauncher, spec
 from .world import (
@@ -98,7 +99,7 @@ class Stage:
             self.launcher.next()
             on_loop(self.launcher.stops.clear)
             with self._turning(lambda: self.overseer.appoint(None)):
-                wait(self._not_hot())
+                assert self.launcher.stopping.wait(10)
                 yield self.server
                 on_loop(self.launcher.stops.set)
         elif state is SHUTDOWN:
@@ -120,18 +121,8 @@ class Stage:
             thread.join(20)
             assert not thread.is_alive()
 
-    async def _not_hot(self) -> None:
-        """Return when the server has left the state Hot; its streams end in that very moment."""
-        while self.server.service.state is HOT:
-            await asyncio.sleep(0)  # a turn of the loop, not a nap: the overseer's thread has no event to wait for
-
 
 async def _with_a_running_job() -> SlowStore:
-    import msgspec  # noqa: PLC0415
-
-    from hanse.ids import Digest  # noqa: PLC0415
-    from hanse.job import JobRecord, move  # noqa: PLC0415
-
     store = SlowStore()
     async with store:
         lease = await store.take_lease("before", ttl_s=1, now_s=0)
@@ -267,7 +258,7 @@ def test_the_session_of_a_server_alone_is_the_lease_that_fences_its_store(
 
     server.deploy(args(tmp_path), {"service": {"target": "127.0.0.1:0"}})
 
-    assert server.service.ssid == "memory-1" or server.service.ssid.endswith("1")
+    assert server.service.ssid == session_id("memory", 1)
     with pytest.raises(StaleEpoch):
         wait(store.renew_lease(0, ttl_s=1, now_s=0))
 

@@ -60,7 +60,7 @@ def run(coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
 
 
 def end_first(task: asyncio.Task[None]) -> None:
-    """At the process's exit, cancel *task* and wait for it before any other task is cancelled: it ends those in order."""
+    """At the process's exit cancel *task*, and wait for it, before any other task: it ends those in order."""
     _first.add(task)
 
 

@@ -6,7 +6,6 @@ trailing metadata; one that gRPC itself reports (no connection, a failed handsha
 ``Unauthenticated`` where the handshake shows that trying again is useless.
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -19,10 +18,6 @@ from hanse.cell.refusals import error_from, refuse
 from hanse.errors import HanseError, ProtocolError, Unauthenticated, Unreachable
 from hanse.ids import Fqcn, Ssid, Token
 from hanse.messages import PROTOCOL_VERSIONS, Credentials, Header, Hello, ReturnCode
-
-# gRPC's core would write a line of its own to stderr for each handshake that fails and each connection that goes away,
-# which whoever can reach the port can cause at will; what matters of it reaches our log as an error's sentence.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 SERVICE: Final = "hanse.v1.Wire"
 CONNECT: Final = f"/{SERVICE}/Connect"

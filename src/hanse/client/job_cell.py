@@ -20,6 +20,7 @@ from hanse.client.uplink import ANSWER_TIMEOUT_S, Uplink, first_error
 from hanse.errors import Conflict, HanseError, InternalError, ProtocolError, TrainingFailed, UpdateRejected
 from hanse.ids import SERVER, ClientName, Digest, JobId
 from hanse.job import Config, JobSpec
+from hanse.launch.log_lines import FieldLogger
 from hanse.learning.filters import Filter, NormClip, apply
 from hanse.messages import (
     Channel,
@@ -80,7 +81,7 @@ class ClientJob:
         self._queue: dict[TaskKey, TaskAssignment] = {}
         self._queued = asyncio.Event()
         self._current: tuple[TaskKey, asyncio.Task[None]] | None = None
-        self._log = logging.LoggerAdapter(_log, {"job": job_id})
+        self._log = FieldLogger(_log, {"job": job_id})
         self._loop = asyncio.get_running_loop()
         self._logs_since, self._logs = self._loop.time(), 0
         uplink.cell.on(Channel.TASK, "task", self._on_task)

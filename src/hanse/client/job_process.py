@@ -37,7 +37,7 @@ from hanse.client.uplink import Uplink, first_error
 from hanse.errors import HanseError, JobInvalid, ProtocolError, TrainingFailed
 from hanse.identity.tokens import parse_token
 from hanse.ids import Digest, job_cell
-from hanse.launch.log_lines import log_to_stderr
+from hanse.launch.log_lines import FieldLogger, log_to_stderr
 from hanse.launch.process import read_spec
 from hanse.messages import (
     PROTOCOL_VERSIONS,
@@ -82,7 +82,7 @@ class JobConnection:
         self._spec, self._wall = spec, wall
         self._credentials = spec.identity.credentials
         self._uplink = Uplink(job_cell(spec.client, spec.job_id), rng)
-        self._log = logging.LoggerAdapter(_log, {"job": spec.job_id})
+        self._log = FieldLogger(_log, {"job": spec.job_id})
         certificate = spec.identity.certificate or None
         tls = ClientTls(spec.roots, certificate, spec.identity.key or None) if spec.roots else None
         self._connector = Connector(

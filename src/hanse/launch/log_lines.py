@@ -5,7 +5,8 @@ The code logs a constant sentence with fields beside it (``extra``); a person re
 """
 
 import logging
-from typing import Final
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Final
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -20,6 +21,17 @@ class FieldFormatter(logging.Formatter):
         """Return the line for *record*, without its traceback."""
         fields = [f"{name}={_shown(value)}" for name, value in vars(record).items() if name not in _STANDARD]
         return " ".join([super().formatMessage(record), *fields])
+
+
+class FieldLogger(logging.LoggerAdapter[logging.Logger]):
+    """A logger that adds the same *fields* to each of its lines, beside the line's own."""
+
+    def __init__(self, logger: logging.Logger, fields: Mapping[str, object]) -> None:
+        super().__init__(logger, fields)
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Return the line with both; the library's own adapter would drop the line's."""
+        return msg, {**kwargs, "extra": {**(self.extra or {}), **kwargs.get("extra", {})}}
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:

@@ -2,7 +2,7 @@
 
 A deployed run has a process to itself, in which ``run.loading.importing_from`` may do as it likes. Here the process is
 the user's, with modules of their own, perhaps of the same names (they have just imported ``model`` from the folder
-that they simulate), and perhaps with other simulations beside this one. ``sys.modules`` is one for all of them, so jobs'
+that they simulate), and perhaps with other simulations beside this one. ``sys.modules`` is one for all of them, so
 code takes turns: a simulation whose workflow comes with the job has its turn for as long as it runs, any other for as
 long as its first model takes to make. Training code takes no part in this: it runs in worker processes.
 
