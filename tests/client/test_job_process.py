@@ -187,6 +187,8 @@ async def test_sigterm_ends_the_process_in_order(tmp_path: Path) -> None:
     async with place(tmp_path) as here:
         process = await here.launch()
         await here.server.up(CELL)
+        here.give()
+        await here.server.next(TaskResult)  # so the process, too, counts the connection as up
         os.kill(process.pid, signal.SIGTERM)
 
         assert await process.wait() == 0

@@ -76,7 +76,6 @@ async def test_requests_state_the_session_that_was_entered_last() -> None:
     assert stated == ["7", "8"]
 
 
-@pytest.mark.looptime
 async def test_attempt_is_made_anew_with_growing_pauses_while_that_may_help() -> None:
     uplink, server = Uplink(SITE, random.Random(1)), Cell(SERVER)
     loop = asyncio.get_running_loop()
@@ -84,7 +83,7 @@ async def test_attempt_is_made_anew_with_growing_pauses_while_that_may_help() ->
 
     async def attempt() -> str:
         times.append(loop.time())
-        if len(times) < 5:
+        if len(times) < 4:
             raise NotInService()
         return "answered"
 
@@ -92,7 +91,8 @@ async def test_attempt_is_made_anew_with_growing_pauses_while_that_may_help() ->
         assert await uplink.persist(attempt, doing="test") == "answered"
 
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
-    assert all(first / 2 <= pause <= first for pause, first in zip(pauses, (0.1, 0.2, 0.4, 0.8), strict=True))
+    # At least, for a busy machine may add to them; how long they are at most is tested where they are drawn.
+    assert all(pause >= least for pause, least in zip(pauses, (0.05, 0.1, 0.2), strict=True))
 
 
 async def test_no_attempt_is_made_while_there_is_no_link() -> None:

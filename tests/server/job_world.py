@@ -1,7 +1,6 @@
 """What the tests of jobs share: a tiny job, sites that take part as a test says, and runs in threads."""
 
 import asyncio
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -20,11 +19,13 @@ from hanse.messages import (
     Channel,
     JobSubmitted,
     Message,
+    ModelRef,
     StartJob,
     SubmitJob,
     TaskAssignment,
     TaskFault,
     TaskResult,
+    TensorRef,
     UpdateRef,
     ok,
 )
@@ -32,9 +33,8 @@ from hanse.model import Model
 from hanse.server import FederatedServer
 from hanse.server.jobs import expect
 from hanse.server.run_spec import RunProcessSpec
-from hanse.storage.models import load_model, store_model
 from hanse.storage.packages import build_package
-from hanse.storage.tensors import TensorFiles
+from hanse.storage.tensors import digest_of
 
 from .world import Dialler, Wire, args, on_loop, wait
 
@@ -215,9 +215,6 @@ class ScriptedLauncher:
 
 # The clients' side ----------------------------------------------------------------------------------------------------
 
-NO_FILES = TensorFiles(Path(tempfile.mkdtemp(prefix="hanse-test-")))
-"""For models whose tensors all ride along."""
-
 Train = Callable[[TaskAssignment, Model], TaskResult | None]
 
 
@@ -232,8 +229,26 @@ def plus(amount: float, num_examples: int = 1) -> Train:
 
 def answer(task: TaskAssignment, model: Model | None, num_examples: int = 1, **metrics: float) -> TaskResult:
     """The answer to *task* with a small *model*, whose tensors ride along."""
-    reference = None if model is None else store_model(model, NO_FILES)
-    return TaskResult(task.key, UpdateRef(reference, num_examples, metrics))
+    return TaskResult(task.key, UpdateRef(None if model is None else small(model), num_examples, metrics))
+
+
+def small(model: Model) -> ModelRef:
+    """The reference of a model whose tensors all ride along."""
+    tensors = [(name, array, array.tobytes()) for name, array in model.items()]
+    return ModelRef(
+        tuple(TensorRef(name, array.dtype.name, array.shape, digest_of(raw), raw) for name, array, raw in tensors)
+    )
+
+
+def opened(reference: ModelRef) -> Model:
+    """The model that *reference* holds, as far as its tensors ride along."""
+    return Model(
+        {
+            tensor.name: np.frombuffer(tensor.inline, tensor.dtype).reshape(tensor.shape)
+            for tensor in reference.tensors
+            if tensor.inline is not None
+        }
+    )
 
 
 def silent(task: TaskAssignment, model: Model) -> None:
@@ -300,7 +315,7 @@ class Site:
 
     async def _task(self, message: Message) -> None:
         task = expect(message, TaskAssignment)
-        model = Model({}) if task.model is None else load_model(task.model, NO_FILES)
+        model = Model({}) if task.model is None else opened(task.model)
         result = self.train(task, model)
         if result is None or self.job is None:
             return

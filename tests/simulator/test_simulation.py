@@ -22,7 +22,7 @@ import pytest
 import hanse
 from hanse.cell.loop import run
 from hanse.client.agent import ClientAgent
-from hanse.errors import ConfigError, JobInvalid
+from hanse.errors import ConfigError, Conflict, JobInvalid
 from hanse.ids import Digest
 from hanse.launch.process import ProcessLauncher
 from hanse.messages import JobEvent
@@ -58,12 +58,13 @@ def test_same_seed_gives_the_same_bytes_whatever_the_number_of_workers(tmp_path:
 
 def test_another_seed_gives_another_model_and_stands_in_for_the_jobs_own(tmp_path: Path) -> None:
     job = write_job(tmp_path / "job")
-    plain, other, same = simulate(job, 2), simulate(str(job), 2, seed=4), simulate(job, 2, seed=3)
+    plain, same = simulate(job, 2, workers=1), simulate(str(job), 2, seed=3, workers=1)
+    other = simulate(job, 2, seed=4, workers=1)
     assert plain.digest == same.digest != other.digest
 
 
 def test_result_tells_of_every_round_and_its_model_outlives_the_workspace(tmp_path: Path) -> None:
-    result = simulate(write_job(tmp_path / "job"), clients=3)
+    result = simulate(write_job(tmp_path / "job"), clients=3, workers=1)
     assert result.view.state == "completed"
     assert [each.round for each in result.history] == [0, 1, 2, 3]
     assert result.history[-1].answered == ("site-1", "site-2", "site-3")
@@ -120,7 +121,7 @@ async def _deployed(server: FederatedServer, job: Path, home: Path, clients: int
 def test_simulated_and_deployed_runs_give_the_same_bytes(tmp_path: Path, write: object) -> None:
     assert callable(write)
     job = write(tmp_path / "job")
-    assert simulate(job, clients=2).digest == deployed(job, tmp_path, 2)
+    assert simulate(job, clients=2, workers=1).digest == deployed(job, tmp_path, 2)
 
 
 def test_script_keeps_its_process_from_round_to_round(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_a_job_in_python_is_simulated_too(tmp_path: Path) -> None:
     folder = write_job(tmp_path / "job")
     model = hanse.Model({"big": np.zeros((100, 60), np.float32), "small": np.zeros(5)})
     job = hanse.Job("toy", hanse.FedAvg(rounds=2), "client:app", model, source=folder, min_clients=1)
-    assert simulate(job, 1, seed=9).digest == simulate(job, 1, seed=9).digest != simulate(job, 1).digest
+    assert simulate(job, 1, seed=9).digest != simulate(job, 1).digest
 
 
 def test_events_arrive_in_the_callers_thread_from_start_to_end(tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_what_on_event_raises_ends_the_simulation(tmp_path: Path) -> None:
 def test_exception_in_training_code_is_told_with_file_and_line(tmp_path: Path) -> None:
     broken = CLIENT.replace('rng, part = ctx.rng(), ctx.site["partition"]', 'raise KeyError("no data")')
     with pytest.raises(SimulationFailed, match=r"KeyError: 'no data' \(client\.py:9\)") as failed:
-        simulate(write_job(tmp_path / "job", client=broken), clients=2)
+        simulate(write_job(tmp_path / "job", client=broken), clients=2, workers=1)
     assert failed.value.view.state == "failed"
 
 
@@ -203,7 +204,7 @@ def test_code_that_cannot_be_loaded_fails_the_job_before_any_task(tmp_path: Path
 )
 def test_script_that_never_takes_a_task_fails_the_job(tmp_path: Path, script: str, reason: str) -> None:
     with pytest.raises(SimulationFailed, match=reason):
-        simulate(write_script_job(tmp_path / "job", script), clients=2)
+        simulate(write_script_job(tmp_path / "job", script), clients=2, workers=1)
 
 
 def test_worker_that_dies_costs_one_task_and_is_replaced(tmp_path: Path) -> None:
@@ -229,7 +230,8 @@ def test_worker_that_dies_costs_one_task_and_is_replaced(tmp_path: Path) -> None
 def test_what_training_code_prints_and_reads_does_not_disturb_the_protocol(tmp_path: Path) -> None:
     noisy = CLIENT.replace(
         "rng, part = ctx",
-        "import os, sys; os.write(1, b'raw noise\\n'); print('noise'); assert sys.stdin.read() == ''\n        rng, part = ctx",
+        "import os, sys; os.write(1, b'raw noise\\n'); print('noise')\n"
+        "        assert sys.stdin.read() == ''\n        rng, part = ctx",
     )
     simulate(write_job(tmp_path / "job", client=noisy), clients=2, workers=1, workspace=tmp_path / "kept")
     log = (tmp_path / "kept/workers/worker-1.log").read_text()
@@ -249,8 +251,8 @@ def test_workspace_that_is_given_keeps_logs_and_result(tmp_path: Path) -> None:
 def test_job_that_needs_other_clients_is_refused_before_anything_starts(tmp_path: Path) -> None:
     job = write_job(tmp_path / "job")
     with pytest.raises(JobInvalid, match="1 simulated client"):
-        simulate(job, clients=1)
-    assert simulate(job, clients=2).view.state == "completed"
+        simulate(job, clients=1, workers=1)
+    assert simulate(job, clients=2, workers=1).view.state == "completed"
 
 
 @pytest.mark.parametrize("number", [{"clients": 0}, {"workers": 0}])
@@ -261,13 +263,13 @@ def test_impossible_numbers_are_refused(tmp_path: Path, number: dict[str, int]) 
 
 def test_simulations_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     def job(number: int) -> Path:
-        model = f"""
+        model = """
             import numpy as np
             from hanse import Model
             from helper import NUMBER
 
             def initial():
-                return Model({{"big": np.full((100, 60), NUMBER, np.float32), "small": np.full(5, NUMBER)}})
+                return Model({"big": np.full((100, 60), NUMBER, np.float32), "small": np.full(5, NUMBER)})
         """
         client = """
             import hanse
@@ -326,9 +328,10 @@ def test_modules_of_the_caller_are_not_taken_for_the_jobs_and_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = ModuleType("model")
-    monkeypatch.setitem(sys.modules, "model", mine)
-    simulate(write_job(tmp_path / "job"), clients=2)
-    assert sys.modules["model"] is mine
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "model", mine)
+        simulate(write_job(tmp_path / "job"), clients=2, workers=1)
+        assert sys.modules["model"] is mine
     assert not [entry for entry in sys.path if str(tmp_path) in entry]
 
 
@@ -401,3 +404,33 @@ def test_workers_end_when_their_simulation_is_killed(tmp_path: Path) -> None:
     process.kill()
     process.communicate()
     assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+def test_file_that_simulates_itself_when_imported_is_told_how_not_to(tmp_path: Path) -> None:
+    program = tmp_path / "itself.py"
+    program.write_text(
+        "import hanse\nimport numpy as np\n"
+        "app = hanse.ClientApp()\n"
+        "@app.train\ndef train(model, ctx): return hanse.Update(model, 1)\n"
+        "def initial(): return hanse.Model({'w': np.zeros(3)})\n"
+        "hanse.simulate(hanse.Job('itself', hanse.FedAvg(rounds=1), app, initial), clients=2)\n"
+    )
+    ended = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "expected that call under \"if __name__ == '__main__':\"" in ended.stderr.splitlines()[-1]
+
+
+async def test_simulate_may_be_called_where_a_loop_runs_but_not_on_the_one_that_it_needs(tmp_path: Path) -> None:
+    job = write_job(tmp_path / "job", rounds=1)
+    assert simulate(job, clients=2, workers=1).view.state == "completed"
+
+    async def simulate_here() -> None:
+        simulate(job, clients=2, workers=1)
+
+    with pytest.raises(Conflict, match="so it cannot be waited for"):
+        await asyncio.to_thread(run, simulate_here())
+
+
+def test_many_clients_take_part(tmp_path: Path) -> None:
+    result = simulate(write_job(tmp_path / "job", rounds=1), clients=40)
+    assert len(result.history[-1].answered) == 40

@@ -177,6 +177,19 @@ def test_keep_only_deletes_the_rest(files: TensorFiles) -> None:
     assert not files.has(gone)
 
 
+def test_tensors_set_aside_are_gone_at_once_and_their_files_when_they_are_deleted(files: TensorFiles) -> None:
+    kept, other = files.put(b"kept"), files.put(b"other")
+    view = files.map(other)
+    doomed = files.set_aside([kept])
+    assert (files.has(kept), files.has(other)) == (True, False)
+    assert [path.read_bytes() for path in doomed] == [b"other"]
+    again = files.put(b"other")
+    files.delete_files(doomed)
+    assert not any(path.exists() for path in doomed)
+    assert files.has(again)
+    assert bytes(view) == b"other"
+
+
 def test_keep_only_leaves_what_is_being_made(files: TensorFiles) -> None:
     scratch = files.scratch(100)
     with files.begin(DIGEST, len(CONTENT)) as partial:

@@ -13,6 +13,6 @@ or the listener is given, and what a message means is its handler's business.
 import os
 
 # gRPC's core would write a line of its own to stderr for each handshake that fails and each connection that goes away,
-# which whoever can reach the port can cause at will; what matters of it reaches our log as an error's sentence. It reads
-# this when it is first imported, so it has to be said here.
+# which whoever can reach the port can cause at will; what matters of it reaches our log as an error's sentence. This is
+# read when gRPC is first imported, so it has to be said here.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -100,7 +100,9 @@ class Cell:
         self._gate, self._route = gate, route
         self._handlers: dict[Topic, Handler] = {}
         self._attached: dict[Link, _Attached] = {}
+        self._by_peer: dict[Peer, _Attached] = {}
         self._by_fqcn: dict[Fqcn, _Attached] = {}
+        self._router: _Attached | None = None
         self._up_hooks: list[Callable[[Peer], None]] = []
         self._down_hooks: list[Callable[[Peer, str], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -134,7 +136,7 @@ class Cell:
 
         A link that had the address before is told that it was replaced, and ends. A link that has ended is detached.
         """
-        self._attached[link] = _Attached(link)
+        self._attached[link] = self._by_peer[link.peer] = _Attached(link)
         link.closed.add_done_callback(lambda closed: self.detach(link, closed.result().reason))
         if link.peer.proven:
             self._bring_up(self._attached[link])
@@ -142,7 +144,7 @@ class Cell:
     def prove(self, peer: Peer, *, kind: str, credentials: Credentials | None, role: str = "") -> None:
         """Take *peer* for what it has just proven to be: from now on its link is the one to ``peer.fqcn``."""
         peer.kind, peer.credentials, peer.role, peer.proven = kind, credentials, role, True
-        attached = next((each for each in self._attached.values() if each.link.peer is peer), None)
+        attached = self._by_peer.get(peer)
         if attached is not None and self._by_fqcn.get(peer.fqcn) is not attached:
             self._bring_up(attached)
 
@@ -151,6 +153,9 @@ class Cell:
         attached = self._attached.pop(link, None)
         if attached is None:
             return
+        del self._by_peer[link.peer]
+        if self._router is attached:
+            self._router = None
         for waiting in attached.waiting.values():
             if not waiting.future.done():
                 waiting.future.set_exception(Unreachable(waiting.destination, reason))
@@ -411,6 +416,8 @@ class Cell:
             self.detach(before.link, replaced.reason)
             before.link.close_nowait(replaced)
         self._by_fqcn[peer.fqcn] = attached
+        if peer.routes:
+            self._router = attached
         for hook in self._up_hooks:
             _call_hook(hook, peer)
 
@@ -419,10 +426,6 @@ class Cell:
         if attached is None:
             raise Unreachable(destination, f"{self.fqcn} has no link to it")
         return attached
-
-    @property
-    def _router(self) -> _Attached | None:
-        return next((each for each in self._by_fqcn.values() if each.link.peer.routes), None)
 
     def _frame(
         self, kind: FrameKind, destination: Fqcn, topic: Topic, payload: Payload, headers: Mapping[str, str] | None

@@ -185,7 +185,7 @@ def error_of(error: grpc.aio.AioRpcError, where: str) -> HanseError:
         details = details.rpartition(": ")[2]
     if details == "Socket closed":
         # What TLS 1.3 shows of a server that does not take the client's certificate; it may also just be going down.
-        details = "it closed the connection while that opened; does it speak TLS, and accept this certificate?"
+        details = "it closed the connection, as one does that accepts no such certificate, or expects TLS and gets none"
     return Unreachable(where, details)
 
 

@@ -45,7 +45,13 @@ GROUPS: Final = {
 
 
 def _app() -> App:
-    top = App(name="hanse", help="Hanse: a federated-learning server, its sites' agents, and a simulator.", version=_version, help_format="plaintext")
+    top = App(
+        name="hanse",
+        help="Hanse: a federated-learning server, its sites' agents, and a simulator.",
+        help_format="plaintext",
+        version=_version,
+        suppress_keyboard_interrupt=False,  # how Ctrl-C ends a command is said in main
+    )
     groups = {"": top}
     for name, text in GROUPS.items():
         groups[name] = App(name=name, help=text)

@@ -36,7 +36,7 @@ from hanse.messages import (
 )
 from hanse.model import Model, TensorMismatch, Update, check
 from hanse.settings import SitePolicy
-from hanse.storage.models import digests_of, load_model, store_model
+from hanse.storage.models import digests_of, load_model, name_model
 from hanse.storage.records import check_model_ref
 from hanse.storage.tensors import TensorFiles
 
@@ -128,32 +128,35 @@ class ClientJob:
     # A task's way -----------------------------------------------------------------------------------------------------
 
     async def _work(self, assignment: TaskAssignment) -> None:
-        result = await self._result_of(assignment)
+        result, bytes_of = await self._result_of(assignment)
         if result.fault is not None:
             extra = {"task": assignment.key.name, "round": assignment.key.round, "reason": result.fault.reason}
             self._log.warning("task failed", extra=extra)
-        await self._deliver(result)
+        await self._deliver(result, bytes_of)
         if assignment.model is not None:
             await asyncio.to_thread(self._keep_only, digests_of(assignment.model))
 
-    async def _result_of(self, assignment: TaskAssignment) -> TaskResult:
-        """Return the answer to a task: whatever goes wrong on the way to it is its fault."""
+    async def _result_of(self, assignment: TaskAssignment) -> tuple[TaskResult, Mapping[Digest, memoryview]]:
+        """Return the answer to a task, and the bytes of its large tensors; whatever goes wrong is the answer's fault."""
         key = assignment.key
         try:
             received = None if assignment.model is None else await self._fetch(assignment.model)
             update = await self._trained(assignment, received)
-            reference = None
-            if update.model is not None:
-                reference = await asyncio.to_thread(store_model, update.model, self._files)
-            return TaskResult(key, UpdateRef(reference, update.num_examples, update.metrics))
+            if update.model is None:
+                return TaskResult(key, UpdateRef(None, update.num_examples, update.metrics)), {}
+            # The update stays in memory until it is delivered: writing it here would only delay it, since a process
+            # that dies before that trains again.
+            reference, bytes_of = await asyncio.to_thread(name_model, update.model, self._files)
+            return TaskResult(key, UpdateRef(reference, update.num_examples, update.metrics)), bytes_of
         except TrainingFailed as error:
-            return TaskResult(key, fault=TaskFault(error.code, error.why))
+            fault = TaskFault(error.code, error.why)
         except HanseError as error:
-            return TaskResult(key, fault=TaskFault(error.code, error.reason, error.retryable))
+            fault = TaskFault(error.code, error.reason, error.retryable)
         except Exception:  # noqa: BLE001 - a bug costs this task its answer, and no other
             self._log.exception("task failed")
             bug = InternalError(f"working on task {key.name!r} at {self._client}")
-            return TaskResult(key, fault=TaskFault(bug.code, bug.reason))
+            fault = TaskFault(bug.code, bug.reason)
+        return TaskResult(key, fault=fault), {}
 
     async def _fetch(self, reference: ModelRef) -> Model:
         """Return the model that *reference* names, its missing tensors fetched."""
@@ -198,36 +201,33 @@ class ClientJob:
             log_metrics=lambda step, metrics: self._log_from_anywhere(LogMetrics(key, step, metrics)),
         )
 
-    async def _deliver(self, result: TaskResult) -> None:
+    async def _deliver(self, result: TaskResult, bytes_of: Mapping[Digest, memoryview]) -> None:
         """Offer *result* until the server takes or refuses it."""
         extra = {"task": result.key.name, "round": result.key.round}
         try:
-            await self._uplink.persist(lambda: self._offer(result), doing=f"answer to {result.key.name}")
+            await self._uplink.persist(lambda: self._offer(result, bytes_of), doing=f"answer to {result.key.name}")
         except HanseError as error:
             self._log.warning("answer refused", extra={**extra, "reason": error.reason})
         else:
             self._log.info("answer accepted", extra=extra)
 
-    async def _offer(self, result: TaskResult) -> None:
-        await self._upload(result)
+    async def _offer(self, result: TaskResult, bytes_of: Mapping[Digest, memoryview]) -> None:
+        await self._upload(bytes_of)
         try:
             await self._ask(result)
         except RemoteError as error:
             # The server found a tensor missing that it had when it was asked: it has restarted in between.
-            if error.error_code != ProtocolError.code or not await self._upload(result):
+            if error.error_code != ProtocolError.code or not await self._upload(bytes_of):
                 raise
             await self._ask(result)
 
     async def _ask(self, result: TaskResult) -> None:
         await self._uplink.ask(Channel.TASK, "result", result, timeout_s=ANSWER_TIMEOUT_S)
 
-    async def _upload(self, result: TaskResult) -> int:
-        """Send what the server lacks of *result*; return how many tensors that were."""
-        if result.update is None or result.update.model is None:
-            return 0
-        digests = sorted(digests_of(result.update.model))
-        missing = await self._transfers.missing(self._scope, digests) if digests else []
-        uploads = {digest: self._transfers.upload(self._scope, digest, self._files.map(digest)) for digest in missing}
+    async def _upload(self, bytes_of: Mapping[Digest, memoryview]) -> int:
+        """Send what the server lacks of these tensors; return how many that were."""
+        missing = await self._transfers.missing(self._scope, sorted(bytes_of)) if bytes_of else []
+        uploads = {digest: self._transfers.upload(self._scope, digest, bytes_of[digest]) for digest in missing}
         await _together({f"upload {digest}": upload for digest, upload in uploads.items()})
         return len(missing)
 

@@ -32,6 +32,7 @@ from hanse.errors import (
 from hanse.events import EventType, FLContext, Handlers
 from hanse.ids import SERVER, ClientName, Digest, Fqcn, JobId, job_cell
 from hanse.job import JobRecord, JobState, move
+from hanse.launch.log_lines import FieldLogger
 from hanse.launch.process import Launcher
 from hanse.messages import (
     AbortJob,
@@ -70,6 +71,8 @@ DEPLOY_TIMEOUT_S: Final = 120.0
 START_TIMEOUT_S: Final = 30.0
 STOP_GRACE_S: Final = 5.0
 """How long a job's process may take to end once asked."""
+ABORTED: Final = "aborted"
+"""The code of a run that was aborted, by a person or in its own process."""
 PROCESS_MODULE: Final = "hanse.server.job_process"
 
 
@@ -140,7 +143,7 @@ class ActiveRun:
         self.files = TensorFiles(folder.tensors)
         self._services = services
         self._emit = emit
-        self._log = logging.LoggerAdapter(_log, {"job": record.job_id})
+        self._log = FieldLogger(_log, {"job": record.job_id})
         self._over = asyncio.Event()
         self._ending = asyncio.Lock()
         self._group: asyncio.TaskGroup | None = None
@@ -290,11 +293,15 @@ class ActiveRun:
         self._progress += 1
         for key in self.run.committed(commit.state.round):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
-        await asyncio.to_thread(self.files.keep_only, needed)
+        doomed = await asyncio.to_thread(self.files.set_aside, needed)
+        self._spawn(asyncio.to_thread(self.files.delete_files, doomed), f"delete tensors of {self.job_id}")
         self._notify(EventType.ROUND_DONE, round_number=commit.state.round, metrics=commit.state.metrics)
 
     async def ended(self, end: RunEnded) -> None:
         """Take the run's process's word that it has reached its end."""
+        if not end.completed and end.code == ABORTED:
+            await self.end(JobState.ABORTED, code=ABORTED, reason=end.reason)
+            return
         if not end.completed:
             await self.end(JobState.FAILED, code=end.code or "workflow-failed", reason=end.reason or "no reason given")
             return

@@ -15,7 +15,7 @@ from hanse.cell.link import Peer, PeerCertificate, Transport
 from hanse.coordination.policy import PeerKind, demand_topic, demand_use
 from hanse.errors import NotFound, Unauthenticated, Unauthorized
 from hanse.identity.tokens import CLIENT_SCOPE, TokenInfo, TokenSigner, parse_token
-from hanse.ids import SERVER, ClientName, Fqcn, JobId, Token, job_cell, split_cell
+from hanse.ids import SERVER, ClientName, Fqcn, JobId, Token, is_job_id, job_cell, split_cell
 from hanse.messages import Channel, Credentials, Hello, Message, Topic
 from hanse.server.identification import wrong_project
 from hanse.storage.tensors import TensorFiles
@@ -124,6 +124,8 @@ class Admittance:
             NotFound: there is no such place.
         """
         kind, _, name = scope.partition("/")
+        if name and not is_job_id(name):  # it becomes part of a path
+            raise NotFound("job", name)
         participant, job_id = split_cell(peer.fqcn)
         match kind, peer.kind:
             case "job", PeerKind.CLIENT_JOB.value if job_id == name:

@@ -18,8 +18,8 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -408,7 +408,7 @@ class FederatedServer(BaseServer):
                 ),
                 workspace=where.workspace,
                 launcher=getattr(args, "launcher", None) or ProcessLauncher(),
-                socket=_socket_path(where.workspace),
+                socket=stack.enter_context(_socket_of(where)),
             )
             stack.push_async_callback(self._park)
             if self._overseer is None:
@@ -418,6 +418,8 @@ class FederatedServer(BaseServer):
                 await self._listen(stack, where, deployed, admittance)
             else:
                 stack.push_async_callback(deployed.reception.close, NotInService("the server is stopping"))
+            # Before the port closes, or the runs' processes, cut off from it, would count as having died.
+            stack.push_async_callback(self._park)
             self._handlers.tell(EventType.SYSTEM_START, self._context())
             yield cell
 
@@ -837,11 +839,15 @@ def _from_stream(request: Message) -> Message:
     return Message({**request.headers, Header.ORIGIN: f"{peer.fqcn}#{id(peer):x}"}, request.payload)
 
 
-def _socket_path(workspace: Path) -> Path:
-    path = (workspace / "jobs.sock").absolute()
-    if len(str(path)) <= MAX_SOCKET_PATH:
-        return path
-    return Path(tempfile.mkdtemp(prefix="hanse-")) / "jobs.sock"
+@contextmanager
+def _socket_of(where: Place) -> Iterator[Path]:
+    """Give the path of the socket for runs' processes: in the workspace, or where that is too deep, apart."""
+    path = (where.workspace / "jobs.sock").absolute()
+    if where.scheme != "grpc" or len(str(path)) <= MAX_SOCKET_PATH:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="hanse-") as folder:
+        yield Path(folder) / "jobs.sock"
 
 
 def _embedded_store(workspace: Path) -> Store:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from hanse.launch.log_lines import log_to_stderr
 from hanse.launch.process import read_spec
 from hanse.server.federated_server import FederatedServer
 from hanse.server.run_spec import RunProcessSpec
@@ -23,7 +24,7 @@ ORPHANED = 3
 
 def main() -> int:
     """Run the one job that standard input describes; return the process's exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_to_stderr(logging.INFO)
     spec = msgspec.msgpack.decode(read_spec(sys.stdin.buffer), type=RunProcessSpec)
     threading.Thread(target=_end_with_parent, name="life line", daemon=True).start()
     server = FederatedServer(

@@ -385,7 +385,7 @@ class Jobs:
 
     def current_task(self, client: ClientName) -> tuple[JobId, int] | None:
         """Return the job and round that *client* works for: of its runs, the one that began last."""
-        runs = self._runs_of(client)
+        runs = [run for run in self._runs_of(client) if not run.has_ended]
         return (runs[-1].job_id, runs[-1].run.round) if runs else None
 
     def hand_out_again(self) -> None:
@@ -538,7 +538,13 @@ class Jobs:
         return TensorFiles(self._folder(job_id).package)
 
     def result_files(self, job_id: JobId) -> TensorFiles:
-        """Return the files that hold the job's result."""
+        """Return the files that hold the job's result.
+
+        Raises:
+            NotFound: there is no such job.
+        """
+        if not self._folder(job_id).path.is_dir():
+            raise NotFound("job", job_id)
         return TensorFiles(self._folder(job_id).result)
 
     def upload_files(self, submitter: str) -> TensorFiles:
@@ -552,8 +558,10 @@ class Jobs:
 
     def takes_part(self, job_id: JobId, client: str) -> bool:
         """Return whether *client* takes part in a running job, or is asked to."""
-        run = self._runs.get(job_id)
-        return client in run.run.clients if run is not None else job_id in self._lives
+        if (run := self._runs.get(job_id)) is not None:
+            return client in run.run.clients
+        record = self._taking.get(job_id)
+        return record is not None and client in record.clients
 
     async def _view(self, record: JobRecord, *, history: bool) -> JobView:
         rounds = await self._services.store.rounds(record.job_id)

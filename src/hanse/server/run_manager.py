@@ -24,7 +24,7 @@ from hanse.run.federation import RunFederation
 from hanse.run.loading import importing_from, initial_model_of, workflow_of
 from hanse.run.runner import drive
 from hanse.run.server_link import ServerLink
-from hanse.server.active_run import RunFolder
+from hanse.server.active_run import ABORTED, RunFolder
 from hanse.storage.models import write_safetensors
 from hanse.storage.tensors import TensorFiles
 
@@ -112,7 +112,10 @@ class LocalRun:
             if not work.done():
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
-                return RunEnded(completed=False, code="aborted", reason=self._aborted or "the run was aborted")
+                end = RunEnded(completed=False, code=ABORTED, reason=self._aborted or "the run was aborted")
+                with contextlib.suppress(HanseError):  # the server knows, where it was the one that said so
+                    await self._link.ended(end)
+                return end
             end = work.result()
             await self._link.ended(end)
             return end

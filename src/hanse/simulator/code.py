@@ -11,20 +11,27 @@ Other threads that import at that moment may see the job's modules; a program th
 """
 
 import asyncio
+import os
 import sys
 import sysconfig
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Final
 
+from hanse.errors import JobInvalid
 from hanse.run.loading import importing_from
 
 _INSTALLED: Final = tuple(
     {sysconfig.get_path(name) + "/" for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 )  # a deployed run's process has loaded some of what is installed before the job's code, and that stays first
 
+WORKER_MARK: Final = "HANSE_SIMULATION_WORKER"
+"""The variable that is set in the environment of workers."""
+
+_is_jobs_code: ContextVar[bool] = ContextVar("hanse job's code", default=False)
 _turn = asyncio.Lock()  # one for the process, as sys.modules is; all simulations share one event loop
 
 
@@ -32,8 +39,23 @@ _turn = asyncio.Lock()  # one for the process, as sys.modules is; all simulation
 async def turn(code: Path) -> AsyncIterator[None]:
     """Wait for this process's import system, and have it find the modules in the folder *code* within the block."""
     async with _turn:
-        with set_aside(code), importing_from(code):
-            yield
+        token = _is_jobs_code.set(True)
+        try:
+            with set_aside(code), importing_from(code):
+                yield
+        finally:
+            _is_jobs_code.reset(token)
+
+
+def refuse_simulation_within_job() -> None:
+    """Raise when a job's code is what calls: a file that simulates itself would do so again and again.
+
+    Raises:
+        JobInvalid: it is.
+    """
+    if _is_jobs_code.get() or os.environ.get(WORKER_MARK):
+        expected = "that call under \"if __name__ == '__main__':\", so that the code can be imported"
+        raise JobInvalid("code", got="a call of simulate() while it is imported", expected=expected)
 
 
 @contextmanager

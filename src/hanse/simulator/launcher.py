@@ -12,15 +12,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
 from hanse.cell.connector import Dial
 from hanse.cell.transfer import LocalTransfers
-from hanse.client import job_process as client_process
 from hanse.client.api import Site
-from hanse.client.job_process import JobConnection
+from hanse.client.job_process import REPORT_TIMEOUT_S, JobConnection
 from hanse.client.process_spec import PROCESS_MODULE as CLIENT_MODULE
 from hanse.client.process_spec import JobProcessSpec
 from hanse.client.task import TaskContext
@@ -45,13 +44,15 @@ from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
 
-WORKER_FAULT: Final = "worker-fault"
+FEW_TENSORS: Final = 32
+P = TypeVar("P")
+R = TypeVar("R")
 
 
 class WorkerFault(SiteError):
     """A simulated client's worker could not do its part of a task; *why* is the sentence."""
 
-    code = WORKER_FAULT
+    code = "worker-fault"
 
     def __init__(self, client: str, why: str) -> None:
         super().__init__(f"the worker of {client} could not do its part: {why}")
@@ -219,12 +220,10 @@ class _ClientProcess:
         site = Site(spec.client, spec.job_id, spec.spec.config, spec.site, spec.spec.seed)
         self._crew.enter(site, Path(spec.code))
         life = asyncio.create_task(self._connection.run(), name=f"connection of {spec.client}")  # awaited below
-        failing = asyncio.create_task(self._trainer.failure(), name=f"code of {spec.client}")  # ended below
+        failing = asyncio.create_task(self._report_failure(), name=f"code of {spec.client}")  # ended below
         try:
             await asyncio.wait({life, failing}, return_when=asyncio.FIRST_COMPLETED)
             if failing.done():
-                async with asyncio.timeout(client_process.REPORT_TIMEOUT_S):
-                    await self._connection.report_failure(failing.result())
                 await self._connection.close()
                 raise failing.result()
             await life
@@ -234,9 +233,27 @@ class _ClientProcess:
             await asyncio.gather(life, failing, return_exceptions=True)
             await self._crew.leave(spec.client)
 
+    async def _report_failure(self) -> HanseError:
+        """Wait for the job's code to be of no use at all; tell the server, if it wants to hear it, and return why."""
+        failure = await self._trainer.failure()
+        try:
+            async with asyncio.timeout(REPORT_TIMEOUT_S):
+                await self._connection.report_failure(failure)
+        except (HanseError, TimeoutError) as error:
+            _log.info("the server was not told", extra={"client": self._spec.client, "reason": str(error)})
+        return failure
+
     async def end(self) -> None:
         """Have the process leave the server and end."""
         await self._connection.close()
+
+
+async def _aside(tensors: int, work: Callable[[P, TensorFiles], R], subject: P, files: TensorFiles) -> R:
+    """Return ``work(subject, files)``, in a thread if there are many *tensors*: with few it is done before a thread is.
+
+    Small ones are hashed, and large ones looked up or mapped, never read: they are files already.
+    """
+    return work(subject, files) if tensors <= FEW_TENSORS else await asyncio.to_thread(work, subject, files)
 
 
 class CrewTrainer:
@@ -256,7 +273,7 @@ class CrewTrainer:
 
     async def run(self, model: Model, ctx: TaskContext) -> Update:
         """Return the code's answer to the task; see ``Trainer.run``."""
-        reference = await asyncio.to_thread(store_model, model, self._files)
+        reference = await _aside(len(model), store_model, model, self._files)
         answer = await self._ask(
             lambda number: Work(
                 number,
@@ -278,7 +295,7 @@ class CrewTrainer:
             case Done(update=update):
                 trained = None
                 if update.model is not None:
-                    trained = await asyncio.to_thread(load_model, update.model, self._files)
+                    trained = await _aside(len(update.model.tensors), load_model, update.model, self._files)
                 return Update(trained, update.num_examples, update.metrics)
             case Broken():
                 if not self._broken.done():

@@ -23,6 +23,7 @@ from hanse.errors import ProcessDied, ProtocolError, Unreachable
 from hanse.ids import ClientName
 from hanse.launch.process import ProcessLauncher, RunningProcess
 from hanse.messages import Metrics
+from hanse.simulator.code import WORKER_MARK
 from hanse.simulator.exchange import (
     LENGTH,
     Answer,
@@ -37,6 +38,8 @@ from hanse.simulator.exchange import (
 )
 
 WORKER_MODULE: Final = "hanse.simulator.worker"
+DYING_S: Final = 1.0
+"""How long a worker that has closed its channel may take to be gone: its status is wanted."""
 SCRIPT_GRACE_S: Final = 2.0
 """How long a script may go on after its run has ended, as a deployed one may."""
 
@@ -46,10 +49,8 @@ OnLog = Callable[[int, Metrics], None]
 class Worker:
     """A worker process and the way to it; one request at a time."""
 
-    def __init__(
-        self, process: RunningProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str
-    ) -> None:
-        self._process, self._reader, self._writer, self._name = process, reader, writer, name
+    def __init__(self, process: RunningProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._process, self._reader, self._writer = process, reader, writer
 
     @classmethod
     async def start(cls, spec: Callable[[int], WorkerSpec], *, log_path: Path, name: str) -> "Worker":
@@ -65,14 +66,14 @@ class Worker:
                     WORKER_MODULE,
                     spec=msgspec.msgpack.encode(spec(theirs.fileno())),
                     log_path=log_path,
-                    env={},
+                    env={WORKER_MARK: "1"},
                     name=name,
                 )
             reader, writer = await asyncio.open_connection(sock=ours)
         except BaseException:
             ours.close()
             raise
-        return cls(process, reader, writer, name)
+        return cls(process, reader, writer)
 
     async def ask(self, request: Request, on_log: OnLog) -> Answer:
         """Return the answer to *request*; what the code logs meanwhile goes to *on_log*.
@@ -93,25 +94,20 @@ class Worker:
                 on_log(said.step, said.metrics)
         except (OSError, asyncio.IncompleteReadError):
             # Who closes the channel is dead or dying; whatever still runs of it is of no use.
-            status = await self.stop(grace_s=1.0, ask=False)
-            last_line = self._process.log_tail(1).strip()
-            raise ProcessDied(self._name, status, last_line) from None
+            status = await self.stop(grace_s=DYING_S)
+            raise ProcessDied(request.client, status, self._process.log_tail(1).strip()) from None
         except ProtocolError as error:
             status = await self.stop(grace_s=0.0)
-            raise ProcessDied(self._name, status, error.reason) from error
+            raise ProcessDied(request.client, status, error.reason) from error
 
-    async def stop(self, *, grace_s: float, ask: bool = True) -> int:
+    async def stop(self, *, grace_s: float) -> int:
         """End the worker: close its channel and wait *grace_s* seconds, then kill it; return its exit status."""
-        if ask:
-            self._writer.close()
-        try:
-            if grace_s > 0:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(grace_s):
-                        await self._process.wait()
-            return await self._process.stop(grace_s=0.0)
-        finally:
-            self._writer.close()
+        self._writer.close()
+        if grace_s > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    await self._process.wait()
+        return await self._process.stop(grace_s=0.0)
 
     async def _hear(self) -> Said:
         length = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))[0]

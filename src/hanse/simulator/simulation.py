@@ -23,8 +23,9 @@ import msgspec
 from hanse.cell.loop import background_loop
 from hanse.cell.transfer import Files, LocalTransfers
 from hanse.client.agent import ClientAgent
+from hanse.client.uplink import first_error
 from hanse.coordination.schedule import Candidate, Start, decide
-from hanse.errors import ConfigError, JobInvalid, WorkflowError
+from hanse.errors import ConfigError, Conflict, JobInvalid, WorkflowError
 from hanse.identity.private_files import make_private_folder
 from hanse.ids import ClientName, Digest, JobId
 from hanse.job import Job, JobRecord, JobSpec, JobState
@@ -33,10 +34,12 @@ from hanse.model import Model
 from hanse.run.authoring import package_of, spec_of_folder
 from hanse.server.active_run import RunFolder
 from hanse.server.federated_server import FederatedServer
+from hanse.server.jobs import Jobs
 from hanse.settings import ClientSettings, ServerSettings
+from hanse.simulator.code import refuse_simulation_within_job
 from hanse.simulator.launcher import TaskLauncher
 from hanse.simulator.pool import FunctionCrew, ScriptCrew
-from hanse.simulator.watch import watching
+from hanse.simulator.watch import Watcher, watching
 from hanse.storage.memory import MemoryStore
 from hanse.storage.models import read_safetensors
 from hanse.storage.packages import build_package
@@ -104,6 +107,7 @@ def simulate(
         JobInvalid, ConfigError: the job's definition does not hold, or cannot start with these clients.
         SimulationFailed: the job failed; the sentence is its reason.
     """
+    refuse_simulation_within_job()
     if clients < 1:
         raise ConfigError("clients", got=clients, expected="1 or more")
     if workers is not None and workers < 1:
@@ -133,6 +137,7 @@ class Simulation:
     def run(self, on_event: Callable[[JobEvent], None] | None) -> SimulationResult:
         """Run the job; when this thread is interrupted, or *on_event* raises, end everything first."""
         loop = background_loop()
+        _refuse_to_block(loop)
         running = asyncio.run_coroutine_threadsafe(self._run(is_watched=on_event is not None), loop)
         try:
             while (event := self._events.get()) is not None:
@@ -161,20 +166,29 @@ class Simulation:
             self._events.put(None)
 
     async def _work(self, *, is_watched: bool) -> SimulationResult:
-        async with self._crew.open(), self._server() as server, self._agents(server):
-            jobs = server.jobs
-            put = self._events.put if is_watched else None
-            async with watching(server, PROJECT, put) as watcher:
-                record = await jobs.submit(self._home / "package.zip", submitter=PROJECT)
-                watcher.watch(record.job_id)
-                ended = await jobs.wait(record.job_id)
-                await watcher.wait_end()
-            view = await jobs.view(record.job_id)
-            if ended.state is not JobState.COMPLETED:
-                raise SimulationFailed(view)
-            path = jobs.result_files(record.job_id).path(ended.result)
-            # Mapped, so its bytes outlive the file's name, and only what is looked at takes memory.
-            return SimulationResult(await asyncio.to_thread(read_safetensors, path), view)
+        put = self._events.put if is_watched else None
+        try:
+            async with (
+                self._crew.open(),
+                self._server() as server,
+                self._agents(server),
+                watching(server, PROJECT, put) as watcher,
+            ):
+                view = await self._run_job(server.jobs, watcher)
+        except ExceptionGroup as errors:
+            raise first_error(errors) from None
+        if view.state != JobState.COMPLETED:
+            raise SimulationFailed(view)
+        path = self._run_folder(view.job_id).result / view.result
+        # Mapped, so its bytes outlive the file's name, and only what is looked at takes memory.
+        return SimulationResult(await asyncio.to_thread(read_safetensors, path), view)
+
+    async def _run_job(self, jobs: Jobs, watcher: Watcher) -> JobView:
+        record = await jobs.submit(self._home / "package.zip", submitter=PROJECT)
+        watcher.watch(record.job_id)  # before anything else gets to run, so that no event is missed
+        await jobs.wait(record.job_id)
+        await watcher.wait_end()
+        return await jobs.view(record.job_id)
 
     @asynccontextmanager
     async def _server(self) -> AsyncIterator[FederatedServer]:
@@ -196,10 +210,14 @@ class Simulation:
             token_lifetime_s=LIFETIME_S,
         )
         arguments = argparse.Namespace(workspace=self._workspace, settings=settings, launcher=launcher)
+        where = {"service": {"scheme": "memory", "target": TARGET}}
+        # In threads, because both wait for the loop that this runs on; to its end, so that there is something to close.
+        deploying = asyncio.create_task(asyncio.to_thread(server.deploy, arguments, where), name="deploy")
         try:
-            await asyncio.to_thread(server.deploy, arguments, {"service": {"scheme": "memory", "target": TARGET}})
+            await asyncio.shield(deploying)
             yield server
         finally:
+            await asyncio.wait({deploying})
             await asyncio.to_thread(server.close)
 
     @asynccontextmanager
@@ -288,6 +306,13 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _refuse_to_block(loop: asyncio.AbstractEventLoop) -> None:
+    with contextlib.suppress(RuntimeError):
+        if asyncio.get_running_loop() is not loop:
+            return
+        raise Conflict("the event loop of this process", state="what called simulate()", wanted="waited for by it")
 
 
 def _settle(running: "Future[SimulationResult]") -> None:

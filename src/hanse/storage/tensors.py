@@ -219,6 +219,30 @@ class TensorFiles:
             deleted = [name for name in names if self._delete_unless_kept(name, keep)]
         return len(deleted)
 
+    def set_aside(self, keep: Collection[Digest]) -> list[Path]:
+        """Take all tensors but *keep* out of the way, and return the files that are now to be deleted.
+
+        The tensors are gone at once; to delete their files takes as long as they are large, and can be done meanwhile
+        (``delete_files``). Files that were never deleted because of a crash are ``keep_only``'s to find.
+        """
+        kept, doomed = set(keep), []
+        with _disk("setting tensors aside", self.root):
+            with os.scandir(self.root) as entries:
+                names = [entry.name for entry in entries]
+            for name in names:
+                if is_digest(name) and name not in kept:
+                    path = self.root / f"{secrets.token_hex(16)}{_TEMPORARY}"
+                    self.path(Digest(name)).rename(path)
+                    self._synced.pop(Digest(name), None)
+                    doomed.append(path)
+        return doomed
+
+    def delete_files(self, paths: Iterable[Path]) -> None:
+        """Delete the files that ``set_aside`` has returned."""
+        with _disk("deleting tensors", self.root):
+            for path in paths:
+                path.unlink(missing_ok=True)
+
     def delete_all(self) -> None:
         """Delete the folder with everything in it; views that are mapped stay readable."""
         self._synced.clear()

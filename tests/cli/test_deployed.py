@@ -1,0 +1,189 @@
+"""The commands as people run them: processes, certificates, a port."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hanse.cli.job_text import JOB_ABORTED, JOB_FAILED
+from hanse.storage.models import read_safetensors
+
+HANSE = str(Path(sys.executable).with_name("hanse"))
+WITHIN_S = 60.0
+
+
+def hanse(*arguments: object, status: int = 0, **environment: str) -> Any:
+    """Run a command and return its JSON document, or the error's where it should end with another status."""
+    ended = subprocess.run(
+        [HANSE, *map(str, arguments), "--format", "json"],
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_S,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert ended.returncode == status, ended.stderr
+    if status in (0, JOB_FAILED, JOB_ABORTED):
+        return json.loads(ended.stdout)
+    assert ended.stdout == ""
+    return json.loads(ended.stderr.splitlines()[-1])  # before it come log lines, where the command shows a log
+
+
+class Running:
+    """A command that runs on, and the one line that it says when it is ready."""
+
+    def __init__(self, process: "subprocess.Popen[str]", ready: dict[str, Any], log: Path) -> None:
+        self.process, self.ready, self.log = process, ready, log
+
+
+@contextmanager
+def running(*arguments: object, log: Path) -> Iterator[Running]:
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [HANSE, *map(str, arguments), "--format", "json"], stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, log.read_text()
+            yield Running(process, json.loads(line), log)
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "project.toml").write_text(
+        f"""
+name = "demo"
+[server]
+hosts = ["127.0.0.1"]
+listen = "127.0.0.1"
+port = {free_port()}
+settings = {{ shutdown_period_s = 0.5, heartbeat_s = 1.0 }}
+[[clients]]
+name = "site-1"
+[[clients]]
+name = "site-2"
+[[admins]]
+name = "ada@demo"
+[[admins]]
+name = "mel@demo"
+role = "member"
+"""
+    )
+    hanse("provision", folder / "project.toml", "--out", folder / "kits")
+    return folder / "kits"
+
+
+def test_from_kits_to_a_model_in_a_file(kits: Path, tmp_path: Path) -> None:
+    hanse("new", tmp_path / "job")
+    ada: dict[str, str] = {"HANSE_KIT": str(kits / "ada@demo")}
+    with running("server", "start", kits / "server", log=tmp_path / "server.log") as server:
+        assert server.ready["project"] == "demo"
+        assert server.ready["serving"].startswith("127.0.0.1:")
+        assert server.ready["tls"] is True
+
+        waiting = hanse("job", "submit", tmp_path / "job", **ada)["job_id"]
+        shown = hanse("job", "show", waiting, **ada)
+        assert shown["state"] == "submitted"
+        assert "registered" in shown["waiting_for"]
+        assert shown["waiting_until"] > shown["submitted_at"]
+        late = hanse("job", "wait", waiting, "--timeout", 0.05, status=12, **ada)
+        assert "has not ended" in late["error"]["reason"]
+        assert hanse("job", "abort", waiting, **ada)["state"] == "aborted"
+        assert hanse("job", "wait", waiting, status=21, **ada)["reason"] == "aborted by ada@demo"
+        assert hanse("job", "abort", waiting, status=4, **ada)["error"]["code"] == "conflict"
+        refused = hanse("job", "submit", tmp_path / "job", "--kit", kits / "mel@demo", status=5)
+        assert refused["error"]["code"] == "unauthorized"
+        assert hanse("job", "show", "nothing", status=3, **ada)["error"]["code"] == "not-found"
+        assert "running already" in hanse("server", "start", kits / "server", status=4)["error"]["reason"]
+
+        with (
+            running("client", "start", kits / "site-1", log=tmp_path / "site-1.log") as first,
+            running("client", "start", kits / "site-2", log=tmp_path / "site-2.log") as second,
+        ):
+            assert first.ready == {"client": "site-1", "project": "demo", "registered": True}
+            view = hanse("job", "submit", tmp_path / "job", "--wait", **ada)
+            assert (view["state"], view["round"]) == ("completed", 10)
+            assert view["metrics"]["eval_accuracy"] > 0.85
+            listed = hanse("job", "list", **ada)["jobs"]
+            assert [job["state"] for job in listed] == ["completed", "aborted"]
+            assert isinstance(hanse("job", "log", view["job_id"], **ada)["lines"], list)
+
+            model = tmp_path / "model.safetensors"
+            assert hanse("job", "download", view["job_id"], model, **ada)["path"] == str(model)
+            assert set(read_safetensors(model)) == {"weights", "bias"}
+            assert hanse("job", "download", view["job_id"], model, status=4, **ada)["error"]["code"] == "conflict"
+            hanse("job", "download", view["job_id"], model, "--force", **ada)
+
+            stopped = hanse("client", "stop", kits / "site-1")
+            assert stopped == {"client": "stopped", "process": first.process.pid}
+            assert first.process.wait(10) == 0
+            assert hanse("client", "stop", kits / "site-1") == {"client": "not running", "process": None}
+            second.process.send_signal(signal.SIGINT)
+            assert second.process.wait(10) == 0
+
+        assert hanse("server", "stop", kits / "server") == {"server": "stopped", "process": server.process.pid}
+        assert server.process.wait(10) == 0
+        assert hanse("server", "stop", kits / "server") == {"server": "not running", "process": None}
+    lines = [json.loads(line) for line in (tmp_path / "server.log").read_text().splitlines()]
+    assert {"hanse.server.clients", "hanse.cli.server"} <= {line["logger"] for line in lines}
+    assert "Traceback" not in (tmp_path / "server.log").read_text()
+
+
+def test_a_server_is_stopped_by_ctrl_c_or_by_an_administrator(kits: Path, tmp_path: Path) -> None:
+    with running("server", "start", kits / "server", log=tmp_path / "server.log") as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 0
+    with running("server", "start", kits / "server", log=tmp_path / "server.log") as server:
+        asked = hanse("server", "stop", "--kit", kits / "ada@demo")
+        assert asked == {"server": "asked to stop", "process": None}
+        assert server.process.wait(10) == 0
+
+
+def test_a_client_that_the_server_does_not_take_ends_with_the_reason(kits: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "project.toml").write_text((kits.parent / "project.toml").read_text())
+    hanse("provision", other / "project.toml", "--out", other / "kits")
+    with running("server", "start", kits / "server", log=tmp_path / "server.log"):
+        ended = hanse("client", "start", other / "kits" / "site-1", status=5)
+        assert ended["error"]["code"] == "unauthenticated"
+
+
+def test_waiting_for_a_job_ends_with_ctrl_c_and_leaves_the_job_alone(kits: Path, tmp_path: Path) -> None:
+    hanse("new", tmp_path / "job")
+    kit = kits / "ada@demo"
+    with running("server", "start", kits / "server", log=tmp_path / "server.log"):
+        job = hanse("job", "submit", tmp_path / "job", "--kit", kit)["job_id"]
+        command = [HANSE, "job", "wait", job, "--kit", str(kit)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
+            assert waiting.stderr is not None
+            assert "waits for" in waiting.stderr.readline()
+            waiting.send_signal(signal.SIGINT)
+            out, err = waiting.communicate(timeout=10)
+        assert (waiting.returncode, out, err) == (130, "", "")
+        assert hanse("job", "abort", job, "--kit", kit)["state"] == "aborted"

@@ -1,0 +1,116 @@
+import pytest
+from rich.console import Console
+
+from hanse.cli.job_text import job_line, job_lines, job_status
+from hanse.cli.output import duration_text, metrics_text, time_text
+from hanse.cli.progress import SHOWN_CLIENTS, JobProgress
+from hanse.ids import Digest, JobId
+from hanse.messages import ClientView, JobEvent, JobView, RoundView
+
+JOB = JobId("digits-1")
+
+
+def view(state: str = "running", **more: object) -> JobView:
+    return JobView(JOB, "digits", state, "ada@demo", 1_700_000_000.0, **{"rounds": 3, **more})  # type: ignore[arg-type]
+
+
+def event(kind: str, **more: object) -> JobEvent:
+    return JobEvent(JOB, kind, 1.0, **more)  # type: ignore[arg-type]
+
+
+def drawn(progress: JobProgress) -> str:
+    console = Console(width=100, no_color=True)
+    with console.capture() as capture:
+        console.print(progress.render())
+    return capture.get()
+
+
+def test_where_there_is_no_terminal_each_fact_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with JobProgress() as progress:
+        progress.add(view("submitted", waiting_for="2 more clients", waiting_until=1_700_000_100.0))
+        progress.add(event("job_started"))
+        progress.add(event("round_done", round=0))
+        progress.add(event("task_sent", round=1, client="site-1"))
+        progress.add(event("client_lost", client="site-1", text="no stream for 15 s"))
+        progress.add(event("result_accepted", round=1, client="site-2", text="training-failed"))
+        progress.add(event("round_done", round=1, metrics={"loss": 0.25}))
+        progress.say_waiting("cannot reach x; trying again in 0.1 s")
+        progress.say_waiting("cannot reach x; trying again in 0.2 s")
+        progress.add(view("completed"))
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err.splitlines() == [
+        f"digits-1 submitted: waits for 2 more clients, until {time_text(1_700_000_100.0)}",
+        "digits-1 running",
+        "site-1 lost: no stream for 15 s",
+        "site-2: training-failed",
+        "round 1/3  loss 0.25",
+        "waiting for the server: cannot reach x; trying again in 0.1 s",
+    ]
+
+
+def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    with JobProgress(is_quiet=True) as progress:
+        progress.add(view())
+        progress.add(event("round_done", round=1))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_shows_rounds_clients_and_metrics() -> None:
+    progress = JobProgress(is_quiet=True)
+    assert "asking the server" in drawn(progress)
+    progress.add(view(clients=(ClientView("site-1", "running"), ClientView("site-2", "starting"))))
+    progress.add(event("task_sent", round=2, client="site-1"))
+    progress.add(event("round_done", round=1, metrics={"loss": 0.25, "accuracy": 0.5}))
+    progress.add(event("round_done", round=2, metrics={"loss": 0.125}))
+    shown = drawn(progress)
+    assert "round 2/3" in shown
+    assert "works (round 2)" in shown
+    assert "site-2  starting" in shown
+    assert "accuracy" in shown
+    assert "0.125" in shown
+    progress.say_waiting("it is away")
+    assert "waiting for the server: it is away" in drawn(progress)
+    progress.add(view())
+    assert "waiting for the server" not in drawn(progress)
+
+
+def test_a_thousand_clients_do_not_fill_the_terminal() -> None:
+    progress = JobProgress(is_quiet=True)
+    progress.add(view(clients=tuple(ClientView(f"site-{number:04}", "running") for number in range(1000))))
+    shown = drawn(progress)
+    assert len(shown.splitlines()) < SHOWN_CLIENTS + 10
+    assert "980 more" in shown
+
+
+def test_a_waiting_job_shows_for_what_and_until_when() -> None:
+    shown = drawn_view = "\n".join(job_lines(view("submitted", waiting_for="site-3", waiting_until=1_700_000_100.0)))
+    assert f"waits for  site-3, until {time_text(1_700_000_100.0)}" in shown
+    assert "reason" not in drawn_view
+
+
+def test_an_ended_job_shows_its_reason_and_where_its_result_is() -> None:
+    rounds = tuple(RoundView(number, {"loss": 1.0}, 0.5, 1.0) for number in range(40))
+    failed = "\n".join(job_lines(view("failed", reason="it broke", code="workflow-failed", history=rounds)))
+    assert "reason     it broke (workflow-failed)" in failed
+    assert "the last 20" in failed
+    assert "round 39 " in failed
+    assert "round 19 " not in failed
+    completed = view("completed", result=Digest("0" * 64), result_bytes=12_345)
+    assert "12,345 bytes (hanse job download digits-1)" in "\n".join(job_lines(completed))
+    assert job_line(view("failed", reason="it broke"))[-1] == "it broke"
+
+
+def test_how_a_job_ended_is_the_exit_status() -> None:
+    assert [job_status(state) for state in ("completed", "running", "failed", "aborted")] == [0, 0, 20, 21]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.042, "0.04 s"), (12.3, "12 s"), (185.0, "3 min 05 s"), (7800.0, "2 h 10 min")]
+)
+def test_durations_are_for_people(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+
+
+def test_metrics_are_in_the_order_of_their_names() -> None:
+    assert metrics_text({"loss": 0.123456, "accuracy": 1.0}) == "accuracy 1  loss 0.1235"

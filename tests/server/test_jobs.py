@@ -1,0 +1,1077 @@
+"""Jobs over the wire: submitted, deployed, started, answered, committed, ended, and what is refused on the way."""
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hanse.errors import Conflict, HanseError, JobInvalid, NotFound, SiteRefused, Unauthenticated
+from hanse.events import EventType, Refused
+from hanse.ids import ClientName, Digest, JobId
+from hanse.job import JobState, Resources, WorkflowSpec
+from hanse.messages import (
+    AbortJob,
+    Attach,
+    Channel,
+    DeployJob,
+    Header,
+    Heartbeat,
+    HeartbeatReply,
+    JobCredentials,
+    JobEnded,
+    JobFailure,
+    JobSubmitted,
+    LogMetrics,
+    ModelRef,
+    Quit,
+    ReturnCode,
+    SubmitJob,
+    TaskFault,
+    TaskResult,
+    TensorRef,
+    UpdateRef,
+)
+from hanse.model import Model
+from hanse.server import FederatedServer
+from hanse.server.federated_server import TaskMetaInfo
+from hanse.storage.models import read_safetensors
+from hanse.storage.tensors import TensorFiles, digest_of
+
+from .job_world import (
+    ScriptedLauncher,
+    Site,
+    Submissions,
+    Threads,
+    answer,
+    faulty,
+    opened,
+    outcome,
+    package,
+    plus,
+    silent,
+    small,
+    spec,
+    submit,
+)
+from .world import (
+    PROJECT,
+    Dialler,
+    Recorder,
+    args,
+    credentials_in,
+    names,
+    on_loop,
+    register_secure,
+    request,
+    settings,
+    target_of,
+    transferring,
+    wait,
+)
+
+MakeServer = Callable[..., FederatedServer]
+StartServer = Callable[..., FederatedServer]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def start(deployed: MakeServer, recorder: Recorder, tmp_path: Path) -> StartServer:
+    """``start(**settings)``: a deployed server whose runs are threads."""
+
+    def make(workspace: Path = tmp_path / "ws", launcher: Any = None, **more: Any) -> FederatedServer:
+        arguments = args(workspace, launcher=launcher or Threads(), settings=settings(**more))
+        return deployed(arguments=arguments, handlers=[recorder])
+
+    return make
+
+
+def w(value: float) -> Model:
+    return Model({"w": np.full(3, value, np.float32), "b": np.asarray(value, np.float32)})
+
+
+# a whole job ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_job_over_the_wire(deployed: MakeServer, dialler: Dialler, recorder: Recorder, tmp_path: Path) -> None:
+    launcher = Threads()
+    server = deployed(
+        arguments=args(tmp_path / "ws", launcher=launcher), handlers=[recorder], cmd_modules=[Submissions()]
+    )
+    sites = [
+        Site(dialler, server, "site-1", train=plus(1)),
+        Site(dialler, server, "site-2", train=plus(4, num_examples=2)),
+    ]
+    ada = dialler.site(server, "ada@demo")
+    tls = dialler.tls(dialler.project.admin("ada@demo"))
+
+    data = package(tmp_path, spec()).read_bytes()
+    digest = digest_of(data)
+    with transferring(ada, target_of(server), tls) as transfers:
+        wait(transfers.upload("upload", digest, memoryview(data)))
+        submitted = ada.ask(Channel.ADMIN, "job.submit", SubmitJob(digest, len(data))).payload
+        assert isinstance(submitted, JobSubmitted)
+        record = outcome(server, submitted.job_id)
+        into = TensorFiles(tmp_path / "fetched")
+        wait(
+            transfers.download(
+                f"result/{record.job_id}",
+                record.result,
+                record.result_bytes,
+                into.begin(record.result, record.result_bytes),
+            )
+        )
+
+    assert (record.state, record.code, record.reason) == (JobState.COMPLETED, "", "")
+    assert (record.submitter, record.clients) == ("ada@demo", ("site-1", "site-2"))
+    assert read_safetensors(into.path(record.result)) == w(6)  # twice the mean of 1 and twice 4
+    for site in sites:
+        deployed_job = site.wire.told(Channel.JOB, "deploy")
+        assert isinstance(deployed_job, DeployJob)
+        assert (deployed_job.job_id, deployed_job.submitter) == (record.job_id, "ada@demo")
+        assert (deployed_job.package, deployed_job.package_bytes) == (digest, len(data))
+        assert site.attempts == [1]
+        assert site.outcome() is None
+        assert site.outcome() is None
+        assert site.wire.told(Channel.JOB, "abort") == AbortJob(record.job_id, "completed")
+    assert [thread.spec.job_id for thread in launcher.started] == [record.job_id]
+    view = wait(server.jobs.view(record.job_id))
+    assert [(entry.round, entry.answered) for entry in view.history] == [
+        (0, ()),
+        (1, ("site-1", "site-2")),
+        (2, ("site-1", "site-2")),
+    ]
+    once = {
+        EventType.JOB_SUBMITTED, EventType.BEFORE_JOB_LAUNCH, EventType.JOB_DEPLOYED, EventType.JOB_STARTED,
+        EventType.JOB_COMPLETED,
+    }  # fmt: skip
+    assert [kind for kind in recorder.kinds if kind in once] == [
+        EventType.JOB_SUBMITTED,
+        EventType.BEFORE_JOB_LAUNCH,
+        EventType.JOB_DEPLOYED,
+        EventType.JOB_STARTED,
+        EventType.JOB_COMPLETED,
+    ]
+    assert [context.round for context in recorder.of(EventType.ROUND_STARTED)] == [1, 2]
+    assert [context.round for context in recorder.of(EventType.ROUND_DONE)] == [0, 1, 2]
+    for kind in (
+        EventType.BEFORE_TASK_DATA,
+        EventType.TASK_SENT,
+        EventType.BEFORE_TASK_RESULT,
+        EventType.RESULT_ACCEPTED,
+    ):
+        assert sorted((context.round, context.peer) for context in recorder.of(kind)) == [
+            (1, "site-1"),
+            (1, "site-2"),
+            (2, "site-1"),
+            (2, "site-2"),
+        ]
+
+
+def test_the_package_is_fetched_by_those_who_take_part_and_nobody_else(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start(launcher=on_loop(ScriptedLauncher))
+    site = Site(dialler, server, "site-1", starts=False)
+    outsider = Site(dialler, server, "site-2", starts=False)
+    job_id = submit(server, tmp_path, min_clients=1, clients=("site-1",))
+    job = site.wire.told(Channel.JOB, "deploy")
+
+    def missing(by: Site, scope: str) -> list[Digest]:
+        tls = dialler.tls(dialler.project.site(by.name))
+        with transferring(by.wire, target_of(server), tls) as transfers:
+            return wait(transfers.missing(scope, [job.package]))
+
+    assert missing(site, f"job/{job_id}") == []
+    for by, scope in ((outsider, f"job/{job_id}"), (site, "job/another"), (site, f"result/{job_id}"), (site, "upload")):
+        with pytest.raises(HanseError, match="may not read tensors"):
+            missing(by, scope)
+    with pytest.raises(HanseError, match="may not write tensors"):
+        upload(site.wire, server, dialler, f"job/{job_id}", b"code")
+
+
+def upload(wire: Any, server: FederatedServer, dialler: Dialler, scope: str, data: bytes, tls: Any = None) -> Digest:
+    tls = tls or dialler.tls(dialler.project.site(wire.fqcn.partition(".")[0]))
+    digest = digest_of(data)
+    with transferring(wire, target_of(server), tls) as transfers:
+        wait(transfers.upload(scope, digest, memoryview(data)))
+    return digest
+
+
+def test_tensors_too_large_to_ride_along_move_by_digest(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(
+        server, tmp_path, min_clients=1, model="tiny_model:large", workflow=WorkflowSpec("fedavg", {"rounds": 1})
+    )
+    task = site.task()
+    assert site.job is not None
+    assert task.model is not None
+    (tensor,) = task.model.tensors
+    assert tensor.inline is None
+    tls = site.job._tls
+    files = TensorFiles(tmp_path / "site")
+    with transferring(site.job, target_of(server), tls) as transfers:
+        wait(
+            transfers.download(
+                f"job/{job_id}", tensor.digest, tensor.size_bytes, files.begin(tensor.digest, tensor.size_bytes)
+            )
+        )
+    assert not np.frombuffer(files.map(tensor.digest), np.float32).any()
+
+    data = np.full(10_000, 2, np.float32).tobytes()
+    update = UpdateRef(ModelRef((TensorRef("w", "float32", (10_000,), digest_of(data)),)), 1)
+    missing = site.refused(TaskResult(task.key, update))
+    assert missing.reason == f"update is 'digest {digest_of(data)} without a file'; expected uploaded tensors"
+    upload(site.job, server, dialler, f"job/{job_id}", data, tls)
+    site.send(TaskResult(task.key, update))
+
+    record = outcome(server, job_id)
+    assert record.state is JobState.COMPLETED, record.reason
+    result = read_safetensors(wait(_path(server, job_id, record.result)))
+    assert result == Model({"w": np.full(10_000, 2, np.float32)})
+    assert not list((tmp_path / "ws" / "runs" / job_id / "tensors").glob("*"))
+
+
+async def _path(server: FederatedServer, job_id: JobId, digest: Digest) -> Path:
+    return server.jobs.result_files(job_id).path(digest)
+
+
+# answers --------------------------------------------------------------------------------------------------------------
+
+
+WRONG: list[tuple[str, Callable[[], Model | None], str]] = [
+    (
+        "dtype",
+        lambda: Model({"w": np.zeros(3, np.float16), "b": np.float32(0)}),
+        "site-1 sent 'w' as float16 (3,); the job expects float32 (3,)",
+    ),
+    (
+        "shape",
+        lambda: Model({"w": np.zeros((3, 1), np.float32), "b": np.float32(0)}),
+        "site-1 sent 'w' as float32 (3, 1); the job expects float32 (3,)",
+    ),
+    (
+        "name",
+        lambda: Model({"v": np.zeros(3, np.float32), "b": np.float32(0)}),
+        "site-1 sent no tensor 'w'; the job expects float32 (3,)",
+    ),
+    (
+        "one more",
+        lambda: Model({"w": np.zeros(3, np.float32), "b": np.float32(0), "x": np.zeros(1, np.int8)}),
+        "site-1 sent 'x' as int8 (1,); the job expects no such tensor",
+    ),
+    (
+        "order",
+        lambda: Model({"b": np.float32(0), "w": np.zeros(3, np.float32)}),
+        "site-1 sent the tensors in the order ['b', 'w']; the job expects ['w', 'b']",
+    ),
+    ("none", lambda: None, "site-1 sent no model; the task expects one"),
+]
+
+
+@pytest.mark.parametrize(("make", "sentence"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
+def test_an_update_that_is_not_what_the_job_expects_is_refused_with_a_sentence(
+    start: StartServer, dialler: Dialler, tmp_path: Path, make: Callable[[], Model | None], sentence: str
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+
+    refused = site.refused(answer(site.task(), make()))
+
+    assert refused.reason == sentence
+    record = outcome(server, job_id)
+    assert record.state is JobState.FAILED
+    assert sentence in record.reason
+
+
+def corrupted(reference: ModelRef) -> ModelRef:
+    first, *others = reference.tensors
+    assert first.inline is not None
+    return ModelRef(
+        (TensorRef(first.name, first.dtype, first.shape, first.digest, b"\xff" * len(first.inline)), *others)
+    )
+
+
+def test_bytes_that_are_not_what_their_digest_says_are_refused(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    submit(server, tmp_path, min_clients=1)
+    key = site.task().key
+
+    refused = site.refused(TaskResult(key, UpdateRef(corrupted(small(w(1))), 1)))
+
+    assert "digest of tensor 'w'" in refused.reason
+
+
+def test_a_negative_number_of_examples_is_refused(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    submit(server, tmp_path, min_clients=1)
+
+    assert "num_examples -1" in site.refused(answer(site.task(), w(1), num_examples=-1)).reason
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_an_answer_is_an_update_or_a_fault(start: StartServer, dialler: Dialler, tmp_path: Path, both: bool) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    submit(server, tmp_path, min_clients=1)
+    task = site.task()
+    odd = TaskResult(task.key, UpdateRef(small(w(1)), 1), TaskFault("x", "y")) if both else TaskResult(task.key)
+
+    assert "an answer is one of them" in site.refused(odd).reason
+    site.send(answer(task, w(1)))
+
+
+def test_a_duplicate_answer_is_accepted_once(
+    start: StartServer, dialler: Dialler, recorder: Recorder, tmp_path: Path
+) -> None:
+    server = start()
+    site, other = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    job_id = submit(server, tmp_path, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    task = site.task()
+
+    site.send(answer(task, w(2)))
+    site.send(answer(task, w(2)))
+    site.send(answer(task, w(100)))
+    other.send(answer(other.task(), w(4)))
+
+    record = outcome(server, job_id)
+    assert read_safetensors(wait(_path(server, job_id, record.result))) == w(3)
+    assert sorted(context.peer for context in recorder.of(EventType.RESULT_ACCEPTED)) == ["site-1", "site-2"]
+
+
+def test_a_stale_answer_is_refused(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site, other = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    workflow = WorkflowSpec("fedavg", {"rounds": 2, "fraction": 0.5, "over_selection": 1.0})
+    submit(server, tmp_path, workflow=workflow)
+    late = site.task()
+    other.send(answer(other.task(), w(1)))  # enough for the round, which ends without the other
+    assert site.job is not None
+    site.job.told(Channel.TASK, "cancelled")
+    following = site.task()
+    assert (late.key.round, following.key.round) == (1, 2)
+    assert server.task_meta_info("site-1").round == 2
+
+    refused = site.refused(answer(late, w(5)))
+
+    assert "site-1 sent a stale answer: task 'train' of round 1" in refused.reason
+    site.send(answer(following, w(7)))
+
+
+def test_an_answer_to_a_task_that_nobody_asked_is_stale(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    submit(server, tmp_path, min_clients=1)
+    key = site.task().key
+
+    from_nowhere = TaskResult(type(key)(1, "train", 9, key.client), UpdateRef(small(w(1)), 1))
+    assert "was not issued to site-1" in site.refused(from_nowhere).reason
+
+
+def test_nobody_answers_for_another(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site, other = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    submit(server, tmp_path)
+    theirs = other.task()
+    site.task()
+
+    refused = site.refused(answer(theirs, w(1)))
+
+    assert "site-1 may not answer for site-2" in refused.reason
+    other.send(answer(theirs, w(1)))
+
+
+def test_a_clients_agent_and_a_strangers_stream_answer_no_task(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    submit(server, tmp_path, min_clients=1)
+    task = site.task()
+
+    for wire in (site.wire, dialler.stranger(server, "site-3")):
+        refused = wire.refused(Channel.TASK, "result", answer(task, w(1)))
+        assert "may not send task/result" in refused.reason
+    assert site.job is not None
+    assert "may not send run/attach" in site.job.refused(Channel.RUN, "attach", Attach()).reason
+
+
+def test_a_fault_is_an_answer_and_its_reason_is_the_jobs(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1", train=faulty("ValueError: no such column (train.py:3)"))
+    job_id = submit(server, tmp_path, min_clients=1)
+
+    record = outcome(server, job_id)
+
+    assert (record.state, record.code) == (JobState.FAILED, "too-few-clients")
+    assert "ValueError: no such column (train.py:3)" in record.reason
+    assert site.outcome() is None
+
+
+def test_what_training_logs_is_passed_on_and_belongs_to_its_sender(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task = site.task()
+    ada = dialler.site(server, "ada@demo")
+    on_loop(lambda: server.jobs.watch(job_id, ada.fqcn))
+    assert site.job is not None
+
+    site.job.tell(Channel.TASK, "metrics", LogMetrics(task.key, 3, {"loss": 0.5}))
+
+    event = ada.told(Channel.ADMIN, "job.event")
+    assert (event.kind, event.client, event.round, event.metrics) == ("metrics", "site-1", 1, {"loss": 0.5})
+
+
+# gates ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [Refused("not today"), ZeroDivisionError("not today")])
+def test_a_handler_may_refuse_a_submission(
+    start: StartServer, recorder: Recorder, tmp_path: Path, error: Exception
+) -> None:
+    server = start()
+    recorder.raising[EventType.JOB_SUBMITTED] = error
+
+    with pytest.raises(JobInvalid, match="not today"):
+        submit(server, tmp_path)
+    assert wait(server.jobs.views()) == []
+
+
+@pytest.mark.parametrize("error", [Refused("not today"), ZeroDivisionError("not today")])
+def test_a_handler_may_refuse_a_launch(
+    start: StartServer, dialler: Dialler, recorder: Recorder, tmp_path: Path, error: Exception
+) -> None:
+    server = start()
+    recorder.raising[EventType.BEFORE_JOB_LAUNCH] = error
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+
+    record = outcome(server, job_id)
+
+    assert (record.state, record.code) == (JobState.FAILED, "launch-refused")
+    assert "not today" in record.reason
+    assert site.wire.told_nothing(Channel.JOB, "deploy")
+
+
+@pytest.mark.parametrize("error", [Refused("not today"), ZeroDivisionError("not today")])
+def test_a_handler_may_refuse_to_send_a_task(
+    start: StartServer, dialler: Dialler, recorder: Recorder, tmp_path: Path, error: Exception
+) -> None:
+    server = start()
+    recorder.raising[EventType.BEFORE_TASK_DATA] = error
+    site = Site(dialler, server, "site-1", train=plus(1))
+    job_id = submit(server, tmp_path, min_clients=1)
+
+    record = outcome(server, job_id)
+
+    assert record.state is JobState.FAILED
+    assert "not today" in record.reason
+    assert site.started().told_nothing(Channel.TASK, "task")
+    assert recorder.of(EventType.TASK_SENT) == []
+
+
+@pytest.mark.parametrize("error", [Refused("not today"), ZeroDivisionError("not today")])
+def test_a_handler_may_refuse_an_answer(
+    start: StartServer, dialler: Dialler, recorder: Recorder, tmp_path: Path, error: Exception
+) -> None:
+    server = start()
+    recorder.raising[EventType.BEFORE_TASK_RESULT] = error
+    site = Site(dialler, server, "site-1", train=plus(1))
+    job_id = submit(server, tmp_path, min_clients=1)
+
+    refused = site.outcome()
+
+    assert refused is not None
+    assert "not today" in refused.reason
+    record = outcome(server, job_id)
+    assert record.state is JobState.FAILED
+    assert "not today" in record.reason
+
+
+# how jobs do not begin ------------------------------------------------------------------------------------------------
+
+
+def test_a_job_says_what_it_waits_for_and_until_when(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, start_within_s=1000.0)
+
+    view = wait(server.jobs.view(job_id))
+    assert view.state == "submitted"
+    assert "2" in view.waiting_for
+    assert view.waiting_until == pytest.approx(view.submitted_at + 1000)
+
+
+def test_a_job_starts_when_its_clients_have_come(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    Site(dialler, server, "site-1", train=plus(1))
+    job_id = submit(server, tmp_path)
+
+    Site(dialler, server, "site-2", train=plus(1))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+
+
+def test_a_job_that_waits_in_vain_fails_with_what_it_waited_for(start: StartServer, tmp_path: Path) -> None:
+    server = start()
+
+    record = outcome(server, submit(server, tmp_path, start_within_s=0.05))
+
+    assert (record.state, record.code) == (JobState.FAILED, "no-clients")
+    assert "client" in record.reason
+
+
+def test_a_sites_refusal_reaches_the_submitter(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    Site(dialler, server, "site-1")
+    Site(dialler, server, "site-2", refuses=SiteRefused("site-2", "code that comes with a job may not run here"))
+
+    record = outcome(server, submit(server, tmp_path))
+
+    assert (record.state, record.code) == (JobState.FAILED, "site-refused")
+    assert "site-2 refused the job: code that comes with a job may not run here" in record.reason
+
+
+def test_a_job_runs_without_a_site_that_refuses_where_enough_are_left(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    Site(dialler, server, "site-1", train=plus(1))
+    Site(dialler, server, "site-2", refuses=SiteRefused("site-2", "no"))
+
+    record = outcome(server, submit(server, tmp_path, min_clients=1))
+
+    assert (record.state, record.clients) == (JobState.COMPLETED, ("site-1",))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"workflow": WorkflowSpec("fedavg", {"rounds": 0})}, "rounds"),
+        ({"workflow": WorkflowSpec("fedavg", {"turns": 1})}, "turns"),
+    ],
+)
+def test_a_job_that_does_not_hold_is_refused_at_submission(
+    start: StartServer, tmp_path: Path, fields: dict[str, Any], named: str
+) -> None:
+    server = start()
+
+    with pytest.raises(JobInvalid, match=named):
+        submit(server, tmp_path, **fields)
+    assert wait(server.jobs.views()) == []
+
+
+def test_what_is_no_package_is_refused(start: StartServer, tmp_path: Path) -> None:
+    server = start()
+    (tmp_path / "job.zip").write_bytes(b"no zip")
+
+    with pytest.raises(JobInvalid, match="zip"):
+        wait(server.jobs.submit(tmp_path / "job.zip", submitter="ada@demo"))
+
+
+def test_what_the_jobs_code_raises_fails_the_job_with_its_reason(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    Site(dialler, server, "site-1")
+
+    record = outcome(server, submit(server, tmp_path, min_clients=1, model="tiny_model:broken"))
+
+    assert (record.state, record.code) == (JobState.FAILED, "workflow-failed")
+    assert "RuntimeError: no such data" in record.reason
+
+
+def test_a_model_that_cannot_be_imported_fails_the_job_and_is_named(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    Site(dialler, server, "site-1")
+
+    record = outcome(server, submit(server, tmp_path, min_clients=1, model="no_such:model"))
+
+    assert (record.state, record.code) == (JobState.FAILED, "job-invalid")
+    assert "no_such:model" in record.reason
+
+
+def test_a_job_wants_what_its_clients_offer(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    Site(dialler, server, "site-1")
+
+    record = outcome(server, submit(server, tmp_path, min_clients=1, resources=Resources(gpus=1), start_within_s=0.05))
+
+    assert record.state is JobState.FAILED
+
+
+def test_stop_training_starts_no_further_job(
+    start: StartServer, dialler: Dialler, recorder: Recorder, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    first = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    task = site.task()
+
+    server.stop_training()
+    second = submit(server, tmp_path, min_clients=1)
+    site.send(answer(task, w(1)))
+
+    assert outcome(server, first).state is JobState.COMPLETED
+    assert wait(server.jobs.view(second)).state == "submitted"
+    assert len(recorder.of(EventType.BEFORE_JOB_LAUNCH)) == 1
+
+
+# how jobs end early ---------------------------------------------------------------------------------------------------
+
+
+def test_an_aborted_job_tells_its_clients_and_takes_nothing_more(
+    start: StartServer, dialler: Dialler, recorder: Recorder, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task = site.task()
+
+    record = wait(server.jobs.abort(job_id, reason="ada wants another"))
+
+    assert (record.state, record.code, record.reason) == (JobState.ABORTED, "aborted", "ada wants another")
+    assert site.wire.told(Channel.JOB, "abort") == AbortJob(job_id, "ada wants another")
+    assert outcome(server, job_id) == record
+    refused = site.refused(answer(task, w(1)))
+    assert "stale" in refused.reason or "there is no running job" in refused.reason
+    assert [context.job_id for context in recorder.of(EventType.JOB_ABORTED)] == [job_id]
+    assert server.task_meta_info("site-1") == TaskMetaInfo(PROJECT, JobId(""), -1, ClientName("site-1"))
+    with pytest.raises(Conflict, match="aborted"):
+        wait(server.jobs.abort(job_id, reason="again"))
+    with pytest.raises(NotFound):
+        wait(server.jobs.abort(JobId("no-such"), reason="?"))
+
+
+def test_a_job_that_waits_can_be_aborted(start: StartServer, tmp_path: Path) -> None:
+    server = start()
+    job_id = submit(server, tmp_path)
+
+    assert wait(server.jobs.abort(job_id, reason="changed my mind")).state is JobState.ABORTED
+    assert outcome(server, job_id).reason == "changed my mind"
+
+
+@pytest.mark.parametrize("kind", ["config", "exception", "unsafe"])
+@pytest.mark.parametrize("by", ["agent", "process"])
+def test_a_job_failure_that_a_client_reports_ends_the_run_with_that_reason(
+    start: StartServer, dialler: Dialler, recorder: Recorder, tmp_path: Path, kind: str, by: str
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+    assert site.job is not None
+    reporter = site.wire if by == "agent" else site.job
+
+    reporter.ask(Channel.SERVER, "job_failure", JobFailure(job_id, kind, "KeyError: 'label'"))
+
+    record = outcome(server, job_id)
+    assert (record.state, record.code) == (JobState.FAILED, f"client-{kind}")
+    assert record.reason == "KeyError: 'label' (at site-1)"
+    assert site.wire.told(Channel.JOB, "abort").reason == record.reason
+    assert [context.reason for context in recorder.of(EventType.JOB_FAILED)] in ([""], [record.reason])
+
+
+def test_a_job_failure_by_a_direct_call(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+
+    reply = server.process_job_failure(request(JobFailure(job_id, "exception", "boom"), client="site-1"))
+
+    assert reply.return_code is ReturnCode.OK
+    assert outcome(server, job_id).reason == "boom (at site-1)"
+
+
+def test_only_who_takes_part_may_report_a_failure(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    outsider = Site(dialler, server, "site-2")
+    job_id = submit(server, tmp_path, min_clients=1, clients=("site-1",))
+    site.task()
+
+    refused = outsider.wire.refused(Channel.SERVER, "job_failure", JobFailure(job_id, "exception", "boom"))
+
+    assert "site-2 may not report on job" in refused.reason
+    assert wait(server.jobs.view(job_id)).state == "running"
+
+
+def test_a_jobs_process_reports_on_its_own_job_alone(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+    given = server.clients.job_credentials("site-1.another", JobId("another"))  # type: ignore[arg-type]
+    other = dialler.dial(dialler.job_wire(server, "site-1.another", given))
+
+    refused = other.refused(Channel.SERVER, "job_failure", JobFailure(job_id, "exception", "boom"))
+
+    assert "may not report on job" in refused.reason
+    assert wait(server.jobs.view(job_id)).state == "running"
+
+
+# processes that die ---------------------------------------------------------------------------------------------------
+
+
+def test_a_clients_process_that_died_is_started_again_and_then_given_up(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=2)
+    first = site.started()
+    site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9, "training\nkilled"))
+    second = site.started()
+    assert site.attempts == [1, 2]
+    assert first is not second
+
+    site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9))  # late news of the first start
+    site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 2, 1, "training\nMemoryError"))
+
+    record = outcome(server, job_id)
+    assert record.state is JobState.FAILED
+    assert "its log ends with: MemoryError" in record.reason
+    assert site.attempts == [1, 2]
+
+
+def test_a_task_is_sent_again_to_a_process_that_is_started_again(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    site.started()
+    first = site.task()
+
+    site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, 1))
+    site.started()
+    again = site.task()
+    site.send(answer(again, w(1)))
+
+    assert again == first
+    assert outcome(server, job_id).state is JobState.COMPLETED
+
+
+def test_a_job_that_a_client_lists_no_longer_is_dead(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.started()
+
+    def beat(*jobs: JobId) -> HeartbeatReply:
+        reply = site.wire.ask(Channel.SERVER, "heartbeat", Heartbeat(jobs)).payload
+        assert isinstance(reply, HeartbeatReply)
+        return reply
+
+    assert beat().abort_jobs == ()  # it may not have started yet
+    assert beat(job_id, JobId("another")).abort_jobs == ("another",)
+    assert site.attempts == [1]
+    beat()
+    site.started()
+
+    assert site.attempts == [1, 2]
+
+
+def test_a_runs_process_that_dies_is_started_again_and_then_given_up(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    launcher = on_loop(lambda: ScriptedLauncher("RuntimeError: out of memory"))
+    server = start(launcher=launcher)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=2)
+
+    launcher.end(launcher.next(), -9)
+    launcher.end(launcher.next(), 1)
+
+    record = outcome(server, job_id)
+    assert (record.state, record.code) == (JobState.FAILED, "process-died")
+    assert "the job's process at server ended with status 1; its log ends with: RuntimeError: out of memory" in (
+        record.reason
+    )
+    assert "start 2 of 2" in record.reason
+    assert site.wire.told(Channel.JOB, "abort").reason == record.reason
+    assert len({run.credentials.token for run in launcher.specs}) == 2
+
+
+def test_a_run_that_is_aborted_in_its_process_is_an_aborted_job(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    launcher = Threads()
+    server = start(launcher=launcher)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+
+    launcher.started[0].server.abort_run()
+
+    record = outcome(server, job_id)
+    assert (record.state, record.code) == (JobState.ABORTED, "aborted")
+    assert site.wire.told(Channel.JOB, "abort").job_id == job_id
+    assert [entry.round for entry in wait(server.jobs.view(job_id)).history] == [0]
+
+
+def test_a_run_told_to_stop_training_ends_with_the_round_that_it_is_in(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    launcher = Threads()
+    server = start(launcher=launcher)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task = site.task()
+
+    launcher.started[0].server.stop_training()
+    site.send(answer(task, w(1)))
+
+    record = outcome(server, job_id)
+    assert record.state is not JobState.COMPLETED
+    assert "stopped after round 1" in record.reason
+    assert [entry.round for entry in wait(server.jobs.view(job_id)).history] == [0, 1]
+
+
+# clients that go ------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_is_lost_is_a_fault_and_the_round_goes_on_without_it(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start(lost_after_s=0.05)
+    site, other = Site(dialler, server, "site-1"), Site(dialler, server, "site-2", train=plus(2))
+    job_id = submit(server, tmp_path, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    site.task()
+    assert site.job is not None
+
+    wait(site.job.close())
+
+    record = outcome(server, job_id)
+    assert record.state is JobState.COMPLETED, record.reason
+    assert other.outcome() is None
+    (last,) = [entry for entry in wait(server.jobs.view(job_id)).history if entry.round == 1]
+    assert last.answered == ("site-2",)
+
+
+def test_a_client_that_quits_is_lost_to_its_run(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start(lost_after_s=0.05)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task = site.task()
+    assert site.job is not None
+
+    site.wire.ask(Channel.SERVER, "quit", Quit())
+
+    ended = wait(site.job.ended())
+    assert isinstance(ended, Unauthenticated)
+    record = outcome(server, job_id)
+    assert record.state is JobState.FAILED
+    assert "site-1" in record.reason
+    assert names(server) == []
+    assert task.key.client == "site-1"
+
+
+def test_reset_tokens_hands_out_again_what_is_to_be_answered(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site, other = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    submit(server, tmp_path)
+    first = site.task()
+    other.send(answer(other.task(), w(1)))
+
+    server.reset_tokens()
+
+    assert site.task() == first
+    site.send(answer(first, w(1)))
+    assert other.task().key.round == 2
+
+
+def test_task_meta_info_names_the_model_that_a_client_works_on(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task = site.task()
+    assert server.task_meta_info("site-1") == TaskMetaInfo(PROJECT, job_id, 1, ClientName("site-1"))
+
+    site.send(answer(task, w(1)))
+    site.task()
+
+    assert server.task_meta_info("site-1").round == 2
+    assert server.task_meta_info("site-9").job_id == ""
+
+
+# restart --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["close", "fl_shutdown"])
+def test_a_server_started_again_goes_on_from_the_last_committed_round(
+    start: StartServer, dialler: Dialler, recorder: Recorder, tmp_path: Path, how: str
+) -> None:
+    first = start()
+    sites = [Site(dialler, first, name) for name in ("site-1", "site-2")]
+    job_id = submit(first, tmp_path, workflow=WorkflowSpec("fedavg", {"rounds": 3}))
+    for site in sites:
+        site.send(answer(site.task(), w(1)))
+    tasks = [site.task() for site in sites]
+    assert [task.key.round for task in tasks] == [2, 2]
+    sites[0].send(answer(tasks[0], w(2)))
+    credentials = [site.wire.credentials for site in sites]
+    given = [site.job.credentials for site in sites if site.job is not None and site.job.credentials is not None]
+    job_tls = [site.job._tls for site in sites if site.job is not None]
+    if how == "close":
+        first.close()
+        dialler.close()
+    else:
+        leaving = threading.Thread(target=first.fl_shutdown)
+        leaving.start()
+        assert [site.wire.told(Channel.JOB, "goodbye").retry for site in sites] == [True, True]
+        dialler.close()
+        leaving.join(20)
+        assert not leaving.is_alive()
+
+    second = start()
+    assert wait(second.jobs.view(job_id)).state == "running"
+    assert [entry.round for entry in wait(second.jobs.view(job_id)).history] == [0, 1]
+    jobs = []
+    for site, known, job_known, tls in zip(sites, credentials, given, job_tls, strict=True):
+        agent = dialler.site(second, site.name, credentials=known)
+        agent.ask(Channel.SERVER, "heartbeat", Heartbeat((job_id,)))
+        wire = dialler.job_wire(second, f"{site.name}.{job_id}", JobCredentials(job_known), tls=tls)
+        jobs.append(dialler.dial(wire))
+        site.job = wire
+    assert names(second) == ["site-1", "site-2"]
+
+    again = sites[1].task()
+    assert (again.key, opened(again.model or ModelRef())) == (tasks[1].key, w(1))
+    sites[1].send(answer(again, w(4)))
+    third = [site.task() for site in sites]
+    assert [task.key.round for task in third] == [3, 3]  # so nobody was asked twice for what was answered
+    assert opened(third[0].model or ModelRef()) == w(3)
+    for site, task in zip(sites, third, strict=True):
+        site.send(answer(task, w(5)))
+
+    record = outcome(second, job_id)
+    assert record.state is JobState.COMPLETED, record.reason
+    assert read_safetensors(wait(_path(second, job_id, record.result))) == w(5)
+
+
+def test_a_client_without_its_process_is_given_one_by_the_server_started_again(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    first = start()
+    site = Site(dialler, first, "site-1")
+    job_id = submit(first, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    site.task()
+    credentials = site.wire.credentials
+    first.close()
+    dialler.close()
+
+    second = start()
+    back = Site(dialler, second, "site-1", credentials=credentials)
+    back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat())
+    back.send(answer(back.task(), w(2)))
+
+    assert outcome(second, job_id).state is JobState.COMPLETED
+
+
+def test_a_job_that_waited_waits_again_after_a_restart(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    first = start()
+    job_id = submit(first, tmp_path, min_clients=1)
+    first.close()
+    second = start()
+
+    Site(dialler, second, "site-1", train=plus(1))
+
+    assert outcome(second, job_id).state is JobState.COMPLETED
+
+
+def test_two_servers_do_not_share_a_workspace(start: StartServer, tmp_path: Path) -> None:
+    start()
+
+    with pytest.raises(HanseError, match="no other running server"):
+        start()
+
+
+# a few more people ----------------------------------------------------------------------------------------------------
+
+
+def test_jobs_are_found_by_the_beginning_of_their_id(start: StartServer, tmp_path: Path) -> None:
+    server = start()
+    job_id = submit(server, tmp_path)
+    other = submit(server, tmp_path, name="other")
+
+    assert wait(server.jobs.find("tiny")) == job_id
+    assert wait(server.jobs.find(other)) == other
+    for prefix in ("", "no-such"):
+        with pytest.raises(NotFound):
+            wait(server.jobs.find(prefix))
+    another = submit(server, tmp_path)
+    assert another != job_id
+    with pytest.raises(NotFound, match="there are 2"):
+        wait(server.jobs.find("tiny"))
+
+
+@pytest.mark.parametrize(
+    ("who", "scope", "write", "passes"),
+    [
+        ("ada@demo", "upload", True, True),
+        ("lee@demo", "upload", True, True),
+        ("mel@demo", "upload", True, False),
+        ("mel@demo", "result/{job}", False, True),
+        ("ada@demo", "result/{job}", True, False),
+        ("ada@demo", "job/{job}", False, False),
+        ("ada@demo", "../upload", True, False),
+        ("ada@demo", "result/../../x", False, False),
+        ("ada@demo", "result/no-such-job", False, False),
+        ("site-1", "result/{job}", False, False),
+        ("site-1", "upload", True, False),
+    ],
+)
+def test_who_may_move_which_tensors(
+    start: StartServer, dialler: Dialler, tmp_path: Path, who: str, scope: str, write: bool, passes: bool
+) -> None:
+    server = start()
+    job_id = submit(server, tmp_path)
+    wire = dialler.site(server, who)
+    tls = wire._tls
+    scope = scope.format(job=job_id)
+
+    expected = nullcontext() if passes else pytest.raises(HanseError)
+    with transferring(wire, target_of(server), tls) as transfers, expected:
+        if write:
+            wait(transfers.upload(scope, digest_of(b"data"), memoryview(b"data")))
+        else:
+            wait(transfers.missing(scope, [digest_of(b"data")]))
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "ws" / "runs" / "no-such-job").exists()
+
+
+def test_a_registration_by_direct_call_is_no_connected_client(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    headers = credentials_in(register_secure(server, dialler.project.site("site-2")), "site-2")
+    assert headers[Header.CLIENT] == "site-2"
+    Site(dialler, server, "site-1", train=silent)
+
+    record = outcome(server, submit(server, tmp_path, start_within_s=0.05))
+
+    assert record.state is JobState.FAILED
