@@ -135,6 +135,11 @@ class ClientSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     policy: SitePolicy = SitePolicy()
     """What jobs may do here."""
 
+    tls_roots: str = ""
+    """A PEM file with the authorities of which one must have issued the certificate that the TLS connection shows.
+    Empty means the project's own; a proxy that ends TLS has another. The server itself proves itself by the project's
+    in any case."""
+
     tls: bool = True
     """Whether the server's port speaks TLS. Turn it off for loopback and tests only."""
 
@@ -158,6 +163,11 @@ class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     server_name: str = "server"
     """The name in the server's certificate that the challenge must prove."""
+
+    tls_roots: str = ""
+    """A PEM file with the authorities of which one must have issued the certificate that the TLS connection shows.
+    Empty means the project's own; a proxy that ends TLS has another. The server itself proves itself by the project's
+    in any case."""
 
     tls: bool = True
     """Whether the server's port speaks TLS."""

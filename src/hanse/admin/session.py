@@ -65,7 +65,6 @@ from hanse.messages import (
     SubmitJob,
     Welcome,
 )
-from hanse.run.authoring import package_of
 from hanse.settings import AdminSettings
 from hanse.storage.tensors import TensorFiles
 
@@ -142,7 +141,7 @@ class AdminSession:
         Raises:
             JobInvalid: it does not hold; here or, where only the server can tell, as a ``RemoteError`` from there.
         """
-        package = job if isinstance(job, bytes) else (await asyncio.to_thread(package_of, job))[1]
+        package = job if isinstance(job, bytes) else await asyncio.to_thread(_package_of, job)
         digest = Digest(blake3(package).hexdigest())
         for may_try_again in (True, False):
             await self._ready()
@@ -256,7 +255,9 @@ class AdminSession:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[None]:
         settings, identity = self._kit.settings, self._kit.identity
-        tls = ClientTls(self._kit.ca_pem, identity.certificate, identity.key_pem) if settings.tls and identity else None
+        tls = None
+        if settings.tls and identity is not None:
+            tls = ClientTls(self._kit.tls_roots, identity.certificate, identity.key_pem)
         self._uplink = Uplink(self._fqcn, self._rng)
         self._uplink.cell.on(Channel.ADMIN, "job.event", self._on_event)
         self._uplink.cell.on_link_down(self._on_link_down)
@@ -475,6 +476,13 @@ class BlockingAdminSession:
     def stop(self) -> None:
         """Have the server shut down in order."""
         run(self._session.stop())
+
+
+def _package_of(job: Job | Path | str) -> bytes:
+    # It brings NumPy along, which is most of what a command takes to start; nothing but this needs it.
+    from hanse.run.authoring import package_of  # noqa: PLC0415 - see above
+
+    return package_of(job)[1]
 
 
 _ENDS: Final = frozenset({EventType.JOB_COMPLETED.value, EventType.JOB_FAILED.value, EventType.JOB_ABORTED.value})

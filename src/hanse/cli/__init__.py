@@ -25,7 +25,7 @@ COMMANDS: Final = {
     "server stop": ("hanse.cli.server:stop", "Stop the server in order; running jobs stay resumable."),
     "client start": ("hanse.cli.client:start", "Run a site's agent until it is stopped."),
     "client stop": ("hanse.cli.client:stop", "Stop a site's agent."),
-    "job submit": ("hanse.cli.job:submit", "Submit a job; prints its id."),
+    "job submit": ("hanse.cli.submit:submit", "Submit a job; prints its id."),
     "job list": ("hanse.cli.job:list_jobs", "List all jobs, newest first."),
     "job show": ("hanse.cli.job:show", "Show one job: state, reason, clients, rounds."),
     "job wait": ("hanse.cli.job:wait", "Follow a job to its end."),

@@ -62,6 +62,7 @@ async def _take_part(kit: Kit[ClientSettings], workspace: Path, output: Output) 
         rng=random.Random(),  # noqa: S311 - the jitter of pauses, nothing secret
         identity=kit.identity,
         roots=kit.ca_pem,
+        tls_roots=kit.tls_roots,
         release=version("hanse"),
     )
     loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""``hanse job …``: what administrators ask about jobs, each one request or a few."""
+"""``hanse job …``: what administrators ask about jobs, each one request or a few. ``submit`` has its own module."""
 
 import asyncio
 from pathlib import Path
@@ -8,41 +8,15 @@ from cyclopts import Parameter
 
 from hanse.admin.session import AdminSession
 from hanse.cli.asking import KitFolder, ask
-from hanse.cli.job_text import job_line, job_lines, job_status
+from hanse.cli.following import followed, show_job
+from hanse.cli.job_text import job_line
 from hanse.cli.output import TEXT, Output
 from hanse.cli.progress import JobProgress
 from hanse.errors import Conflict, EnvironmentFault
 from hanse.messages import JobView
-from hanse.run.authoring import package_of
-from hanse.run.loading import importing_from, workflow_of
 
 JobName: TypeAlias = Annotated[str, Parameter(help="A job's id, or a beginning of it that only one job has.")]
 StateName: TypeAlias = Literal["submitted", "scheduled", "running", "completed", "failed", "aborted"]
-
-
-def submit(
-    folder: Annotated[Path, Parameter(help="The job's folder, with [tool.hanse] in its pyproject.toml.")],
-    /,
-    *,
-    wait: Annotated[bool, Parameter(negative=(), help="Follow the job to its end, as 'hanse job wait' does.")] = False,
-    kit: KitFolder = None,
-    output: Output = TEXT,
-) -> int:
-    """Submit a job, after checking its definition here; prints its id."""
-    spec, package = package_of(folder)
-    with importing_from(folder):
-        workflow_of(spec)
-
-    async def work(session: AdminSession) -> int:
-        submitted = await session.submit(package)
-        if not output.is_json:
-            output.say(submitted.job_id)
-        elif not wait:
-            output.document(submitted)
-        return await _followed(session, submitted.job_id, progress, output) if wait else 0
-
-    progress = JobProgress(is_quiet=output.is_json or not wait)
-    return ask(kit, work, output, on_waiting=progress.say_waiting)
 
 
 def list_jobs(
@@ -62,7 +36,7 @@ def list_jobs(
 
 def show(job: JobName, /, *, kit: KitFolder = None, output: Output = TEXT) -> None:
     """Show one job: its state with the reason or what it waits for, its clients, its rounds."""
-    _show(ask(kit, lambda session: session.show(job), output), output)
+    show_job(ask(kit, lambda session: session.show(job), output), output)
 
 
 def wait(
@@ -81,7 +55,7 @@ def wait(
     async def work(session: AdminSession) -> int:
         try:
             async with asyncio.timeout(timeout_s):
-                return await _followed(session, job, progress, output)
+                return await followed(session, job, progress, output)
         except TimeoutError:
             raise EnvironmentFault(f"job {job} has not ended within {timeout_s:g} s; it goes on") from None
 
@@ -137,20 +111,3 @@ def download(
         output.document({"job_id": view.job_id, "path": str(target.absolute()), "size_bytes": view.result_bytes})
     else:
         output.say(f"{target} ({view.result_bytes:,} bytes)")
-
-
-async def _followed(session: AdminSession, job: str, progress: JobProgress, output: Output) -> int:
-    """Show how the job fares until its end, then the job; return the exit status that says how it ended."""
-    with progress:
-        async for seen in session.follow(job):
-            progress.add(seen)
-    view = await session.show(job)
-    _show(view, output)
-    return job_status(view.state)
-
-
-def _show(view: JobView, output: Output) -> None:
-    if output.is_json:
-        output.document(view)
-    else:
-        output.say(*job_lines(view))

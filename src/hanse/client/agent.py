@@ -66,8 +66,9 @@ class ClientAgent:
     """One client, for as long as ``run`` runs. Belongs to one event loop, which must be running when it is made.
 
     *workspace* is where *settings* say, made absolute. *identity* and *roots* (PEM) are the kit's; ``None`` and empty
-    without TLS. *dial* and *transfers* stand in for gRPC where the server is in the same process. *random_bytes* and
-    *wall* are what registration uses.
+    without TLS. *tls_roots* is what the connection is checked against, where that is not *roots*. *dial* and
+    *transfers* stand in for gRPC where the server is in the same process. *random_bytes* and *wall* are what
+    registration uses.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class ClientAgent:
         rng: random.Random,
         identity: Identity | None = None,
         roots: bytes = b"",
+        tls_roots: bytes = b"",
         release: str = "",
         dial: Dial | None = None,
         transfers: TensorTransfers | None = None,
@@ -99,7 +101,9 @@ class ClientAgent:
             wall,
         )
         self._uplink = Uplink(Fqcn(settings.name), rng)
-        tls = ClientTls(roots, identity.certificate, identity.key_pem) if settings.tls and identity else None
+        tls = (
+            ClientTls(tls_roots or roots, identity.certificate, identity.key_pem) if settings.tls and identity else None
+        )
         self._connector = Connector(
             self._uplink.cell,
             targets=settings.servers,
@@ -120,7 +124,7 @@ class ClientAgent:
             self._uplink,
             settings=settings,
             workspace=workspace,
-            roots=roots if tls else b"",
+            roots=tls.roots_pem if tls else b"",
             launcher=launcher,
             transfers=transfers,
         )

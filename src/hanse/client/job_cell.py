@@ -137,7 +137,7 @@ class ClientJob:
             await asyncio.to_thread(self._keep_only, digests_of(assignment.model))
 
     async def _result_of(self, assignment: TaskAssignment) -> tuple[TaskResult, Mapping[Digest, memoryview]]:
-        """Return the answer to a task, and the bytes of its large tensors; whatever goes wrong is the answer's fault."""
+        """Return the answer to a task with its large tensors' bytes; whatever goes wrong is the answer's fault."""
         key = assignment.key
         try:
             received = None if assignment.model is None else await self._fetch(assignment.model)

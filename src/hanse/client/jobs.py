@@ -92,7 +92,7 @@ class _Job:
 class SiteJobs:
     """The jobs at one site; they live within ``serving``, after which no process of theirs is left.
 
-    ``uplink`` is the agent's; *roots* is the project's CA in PEM, empty without TLS.
+    ``uplink`` is the agent's; *roots* is what TLS is checked against, in PEM; empty without TLS.
     """
 
     def __init__(

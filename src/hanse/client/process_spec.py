@@ -14,7 +14,7 @@ class JobProcessSpec(msgspec.Struct, frozen=True):
     """All that a job's process needs: the job, its folders, where the server listens, and what proves it there.
 
     ``code`` is the folder of the job's own code; empty where the site lets none run, so that nothing of it can be
-    imported in place of what is installed. ``roots`` is the project's CA in PEM; empty without TLS.
+    imported in place of what is installed. ``roots`` is what TLS is checked against, in PEM; empty without TLS.
     """
 
     job_id: JobId

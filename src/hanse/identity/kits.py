@@ -55,12 +55,14 @@ class Kit(Generic[S]):
     """A startup kit that has been read and holds together.
 
     ``identity`` is ``None`` and ``ca_pem`` empty in a kit without certificates, which only ``tls = false`` allows.
+    ``tls_roots`` is what the connection's certificate is checked against: ``ca_pem``, but for a proxy that ends TLS.
     """
 
     folder: Path
     settings: S
     identity: Identity | None
     ca_pem: bytes = field(repr=False)
+    tls_roots: bytes = field(default=b"", repr=False)
 
     @classmethod
     def load(cls, folder: Path, kind: type[S]) -> "Kit[S]":
@@ -84,7 +86,9 @@ class Kit(Generic[S]):
         identity = Identity.load(paths[CERTIFICATE_FILE], paths[KEY_FILE])
         ca_pem = read_file(paths[CA_FILE], what="certificate file")
         _require_coherent(folder, settings, identity, ca_pem)
-        return cls(folder, settings, identity, ca_pem)
+        own_roots = "" if isinstance(settings, ServerSettings) else settings.tls_roots
+        tls_roots = read_file(folder / own_roots, what="tls_roots file") if own_roots else ca_pem
+        return cls(folder, settings, identity, ca_pem, tls_roots)
 
     def resolve(self, path: str) -> Path:
         """Return the place that *path* in the settings means: relative ones start at the kit's folder."""
