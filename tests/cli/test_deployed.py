@@ -111,14 +111,10 @@ def test_from_kits_to_a_model_in_a_file(kits: Path, tmp_path: Path) -> None:
         assert shown["state"] == "submitted"
         assert "registered" in shown["waiting_for"]
         assert shown["waiting_until"] > shown["submitted_at"]
-        late = hanse("job", "wait", waiting, "--timeout", 0.05, status=12, **ada)
-        assert "has not ended" in late["error"]["reason"]
         assert hanse("job", "abort", waiting, **ada)["state"] == "aborted"
         assert hanse("job", "wait", waiting, status=21, **ada)["reason"] == "aborted by ada@demo"
-        assert hanse("job", "abort", waiting, status=4, **ada)["error"]["code"] == "conflict"
         refused = hanse("job", "submit", tmp_path / "job", "--kit", kits / "mel@demo", status=5)
         assert refused["error"]["code"] == "unauthorized"
-        assert hanse("job", "show", "nothing", status=3, **ada)["error"]["code"] == "not-found"
         assert "running already" in hanse("server", "start", kits / "server", status=4)["error"]["reason"]
 
         with (
@@ -131,18 +127,15 @@ def test_from_kits_to_a_model_in_a_file(kits: Path, tmp_path: Path) -> None:
             assert view["metrics"]["eval_accuracy"] > 0.85
             listed = hanse("job", "list", **ada)["jobs"]
             assert [job["state"] for job in listed] == ["completed", "aborted"]
-            assert isinstance(hanse("job", "log", view["job_id"], **ada)["lines"], list)
 
             model = tmp_path / "model.safetensors"
             assert hanse("job", "download", view["job_id"], model, **ada)["path"] == str(model)
             assert set(read_safetensors(model)) == {"weights", "bias"}
             assert hanse("job", "download", view["job_id"], model, status=4, **ada)["error"]["code"] == "conflict"
-            hanse("job", "download", view["job_id"], model, "--force", **ada)
 
             stopped = hanse("client", "stop", kits / "site-1")
             assert stopped == {"client": "stopped", "process": first.process.pid}
             assert first.process.wait(10) == 0
-            assert hanse("client", "stop", kits / "site-1") == {"client": "not running", "process": None}
             second.process.send_signal(signal.SIGINT)
             assert second.process.wait(10) == 0
 
@@ -154,31 +147,13 @@ def test_from_kits_to_a_model_in_a_file(kits: Path, tmp_path: Path) -> None:
     assert "Traceback" not in (tmp_path / "server.log").read_text()
 
 
-def test_a_server_is_stopped_by_ctrl_c_or_by_an_administrator(kits: Path, tmp_path: Path) -> None:
-    with running("server", "start", kits / "server", log=tmp_path / "server.log") as server:
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(10) == 0
-    with running("server", "start", kits / "server", log=tmp_path / "server.log") as server:
-        asked = hanse("server", "stop", "--kit", kits / "ada@demo")
-        assert asked == {"server": "asked to stop", "process": None}
-        assert server.process.wait(10) == 0
-
-
-def test_a_client_that_the_server_does_not_take_ends_with_the_reason(kits: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "project.toml").write_text((kits.parent / "project.toml").read_text())
-    hanse("provision", other / "project.toml", "--out", other / "kits")
-    with running("server", "start", kits / "server", log=tmp_path / "server.log"):
-        ended = hanse("client", "start", other / "kits" / "site-1", status=5)
-        assert ended["error"]["code"] == "unauthenticated"
-
-
-def test_waiting_for_a_job_ends_with_ctrl_c_and_leaves_the_job_alone(kits: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_waiting_and_leaves_the_job_alone_and_ends_a_server_in_order(kits: Path, tmp_path: Path) -> None:
     hanse("new", tmp_path / "job")
     kit = kits / "ada@demo"
-    with running("server", "start", kits / "server", log=tmp_path / "server.log"):
+    with running("server", "start", kits / "server", log=tmp_path / "server.log") as server:
         job = hanse("job", "submit", tmp_path / "job", "--kit", kit)["job_id"]
+        late = hanse("job", "wait", job, "--timeout", 0.05, "--kit", kit, status=12)
+        assert "has not ended" in late["error"]["reason"]
         command = [HANSE, "job", "wait", job, "--kit", str(kit)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
             assert waiting.stderr is not None
@@ -187,3 +162,18 @@ def test_waiting_for_a_job_ends_with_ctrl_c_and_leaves_the_job_alone(kits: Path,
             out, err = waiting.communicate(timeout=10)
         assert (waiting.returncode, out, err) == (130, "", "")
         assert hanse("job", "abort", job, "--kit", kit)["state"] == "aborted"
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 0
+
+
+def test_a_server_is_stopped_by_an_administrator_and_takes_no_strangers(kits: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "project.toml").write_text((kits.parent / "project.toml").read_text())
+    hanse("provision", other / "project.toml", "--out", other / "kits")
+    with running("server", "start", kits / "server", log=tmp_path / "server.log") as server:
+        ended = hanse("client", "start", other / "kits" / "site-1", status=5)
+        assert ended["error"]["code"] == "unauthenticated"
+        asked = hanse("server", "stop", "--kit", kits / "ada@demo")
+        assert asked == {"server": "asked to stop", "process": None}
+        assert server.process.wait(10) == 0

@@ -44,14 +44,17 @@ class TlsEndingProxy:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        with contextlib.suppress(OSError, asyncio.CancelledError):
+        try:
             back_reader, back_writer = await asyncio.open_connection(
                 "127.0.0.1", self._port, ssl=self._inner, server_hostname="localhost"
             )
-            for source, sink in ((reader, back_writer), (back_reader, writer)):
-                pipe = asyncio.create_task(_pump(source, sink), name="pump")
-                self._pipes.add(pipe)
-                pipe.add_done_callback(self._pipes.discard)
+        except OSError:  # the server is not up yet
+            writer.close()
+            return
+        for source, sink in ((reader, back_writer), (back_reader, writer)):
+            pipe = asyncio.create_task(_pump(source, sink), name="pump")
+            self._pipes.add(pipe)
+            pipe.add_done_callback(self._pipes.discard)
 
 
 async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
