@@ -49,7 +49,7 @@ class TlsEndingProxy:
                 "127.0.0.1", self._port, ssl=self._inner, server_hostname="localhost"
             )
         except OSError:  # the server is not up yet
-            writer.close()
+            writer.transport.abort()
             return
         for source, sink in ((reader, back_writer), (back_reader, writer)):
             pipe = asyncio.create_task(_pump(source, sink), name="pump")

@@ -1,4 +1,4 @@
-"""``hanse client start``: kit, then agent, then take part; and ``hanse client stop``."""
+"""``hanse client start``: kit, then agent, then take part."""
 
 import asyncio
 import logging
@@ -6,22 +6,20 @@ import random
 import signal
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from hanse.cli.logs import show_logs
 from hanse.cli.output import TEXT, Output
-from hanse.cli.process_file import announced
-from hanse.cli.process_file import stop as stop_process
+from hanse.cli.process_file import CLIENT_FILE, announced, workspace_of
 from hanse.client.agent import ClientAgent
 from hanse.identity.kits import Kit
 from hanse.identity.private_files import make_private_folder
 from hanse.launch.process import ProcessLauncher
 from hanse.settings import ClientSettings
 
-PROCESS_FILE: Final = "client.pid"
-STOP_TIMEOUT_S: Final = 30.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def start(kit: Annotated[Path, Parameter(help="The folder of the client's kit.")], /, *, output: Output = TEXT) -> None:
@@ -31,27 +29,9 @@ def start(kit: Annotated[Path, Parameter(help="The folder of the client's kit.")
     """
     show_logs(logging.INFO, as_json=output.is_json, verbose=output.verbose)
     loaded = Kit.load(kit, ClientSettings)
-    workspace = make_private_folder(_workspace(loaded))
-    with announced(workspace / PROCESS_FILE, what=f"the client of {workspace}"):
+    workspace = make_private_folder(workspace_of(loaded))
+    with announced(workspace / CLIENT_FILE, what=f"the client of {workspace}"):
         asyncio.run(_take_part(loaded, workspace, output))
-
-
-def stop(
-    kit: Annotated[Path, Parameter(help="The folder of the client's kit.")],
-    /,
-    *,
-    force: Annotated[bool, Parameter(negative=(), help="Kill the process if it does not end in time.")] = False,
-    output: Output = TEXT,
-) -> None:
-    """Stop a site's agent; the processes of its jobs end with it."""
-    loaded = Kit.load(kit, ClientSettings)
-    path = _workspace(loaded) / PROCESS_FILE
-    pid = stop_process(path, what="the client", timeout_s=STOP_TIMEOUT_S, force=force)
-    what = "not running" if pid is None else "stopped"
-    if output.is_json:
-        output.document({"client": what, "process": pid})
-    else:
-        output.say(f"the client {'is' if pid is None else f'(process {pid}) has'} {what}")
 
 
 async def _take_part(kit: Kit[ClientSettings], workspace: Path, output: Output) -> None:
@@ -66,8 +46,14 @@ async def _take_part(kit: Kit[ClientSettings], workspace: Path, output: Output) 
         release=version("hanse"),
     )
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, agent.stop)
+
+    def stop() -> None:
+        for number in _STOP_SIGNALS:  # who asks once more does not want to wait
+            loop.remove_signal_handler(number)
+        agent.stop()
+
+    for number in _STOP_SIGNALS:
+        loop.add_signal_handler(number, stop)
     telling = asyncio.create_task(_tell_when_registered(agent, kit.settings, output), name="tell")  # awaited below
     try:
         await agent.run()
@@ -82,7 +68,3 @@ async def _tell_when_registered(agent: ClientAgent, settings: ClientSettings, ou
         output.line({"client": settings.name, "project": settings.project, "registered": True})
     else:
         output.say(f"client {settings.name} of project {settings.project} is registered")
-
-
-def _workspace(kit: Kit[ClientSettings]) -> Path:
-    return kit.resolve(kit.settings.workspace).absolute()

@@ -12,10 +12,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from hanse.errors import Conflict, TimedOut
+from hanse.identity.kits import Kit
+from hanse.settings import ClientSettings, ServerSettings
 
-_NUMBER_BYTES = 32
+SERVER_FILE: Final = "server.pid"
+CLIENT_FILE: Final = "client.pid"
+_NUMBER_BYTES: Final = 32
+
+
+def workspace_of(kit: Kit[ServerSettings] | Kit[ClientSettings]) -> Path:
+    """Return the folder in which the server or client whose *kit* it is keeps its things, and this file."""
+    return kit.resolve(kit.settings.workspace).absolute()
 
 
 @contextmanager
