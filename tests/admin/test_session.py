@@ -138,6 +138,7 @@ def test_what_was_not_uploaded_or_has_another_size_is_not_submitted(deployment: 
     assert refused(lambda: wait(submit(len(data), upload=False))).return_code is ReturnCode.NOT_FOUND
     assert refused(lambda: wait(submit(len(data) - 1, upload=True))).return_code is ReturnCode.INVALID_REQUEST
     assert refused(lambda: wait(submit(2**40, upload=True))).return_code is ReturnCode.INVALID_REQUEST
+    assert deployment.uploads() == []
 
 
 def test_jobs_are_listed_newest_first_and_by_state(deployment: Deployment, tmp_path: Path) -> None:

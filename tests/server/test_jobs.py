@@ -791,6 +791,42 @@ def test_a_job_that_a_client_lists_no_longer_is_dead(start: StartServer, dialler
     assert site.attempts == [1, 2]
 
 
+def test_an_agent_that_comes_anew_without_its_job_is_given_it_again(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    site.started()
+    first = site.task()
+    assert site.job is not None
+
+    again = Site(dialler, server, "site-1")  # before the server has noticed that the old process is gone
+    wait(site.job.close())
+    again.wire.ask(Channel.SERVER, "heartbeat", Heartbeat())
+    again.started()
+
+    assert again.attempts == [2]
+    assert again.task() == first
+    again.send(answer(first, w(1)))
+    assert outcome(server, job_id).state is JobState.COMPLETED
+
+
+def test_an_agent_that_comes_anew_with_its_job_keeps_it(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    task = site.task()
+
+    again = Site(dialler, server, "site-1")
+    again.wire.ask(Channel.SERVER, "heartbeat", Heartbeat((job_id,)))
+    again.wire.ask(Channel.SERVER, "heartbeat", Heartbeat((job_id,)))
+    site.send(answer(task, w(1)))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert again.attempts == []
+
+
 def test_a_runs_process_that_dies_is_started_again_and_then_given_up(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:

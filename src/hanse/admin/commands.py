@@ -106,13 +106,13 @@ class _Desk:
         return ok(record)
 
     async def _submitted(self, request: SubmitJob, who: str, files: TensorFiles) -> JobSubmitted:
-        if not 0 < request.package_bytes <= MAX_PACKAGE_BYTES:
-            expected = f"1 to {MAX_PACKAGE_BYTES} bytes"
-            raise ProtocolError("SubmitJob.package_bytes", got=request.package_bytes, expected=expected)
         package = files.path(request.package)
-        if not await asyncio.to_thread(files.verify, request.package):
-            raise NotFound("uploaded package", request.package)
         try:
+            if not 0 < request.package_bytes <= MAX_PACKAGE_BYTES:
+                expected = f"1 to {MAX_PACKAGE_BYTES} bytes"
+                raise ProtocolError("SubmitJob.package_bytes", got=request.package_bytes, expected=expected)
+            if not await asyncio.to_thread(files.verify, request.package):
+                raise NotFound("uploaded package", request.package)
             if (size := files.size(request.package)) != request.package_bytes:
                 raise ProtocolError("SubmitJob.package_bytes", got=request.package_bytes, expected=f"{size}, its size")
             record = await self._server.jobs.submit(package, submitter=who)

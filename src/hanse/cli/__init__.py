@@ -31,7 +31,10 @@ COMMANDS: Final = {
     "job submit": ("hanse.cli.submit:submit", "Submit a job; prints its id."),
     "job list": ("hanse.cli.job:list_jobs", "List all jobs, newest first."),
     "job show": ("hanse.cli.job:show", "Show one job: state, reason, clients, rounds."),
-    "job wait": ("hanse.cli.job:wait", "Follow a job to its end."),
+    "job wait": (
+        "hanse.cli.job:wait",
+        "Follow a job to its end; ends with 0 (completed), 20 (failed) or 21 (aborted).",
+    ),
     "job log": ("hanse.cli.job:log", "Show the last lines of a job's log, at the server or as a client reported it."),
     "job abort": ("hanse.cli.job:abort", "End a job; what is committed stays."),
     "job download": ("hanse.cli.job:download", "Fetch the model that a job resulted in."),
@@ -77,6 +80,9 @@ app: Final = _app()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that *arguments* name (by default the process's) and return the exit status."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
+    if not wants_log(tokens):
+        # gRPC's core writes to standard error by itself, of connections that we tell of in our own words.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         status = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()

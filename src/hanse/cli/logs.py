@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import time
 from typing import Final
@@ -49,8 +48,6 @@ def show_logs(level: int, *, as_json: bool, verbose: bool) -> None:
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("hanse").setLevel(logging.DEBUG if verbose else level)
-    if not verbose:  # gRPC's core writes to standard error by itself, of connections that we report in our own words
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def _plain(value: object) -> str:

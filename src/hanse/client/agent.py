@@ -228,6 +228,7 @@ class ClientAgent:
         goodbye = message.payload
         if goodbye.retry:
             _log.info("the server is going and means to come back", extra={"reason": goodbye.reason})
+            self._uplink.cell.drop(SERVER, Unreachable(SERVER, goodbye.reason))
         else:
             _log.warning("the server has ended for good; stopping", extra={"reason": goodbye.reason})
             self.stop()

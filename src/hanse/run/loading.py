@@ -6,6 +6,7 @@ what was imported from there is forgotten afterwards, so that two jobs in one pr
 """
 
 import importlib
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ def initial_model_of(spec: JobSpec, code: Path) -> Model:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise JobInvalid("model", got=spec.model, expected=f"a function that can be imported ({error})") from error
-    takes_seed = "seed" in getattr(getattr(function, "__code__", None), "co_varnames", ())
+    takes_seed = "seed" in inspect.signature(function).parameters
     model = function(seed=spec.seed) if takes_seed else function()
     if not isinstance(model, Model):
         raise JobInvalid("model", got=type(model).__name__, expected=f"{spec.model} to return a hanse.Model")

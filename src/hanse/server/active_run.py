@@ -31,7 +31,7 @@ from hanse.errors import (
 )
 from hanse.events import EventType, FLContext, Handlers
 from hanse.ids import SERVER, ClientName, Digest, Fqcn, JobId, job_cell
-from hanse.job import JobRecord, JobState, move
+from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.launch.log_lines import FieldLogger
 from hanse.launch.process import Launcher
 from hanse.messages import (
@@ -161,7 +161,7 @@ class ActiveRun:
     @property
     def has_ended(self) -> bool:
         """Whether the job has ended, for whatever reason."""
-        return self._over.is_set()
+        return self.record.state in ENDED
 
     # its life
 
@@ -184,28 +184,27 @@ class ActiveRun:
         return self.record
 
     async def end(self, to: JobState, *, code: str = "", reason: str = "", ended: RunEnded | None = None) -> None:
-        """End the job as *to*; the first end counts."""
+        """End the job as *to*: in the store first, then everywhere; the first end counts."""
         async with self._ending:
-            if self._over.is_set():
+            if self.has_ended:
                 return
             record = move(self.record, to, at=self._services.wall(), code=code, reason=reason)
             if ended is not None:
                 record = msgspec.structs.replace(record, result=ended.result, result_bytes=ended.result_bytes)
             await self._services.store.end_run(self._services.epoch, record, was=self.record.state)
             self.record = record
+            self.run.end(now=self._services.now())
+            notice = {
+                JobState.COMPLETED: EventType.JOB_COMPLETED,
+                JobState.FAILED: EventType.JOB_FAILED,
+                JobState.ABORTED: EventType.JOB_ABORTED,
+            }[to]
+            self._notify(notice, reason=reason, text=reason)
+            self._tell_run("abort", AbortRun(reason or to.value))
+            for client in self.run.clients:
+                self._tell(Fqcn(client), Channel.JOB, "abort", AbortJob(self.job_id, reason or to.value))
+            await asyncio.to_thread(self.files.delete_all)
             self._over.set()
-        self.run.end(now=self._services.now())
-        notice = {
-            JobState.COMPLETED: EventType.JOB_COMPLETED,
-            JobState.FAILED: EventType.JOB_FAILED,
-            JobState.ABORTED: EventType.JOB_ABORTED,
-        }[to]
-        self._notify(notice, reason=reason, text=reason)
-        self._log.info("job ended", extra={"state": to.value, "code": code, "reason": reason})
-        self._tell_run("abort", AbortRun(reason or to.value))
-        for client in self.run.clients:
-            self._tell(Fqcn(client), Channel.JOB, "abort", AbortJob(self.job_id, reason or to.value))
-        await asyncio.to_thread(self.files.delete_all)
 
     async def _supervise(self) -> None:
         """Keep the run's own process alive until the job has ended."""

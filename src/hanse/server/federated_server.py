@@ -50,7 +50,7 @@ from hanse.coordination.service import (
 from hanse.errors import ConfigError, Conflict, HanseError, InternalError, NotInService, Unauthenticated, Unauthorized
 from hanse.events import EventType, FLComponent, FLContext
 from hanse.identity.authorities import JobAuthority
-from hanse.identity.certificates import Identity
+from hanse.identity.certificates import Identity, one_certificate, require_issued_by
 from hanse.identity.private_files import make_private_folder
 from hanse.identity.tokens import TokenSigner
 from hanse.ids import SERVER, ClientName, Fqcn, JobId, Ssid, split_cell
@@ -440,12 +440,17 @@ class FederatedServer(BaseServer):
         """Take up the server's identity, or the workspace's secret for a server without one."""
         if where.tls is None:
             return Identities(TokenSigner.load_or_create(where.workspace / "token.secret"))
-        identity = Identity.load(where.tls.certificate, where.tls.key)
+        identity, roots = Identity.load(where.tls.certificate, where.tls.key), where.tls.root.read_bytes()
+        try:
+            require_issued_by(one_certificate(identity.certificate), roots)
+        except (ConfigError, Unauthenticated) as error:
+            expected = f"the PEM certificate of who issued {where.tls.certificate}"
+            raise ConfigError("grpc_args['ssl_root_cert']", got=str(where.tls.root), expected=expected) from error
         identification = Identification(
             project=self.project_name,
             server=identity.name,
             identity=identity,
-            roots=where.tls.root.read_bytes(),
+            roots=roots,
             sessions=Admission(max_duration_s=self.max_reg_duration),
         )
         authority = JobAuthority.load_or_create(where.workspace, now=datetime.now(UTC))

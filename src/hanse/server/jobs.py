@@ -232,7 +232,6 @@ class Jobs:
             raise JobInvalid("submission", got=record.spec.name, expected=f"one that the server takes: {refused}")
         await self._services.store.add_job(self._services.epoch, record)
         _log.info("job submitted", extra={"job": record.job_id, "submitter": submitter, "folder": str(job_folder.path)})
-        self._ended[record.job_id] = asyncio.Event()
         self.wake()
         return record
 
@@ -377,11 +376,19 @@ class Jobs:
 
     async def wait(self, job_id: JobId) -> JobRecord:
         """Return the job's record once it has ended."""
-        record = await self._services.store.job(job_id)
-        if record.state not in ENDED:
-            await self._ended.setdefault(job_id, asyncio.Event()).wait()
-            record = await self._services.store.job(job_id)
-        return record
+        while True:
+            # The event comes before the look: what ends in between has set it.
+            ended = self._ended.setdefault(job_id, asyncio.Event())
+            try:
+                record = await self._services.store.job(job_id)
+            except NotFound:
+                self._ended.pop(job_id, None)
+                raise
+            if record.state in ENDED:
+                ended.set()
+                self._ended.pop(job_id, None)
+                return record
+            await ended.wait()
 
     def current_task(self, client: ClientName) -> tuple[JobId, int] | None:
         """Return the job and round that *client* works for: of its runs, the one that began last."""

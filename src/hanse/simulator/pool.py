@@ -69,9 +69,14 @@ class Worker:
                     env={WORKER_MARK: "1"},
                     name=name,
                 )
+        except BaseException:
+            ours.close()
+            raise
+        try:
             reader, writer = await asyncio.open_connection(sock=ours)
         except BaseException:
             ours.close()
+            await process.stop(grace_s=0.0)
             raise
         return cls(process, reader, writer)
 

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import queue
 import random
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -38,6 +37,7 @@ from hanse.server.jobs import Jobs
 from hanse.settings import ClientSettings, ServerSettings
 from hanse.simulator.code import refuse_simulation_within_job
 from hanse.simulator.launcher import TaskLauncher
+from hanse.simulator.mailbox import Mailbox
 from hanse.simulator.pool import FunctionCrew, ScriptCrew
 from hanse.simulator.watch import Watcher, watching
 from hanse.storage.memory import MemoryStore
@@ -108,6 +108,7 @@ def simulate(
         SimulationFailed: the job failed; the sentence is its reason.
     """
     refuse_simulation_within_job()
+    _refuse_to_block(background_loop())
     if clients < 1:
         raise ConfigError("clients", got=clients, expected="1 or more")
     if workers is not None and workers < 1:
@@ -132,22 +133,22 @@ class Simulation:
             ScriptCrew(workers, logs=logs, script=spec.client) if spec.is_script else FunctionCrew(workers, logs=logs)
         )
         self._stopping = asyncio.Event()
-        self._events: queue.SimpleQueue[JobEvent | None] = queue.SimpleQueue()
+        self._events: Mailbox[JobEvent | None] = Mailbox()
 
     def run(self, on_event: Callable[[JobEvent], None] | None) -> SimulationResult:
         """Run the job; when this thread is interrupted, or *on_event* raises, end everything first."""
         loop = background_loop()
-        _refuse_to_block(loop)
-        running = asyncio.run_coroutine_threadsafe(self._run(is_watched=on_event is not None), loop)
-        try:
-            while (event := self._events.get()) is not None:
-                if on_event is not None:
-                    on_event(event)
-            return running.result()
-        finally:
-            if not running.done():
-                loop.call_soon_threadsafe(self._stopping.set)
-                _settle(running)
+        with self._events:
+            running = asyncio.run_coroutine_threadsafe(self._run(is_watched=on_event is not None), loop)
+            try:
+                while (event := self._events.take()) is not None:
+                    if on_event is not None:
+                        on_event(event)
+                return running.result()
+            finally:
+                if not running.done():
+                    loop.call_soon_threadsafe(self._stopping.set)
+                    _settle(running)
 
     async def _run(self, *, is_watched: bool) -> SimulationResult:
         """Do the work until it is done or ``_stopping`` is set; either way nothing is left of it then."""

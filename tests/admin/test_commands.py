@@ -1,0 +1,156 @@
+"""The handlers called directly with messages, as the cell calls them once the gate has let a message pass."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import hanse.admin
+from hanse.admin.commands import MAX_LOG_LINES, MAX_ROUNDS, AdminCommands
+from hanse.cell.cell import Cell, Handler
+from hanse.errors import HanseError, ProtocolError, Unauthenticated, Unauthorized
+from hanse.ids import ClientName, Digest, Fqcn, JobId
+from hanse.messages import (
+    Channel,
+    DisableClient,
+    Header,
+    JobList,
+    JobQuery,
+    JobView,
+    ListJobs,
+    LogQuery,
+    LogText,
+    Message,
+    RoundView,
+    SubmitJob,
+)
+
+from .world import Deployment, package, wait
+
+
+class Catching(Cell):
+    """A cell that keeps its handlers where a test can call them."""
+
+    def __init__(self) -> None:
+        super().__init__(Fqcn("caught"))
+        self.caught: dict[str, Handler] = {}
+
+    def on(self, channel: Channel, topic: str, handler: Handler) -> None:
+        assert channel is Channel.ADMIN
+        self.caught[topic] = handler
+
+
+@pytest.fixture(scope="module")
+def handlers(deployment: Deployment) -> dict[str, Handler]:
+    cell = Catching()
+    AdminCommands(wall=lambda: 42.0).register(deployment.server, cell)
+    return cell.caught
+
+
+def ask(
+    handler: Handler, payload: msgspec.Struct | None, *, who: str = "ada@demo", role: str = "admin"
+) -> Message | None:
+    stamped = {Header.ORIGIN: f"{who}.cli-1", Header.CLIENT: who, Header.ROLE: role}
+    headers = {name: value for name, value in stamped.items() if value}
+    return wait(handler(Message(headers, payload)))  # type: ignore[arg-type]  # each of these is a coroutine
+
+
+def job(deployment: Deployment, folder: Path, name: str = "job", who: str = "ada@demo") -> str:
+    with deployment.session(who) as session:
+        return session.submit(package(folder / name, name)).job_id
+
+
+def test_whoever_is_nobody_changes_nothing(
+    deployment: Deployment, handlers: dict[str, Handler], tmp_path: Path
+) -> None:
+    job_id = job(deployment, tmp_path)
+    changes = {
+        "job.submit": SubmitJob(Digest("0" * 64), 1),
+        "job.abort": JobQuery(job_id),
+        "client.disable": DisableClient("site-1"),
+    }
+    before = deployment.audited()
+    for topic, request in changes.items():
+        with pytest.raises(Unauthenticated):
+            ask(handlers[topic], request, who="")
+    assert deployment.audited() == before
+
+
+@pytest.mark.parametrize("role", ["", "emperor", "member", "lead"])
+def test_a_role_that_may_not_abort_others_jobs_does_not(
+    role: str, deployment: Deployment, handlers: dict[str, Handler], tmp_path: Path
+) -> None:
+    job_id = job(deployment, tmp_path)
+    with pytest.raises(Unauthorized):
+        ask(handlers["job.abort"], JobQuery(job_id), who="eve@demo", role=role)
+    entry = deployment.audited(1)[0]
+    assert (entry.at, entry.actor, entry.action, entry.outcome) == (42.0, "eve@demo", "job.abort", "unauthorized")
+
+
+def test_another_payload_than_the_topics_is_refused(handlers: dict[str, Handler]) -> None:
+    for topic, handler in handlers.items():
+        with pytest.raises(ProtocolError, match="payload"):
+            ask(handler, None)
+        assert topic
+
+
+def test_numbers_out_of_range_are_brought_into_it(
+    deployment: Deployment, handlers: dict[str, Handler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = job(deployment, tmp_path)
+    listed = ask(handlers["job.list"], ListJobs(limit=-5))
+    assert listed is not None
+    assert isinstance(listed.payload, JobList)
+    assert len(listed.payload.jobs) == 1
+    asked: list[int] = []
+
+    async def log_of(job_id: str, client: str | None, *, lines: int) -> str:
+        asked.append(lines)
+        return ""
+
+    monkeypatch.setattr(deployment.server.jobs, "log_of", log_of)
+    for lines in (-1, 10**9):
+        shown = ask(handlers["job.log"], LogQuery(job_id, lines=lines))
+        assert shown is not None
+        assert shown.payload == LogText("")
+    assert asked == [1, MAX_LOG_LINES]
+
+
+def test_a_long_history_is_shown_by_its_last_rounds(
+    deployment: Deployment, handlers: dict[str, Handler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = job(deployment, tmp_path)
+    view = wait(deployment.server.jobs.view(JobId(job_id)))
+    rounds = tuple(RoundView(number, {"loss": 1.0}, 0.1, 1.0) for number in range(MAX_ROUNDS + 5))
+
+    async def long_view(job_id: str, *, history: bool = True) -> JobView:
+        return msgspec.structs.replace(view, history=rounds)
+
+    monkeypatch.setattr(deployment.server.jobs, "view", long_view)
+    shown = ask(handlers["job.show"], JobQuery(job_id))
+    assert shown is not None
+    assert isinstance(shown.payload, JobView)
+    assert [each.round for each in shown.payload.history] == list(range(5, MAX_ROUNDS + 5))
+
+
+def test_what_fails_in_the_store_is_not_answered_as_done(
+    deployment: Deployment, handlers: dict[str, Handler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(HanseError):
+        pass
+
+    async def broken(*arguments: object, **more: object) -> None:
+        raise Broken("the disk is full")
+
+    monkeypatch.setattr(deployment.server.jobs.services.store, "set_disabled", broken)
+    with pytest.raises(Broken):
+        ask(handlers["client.disable"], DisableClient("site-1"))
+    assert deployment.server.clients.disabled_because(ClientName("site-1")) is None
+    assert deployment.audited(1)[0].reason == "the disk is full"
+
+
+def test_the_package_names_its_three_faces_and_no_more() -> None:
+    for name in hanse.admin.__all__:
+        assert getattr(hanse.admin, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        hanse.admin.nothing_like_it  # noqa: B018 - the lookup itself is tested

@@ -1,0 +1,184 @@
+"""Driving a workflow from its last committed state to its end."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hanse.errors import StoreFailed, TooFewClients, WorkflowFailed
+from hanse.ids import JobId
+from hanse.job import JobSpec, WorkflowSpec
+from hanse.learning.fedavg import FedAvg
+from hanse.learning.workflow import Federation, State
+from hanse.messages import RunSnapshot, StateRef
+from hanse.model import Model
+from hanse.run.runner import drive, load_state, store_state
+from hanse.storage.tensors import TensorFiles
+
+from .journal import Journal, federation
+
+SPEC = JobSpec("tiny", WorkflowSpec("fedavg"), client="app:app", model="model:initial")
+
+
+def model(value: float, size: int = 3) -> Model:
+    return Model({"w": np.full(size, value, np.float32)})
+
+
+@dataclass
+class Counting:
+    """Adds one a round, and keeps what it has seen."""
+
+    rounds: int = 3
+    raises: Exception | None = None
+    returns: Any = None
+    done_after: int = 99
+
+    def start(self, initial: Model) -> State:
+        return State(initial, extra={"first": initial}, values={"seen": [0]})
+
+    async def round(self, state: State, federation: Federation) -> State:
+        assert federation.round == state.round + 1
+        if self.raises is not None:
+            raise self.raises
+        if self.returns is not None:
+            return self.returns  # type: ignore[no-any-return]
+        number = state.round + 1
+        return State(
+            Model({"w": state.model["w"] + np.float32(1)}),
+            number,
+            state.extra,
+            {"seen": [*state.values["seen"], number]},  # type: ignore[misc]
+            {"accuracy": number / 10},
+            done=number >= self.done_after,
+        )
+
+
+async def driven(journal: Journal, workflow: Any, state: StateRef | None = None, **more: Any) -> State:
+    return await drive(
+        workflow,
+        spec=SPEC,
+        snapshot=RunSnapshot(JobId("tiny-1"), SPEC, (), state),
+        initial=lambda: model(5),
+        link=journal,  # type: ignore[arg-type]
+        files=journal.files,
+        federation=federation(journal, "a", "b"),
+        **more,
+    )
+
+
+async def test_every_round_is_committed_the_initial_model_first(files: TensorFiles) -> None:
+    journal = Journal(files)
+
+    last = await driven(journal, Counting())
+
+    assert (last.round, last.model, last.values) == (3, model(8), {"seen": [0, 1, 2, 3]})
+    assert [state.round for state, _ in journal.commits] == [0, 1, 2, 3]
+    assert journal.commits[2][0].metrics == {"accuracy": 0.2}
+
+
+async def test_a_run_goes_on_from_its_last_committed_state(files: TensorFiles) -> None:
+    whole = Journal(files)
+    expected = await driven(whole, Counting())
+    journal = Journal(files)
+
+    def no_initial_model() -> Model:
+        raise AssertionError("a state was committed before")
+
+    last = await drive(
+        Counting(),
+        spec=SPEC,
+        snapshot=RunSnapshot(JobId("tiny-1"), SPEC, (), whole.commits[1][0]),
+        initial=no_initial_model,
+        link=journal,  # type: ignore[arg-type]
+        files=files,
+        federation=federation(journal, "a"),
+    )
+
+    assert (last.model, last.values, last.extra["first"]) == (expected.model, expected.values, model(5))
+    assert [state.round for state, _ in journal.commits] == [2, 3]
+
+
+async def test_a_run_that_was_over_commits_nothing_more(files: TensorFiles) -> None:
+    whole = Journal(files)
+    await driven(whole, Counting())
+    journal = Journal(files)
+
+    assert (await driven(journal, Counting(), whole.commits[-1][0])).round == 3
+    assert journal.commits == []
+
+
+async def test_a_state_that_is_done_ends_the_run(files: TensorFiles) -> None:
+    journal = Journal(files)
+
+    assert (await driven(journal, Counting(done_after=2))).round == 2
+    assert journal.commits[-1][0].done
+
+
+async def test_a_run_that_is_asked_to_stop_ends_between_rounds(files: TensorFiles) -> None:
+    journal = Journal(files)
+
+    last = await driven(journal, Counting(), is_stopping=lambda: len(journal.commits) == 2)
+
+    assert last.round == 1
+
+
+async def test_commits_say_who_answered(files: TensorFiles) -> None:
+    clients = {name: lambda key, given: Model({"w": given["w"] + np.float32(2)}) for name in ("a", "b")}
+    journal = Journal(files, clients)
+
+    last = await driven(journal, FedAvg(rounds=2))
+
+    assert last.model == model(9)
+    assert [answered for _, answered in journal.commits] == [(), ("a", "b"), ("a", "b")]
+
+
+async def test_what_the_workflows_code_raises_names_workflow_and_round(files: TensorFiles) -> None:
+    with pytest.raises(WorkflowFailed, match="workflow 'fedavg' failed in round 1: KeyError: 'w'") as raised:
+        await driven(Journal(files), Counting(raises=KeyError("w")))
+
+    assert raised.value.round_number == 1
+
+
+async def test_what_makes_the_initial_model_fails_in_round_0(files: TensorFiles) -> None:
+    class Broken(Counting):
+        def start(self, initial: Model) -> State:
+            raise OSError("no data")
+
+    with pytest.raises(WorkflowFailed, match="in round 0: OSError: no data"):
+        await driven(Journal(files), Broken())
+
+
+async def test_the_workflows_own_refusals_pass_as_they_are(files: TensorFiles) -> None:
+    with pytest.raises(TooFewClients):
+        await driven(Journal(files), Counting(raises=TooFewClients(got=1, needed=2, why="site-1 was lost")))
+
+
+@pytest.mark.parametrize("returned", ["no state", State(model(1), 0), State(model(1), 7)])
+async def test_what_is_no_next_state_is_a_failure(files: TensorFiles, returned: Any) -> None:
+    journal = Journal(files)
+
+    with pytest.raises(WorkflowFailed, match=r"round\(\) returned"):
+        await driven(journal, Counting(returns=returned))
+    assert [state.round for state, _ in journal.commits] == [0]
+
+
+async def test_the_servers_refusal_to_commit_ends_the_run(files: TensorFiles) -> None:
+    journal = Journal(files)
+    journal.refuses = StoreFailed("committing a round", "no space left on device")
+
+    with pytest.raises(StoreFailed):
+        await driven(journal, Counting())
+
+
+def test_a_state_is_the_same_when_it_is_read_again(files: TensorFiles) -> None:
+    state = State(
+        model(1, size=10_000),
+        4,
+        {"moment": model(2), "big": model(3, size=10_000)},
+        {"rate": 0.5, "names": ["a"], "nested": {"deep": True}},
+        {"loss": 0.25},
+        done=True,
+    )
+
+    assert load_state(store_state(state, files), files) == state
