@@ -67,6 +67,14 @@ class Deployment:
         process.wait()
         _pipe_of(process).close()
 
+    def end(self, name: str) -> int:
+        """Ask a participant's process to end, and return its exit status."""
+        process = self.processes.pop(name)
+        process.terminate()
+        status = process.wait(60)
+        _pipe_of(process).close()
+        return status
+
     def stop(self) -> None:
         """Ask all processes to end, and wait for them; those that do not are killed."""
         for process in self.processes.values():

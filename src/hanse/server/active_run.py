@@ -441,8 +441,11 @@ class ActiveRun:
             self._spawn(self._start_client(client), f"start {client} of {self.job_id}")
 
     def agent_is_new(self, client: ClientName) -> None:
-        """Take note that *client*'s agent has registered anew, and may have lost the job's process."""
-        if not self.has_ended and self.run.participant(client).state is not ClientState.RUNNING:
+        """Take note that *client*'s agent has registered anew, and may have lost the job's process.
+
+        Its next heartbeat tells; that the process is connected does not, as its end may be noticed only later.
+        """
+        if not self.has_ended:
             self._unstarted.add(client)
 
     def process_ended(self, client: ClientName, end: JobEnded) -> None:
