@@ -1,8 +1,7 @@
 """Measure, one JSON line a figure: ``python -m benchmarks [NAME ...]``; without names, all of them.
 
 Each line is ``{"name", "value", "unit", "target", ...}``. Deployed means a server, its job process, two agents and
-their
-job processes, mutual TLS, loopback, defaults. The figures are of one run on this machine, as busy as it is.
+their job processes, mutual TLS, loopback, defaults. The figures are of one run on this machine, as busy as it is.
 """
 
 import itertools

@@ -1,11 +1,9 @@
 """Three organisations train a model together, here and for real: ``make demo``.
 
 A project is provisioned; a server and three clients start as processes of their own and talk over mutual TLS on
-loopback;
-the job in ``examples/digits`` is submitted, its progress shown, and its model compared on held-out data with what each
-client reaches alone and with what all data pooled would give. The demo fails if the federation is not worth it.
-Whatever
-happens, Ctrl-C included, no process is left.
+loopback; the job in ``examples/digits`` is submitted, its progress shown, and its model compared on held-out data with
+what each client reaches alone and with what all data pooled would give. The demo fails if the federation is not worth
+it. Whatever happens, Ctrl-C included, no process is left.
 """
 
 import asyncio

@@ -1,8 +1,7 @@
 """The two classes used directly: construct, deploy, clients register, a job runs, shut down.
 
 A program that has a server of its own in it looks like this. Everything is in one process here but the jobs, which
-always
-run in processes of their own; and there is no TLS, which only loopback allows.
+always run in processes of their own; and there is no TLS, which only loopback allows.
 """
 
 import argparse

@@ -1,10 +1,9 @@
 """What happens in a server or a run, and how handlers hear of it.
 
 Handlers are instances of ``FLComponent``, held by whoever fires the events (a server, a run): nothing is global, and
-two
-instances of one class both receive. They are called in the order given. At a *gate* a handler decides: one that raises
-refuses the thing with its reason, and one that crashes refuses too. A *notice* only tells: a handler that raises is
-logged and hurts nobody else.
+two instances of one class both receive. They are called in the order given. At a *gate* a handler decides: one that
+raises refuses the thing with its reason, and one that crashes refuses too. A *notice* only tells: a handler that raises
+is logged and hurts nobody else.
 """
 
 import logging

@@ -49,11 +49,10 @@ class WorkflowSpec(msgspec.Struct, frozen=True):
 class JobSpec(msgspec.Struct, frozen=True):
     """A job as plain data.
 
-    ``client`` is ``module:app`` (a ``ClientApp``) or a script (``train.py``); ``model`` is ``module:function``
-    (returns the
-    initial model) or a ``.safetensors`` file of the package. ``clients`` narrows who may take part (empty: anybody);
-    ``required_clients`` must. ``start_within_s`` is how long the job may wait for enough clients. ``process_tries``
-    bounds how often a job's process that died is started again, at each place.
+    ``client`` is ``module:app`` (a ``ClientApp``) or a script (``train.py``); ``model`` is ``module:function`` (returns
+    the initial model) or a ``.safetensors`` file of the package. ``clients`` narrows who may take part (empty:
+    anybody); ``required_clients`` must. ``start_within_s`` is how long the job may wait for enough clients.
+    ``process_tries`` bounds how often a job's process that died is started again, at each place.
     """
 
     name: str
@@ -106,10 +105,8 @@ class Job:
     """A job as written in Python; ``JobSpec`` says what each field means.
 
     ``workflow`` is an instance (``FedAvg(rounds=10)``), ``client`` a ``ClientApp``, a reference or a script's path,
-    ``model``
-    a ``Model``, a function that returns one, or a reference. ``source`` is the folder whose Python files make up the
-    job;
-    by default the folder of the file that defines ``client``.
+    ``model`` a ``Model``, a function that returns one, or a reference. ``source`` is the folder whose Python files make
+    up the job; by default the folder of the file that defines ``client``.
     """
 
     name: str

@@ -1,11 +1,9 @@
 """What participants say to each other: one frozen type per meaning, and the table of who answers which topic with what.
 
 A ``Message`` is headers and a typed payload. On the wire a payload is msgpack of its type; ``CATALOGUE`` names the
-types
-of each (channel, topic), and whatever does not decode as such is refused at the edge with the field that is wrong.
-Fields that a newer release added are ignored, and a field added later must have a default, so that neighbouring
-releases
-understand each other.
+types of each (channel, topic), and whatever does not decode as such is refused at the edge with the field that is
+wrong. Fields that a newer release added are ignored, and a field added later must have a default, so that neighbouring
+releases understand each other.
 
 Tensors never travel in a message, except small ones (``INLINE_LIMIT_BYTES``), whose bytes ride along in their reference
 because a transfer of their own would cost more than they weigh.

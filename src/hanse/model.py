@@ -2,8 +2,7 @@
 
 Arrays are NumPy's, in any dtype of ``hanse.messages.ITEM_BYTES`` (``bfloat16`` through ``ml_dtypes``), C-contiguous and
 little-endian; they may be mapped files. A model is a value: nothing that takes one changes its arrays. What a model
-looks
-like without its numbers is its ``ModelSpec``, and ``check`` says which tensor of another differs and how.
+looks like without its numbers is its ``ModelSpec``, and ``check`` says which tensor of another differs and how.
 """
 
 from collections.abc import Iterator, Mapping
@@ -63,8 +62,7 @@ class Model(Mapping[str, Array]):
     """Named arrays in order, read-only as a mapping; ``metadata`` maps text to text, at most 64 KiB in all.
 
     Arrays are taken as they are when contiguous (no copy), and keep their order. Two models are equal when names,
-    order,
-    dtypes, shapes, bytes and metadata are.
+    order, dtypes, shapes, bytes and metadata are.
 
     Raises:
         ModelInvalid: a name is empty or not text, an array has a dtype that cannot travel, metadata is too large.

@@ -1,9 +1,8 @@
 """A run's handle on its clients: what ``workflow.round`` gets as ``federation``.
 
 ``ask`` names each task by its key *(round, name, sequence, client)*. A workflow that is called again for the same round
-after a crash asks the same things in the same order, so its keys are the same: the server hands over the answers
-that it
-has accepted for them, and only the rest reaches a client. The sequence counts the asks of one name to one client
+after a crash asks the same things in the same order, so its keys are the same: the server hands over the answers that
+it has accepted for them, and only the rest reaches a client. The sequence counts the asks of one name to one client
 within the round.
 """
 
@@ -75,8 +74,7 @@ class RunFederation:
         """Give *task* to *clients* and yield one answer for each, in order of arrival.
 
         A client that is lost or has failed, or has not answered *deadline_s* seconds after the ask, answers with a
-        fault
-        that says so. Leaving the iteration early cancels what is still open. Closing matters: iterate under
+        fault that says so. Leaving the iteration early cancels what is still open. Closing matters: iterate under
         ``contextlib.aclosing`` or to the end.
         """
         keys = [self._next_key(task.name, client) for client in clients]

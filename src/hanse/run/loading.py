@@ -1,8 +1,8 @@
 """Loading a job's code: its workflow and its initial model, by the names that its ``JobSpec`` gives.
 
 A job's code is imported from its own folder, which is first on ``sys.path`` for as long as ``importing_from`` is
-entered;
-what was imported from there is forgotten afterwards, so that two jobs in one process may both have a ``model.py``.
+entered; what was imported from there is forgotten afterwards, so that two jobs in one process may both have a
+``model.py``.
 """
 
 import importlib

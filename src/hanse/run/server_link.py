@@ -1,9 +1,8 @@
 """A run's link to its server: what the run decides goes up and is durable when the call returns; answers come down.
 
 The run holds no database. ``ServerLink`` is the run's side of the ``run`` channel: ``attach`` tells where the run
-stands,
-``issue``, ``cancel``, ``commit`` and ``ended`` return when the server has journalled them, and the server's events (an
-answer was accepted, a client was lost or came back, abort) are handed to whoever ``listen`` was called with.
+stands, ``issue``, ``cancel``, ``commit`` and ``ended`` return when the server has journalled them, and the server's
+events (an answer was accepted, a client was lost or came back, abort) are handed to whoever ``listen`` was called with.
 """
 
 from collections.abc import Callable, Sequence

@@ -2,10 +2,8 @@
 
 The run's process (workflow, aggregation) and each client's process talk to their ``ActiveRun`` and never to each other.
 Whatever counts is written to the store before anybody acts on it: a task before its client hears of it, an answer
-before
-its sender is told that it was accepted, a round before the next one begins. ``coordination.runs.Run`` holds the
-decisions
-and mirrors the journal; this class owns the processes, the tensor files and the order of things.
+before its sender is told that it was accepted, a round before the next one begins. ``coordination.runs.Run`` holds the
+decisions and mirrors the journal; this class owns the processes, the tensor files and the order of things.
 
 Who is started when: clients' processes when the run begins, when one died and may be tried again, and when a client's
 agent comes back without one. The run's own process is started again when it dies, bounded in tries without progress.
@@ -59,6 +57,7 @@ from hanse.messages import (
     TaskResult,
 )
 from hanse.model import TensorMismatch
+from hanse.server.lifetime import start_in
 from hanse.server.run_spec import RunProcessSpec
 from hanse.storage.models import check_ref, digests_of
 from hanse.storage.records import Store
@@ -73,6 +72,11 @@ STOP_GRACE_S: Final = 5.0
 """How long a job's process may take to end once asked."""
 ABORTED: Final = "aborted"
 """The code of a run that was aborted, by a person or in its own process."""
+ENDINGS: Final = {
+    JobState.COMPLETED: EventType.JOB_COMPLETED,
+    JobState.FAILED: EventType.JOB_FAILED,
+    JobState.ABORTED: EventType.JOB_ABORTED,
+}
 PROCESS_MODULE: Final = "hanse.server.job_process"
 
 
@@ -181,6 +185,8 @@ class ActiveRun:
             self._group = None
             for task in self._work:
                 task.cancel()
+        async with self._ending:  # whoever ended it has told everybody
+            await asyncio.to_thread(self.files.delete_all)
         return self.record
 
     async def end(self, to: JobState, *, code: str = "", reason: str = "", ended: RunEnded | None = None) -> None:
@@ -193,18 +199,12 @@ class ActiveRun:
                 record = msgspec.structs.replace(record, result=ended.result, result_bytes=ended.result_bytes)
             await self._services.store.end_run(self._services.epoch, record, was=self.record.state)
             self.record = record
+            self._over.set()
             self.run.end(now=self._services.now())
-            notice = {
-                JobState.COMPLETED: EventType.JOB_COMPLETED,
-                JobState.FAILED: EventType.JOB_FAILED,
-                JobState.ABORTED: EventType.JOB_ABORTED,
-            }[to]
-            self._notify(notice, reason=reason, text=reason)
+            self._notify(ENDINGS[to], reason=reason, text=reason)
             self._tell_run("abort", AbortRun(reason or to.value))
             for client in self.run.clients:
                 self._tell(Fqcn(client), Channel.JOB, "abort", AbortJob(self.job_id, reason or to.value))
-            await asyncio.to_thread(self.files.delete_all)
-            self._over.set()
 
     async def _supervise(self) -> None:
         """Keep the run's own process alive until the job has ended."""
@@ -546,9 +546,10 @@ class ActiveRun:
         if self._group is None:
             work.close()
             return
-        task = self._group.create_task(self._guarded(work), name=name)
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
+        task = start_in(self._group, work, self._guarded, name=name)
+        if task is not None:
+            self._work.add(task)
+            task.add_done_callback(self._work.discard)
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         try:

@@ -2,8 +2,7 @@
 
 ``authorize`` says who a caller is when a stream or a tensor call opens; a caller without credentials is let in as
 anonymous and can do nothing but identify itself. ``gate`` looks at every message. A token is verified when a stream
-opens
-and is bound to it; afterwards only its expiry is looked at.
+opens and is bound to it; afterwards only its expiry is looked at.
 """
 
 from collections.abc import Callable

@@ -44,9 +44,8 @@ class AdminServer:
 class BaseServer(ABC):
     """Manages the clients and the listening endpoint.
 
-    ``min_num_clients`` and ``max_num_clients`` bound how many may be registered, ``heart_beat_timeout`` is in
-    seconds, and
-    ``shutdown_period`` is how long an orderly shutdown waits for clients.
+    ``min_num_clients`` and ``max_num_clients`` bound how many may be registered, ``heart_beat_timeout`` is in seconds,
+    and ``shutdown_period`` is how long an orderly shutdown waits for clients.
 
     Raises:
         ValueError: not ``1 <= min_num_clients <= max_num_clients``.

@@ -2,14 +2,12 @@
 
 Both are small because they compose: ``clients`` (who they prove to be, which tokens they hold), ``admittance`` (who may
 open a stream and ask what), ``tenure`` (the lease and the jobs under it), ``coordination.service`` (hot or cold).
-Message
-handlers are plain functions ``Message -> Message``: the network calls them, and so may a test or a program. What a
-handler
-raises becomes its reply, in one place (``_answered``), so that no failure is ever answered with an empty success.
+Message handlers are plain functions ``Message -> Message``: the network calls them, and so may a test or a program.
+What a handler raises becomes its reply, in one place (``_answered``), so that no failure is ever answered with an empty
+success.
 
 ``FederatedServer`` has two roles in two processes, as the contract wants. The deployed server registers clients and
-runs
-jobs; in a job's own process, ``create_job_cell`` and ``start_run`` drive one run (``run_manager``).
+runs jobs; in a job's own process, ``create_job_cell`` and ``start_run`` drive one run (``run_manager``).
 """
 
 import argparse
@@ -355,8 +353,8 @@ class FederatedServer(BaseServer):
     ) -> None:
         """Deploy as the base does, with everything that makes a server of it.
 
-        The handlers are registered, every incoming message's credentials are checked, the service state is the
-        overseer agent's word, and what the store says was running is resumed.
+        The handlers are registered, every incoming message's credentials are checked, the service state is the overseer
+        agent's word, and what the store says was running is resumed.
         """
         self.secure_train = self.secure_train or secure_train
         super().deploy(args, grpc_args, self.secure_train)

@@ -2,8 +2,7 @@
 
 One task schedules: it wakes when something changed (a job, a client, a deadline) and acts on what
 ``coordination.schedule`` decides. Each running job is an ``ActiveRun`` with a task of its own. Messages about a job
-find
-their run here. All of it lives on the event loop; ``heartbeat`` may be called from any thread.
+find their run here. All of it lives on the event loop; ``heartbeat`` may be called from any thread.
 """
 
 import asyncio
@@ -13,6 +12,7 @@ import re
 import secrets
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, TypeVar
@@ -59,6 +59,7 @@ from hanse.messages import (
 )
 from hanse.server.active_run import ActiveRun, RunFolder, RunServices, deploy
 from hanse.server.clients import Clients
+from hanse.server.lifetime import start_in
 from hanse.storage.packages import unpack_package
 from hanse.storage.tensors import TensorFiles
 
@@ -335,9 +336,10 @@ class Jobs:
     def _live(self, record: JobRecord, life: Coroutine[Any, Any, None]) -> None:
         """Give a job a task of its own; whatever goes wrong there ends that job and no other."""
         job_id = record.job_id
-        task = self._group.create_task(self._guarded(job_id, life), name=f"job {job_id}")
-        self._lives[job_id], self._taking[job_id] = task, record
-        task.add_done_callback(lambda _: self._has_lived(job_id))
+        task = start_in(self._group, life, partial(self._guarded, job_id), name=f"job {job_id}")
+        if task is not None:
+            self._lives[job_id], self._taking[job_id] = task, record
+            task.add_done_callback(lambda _: self._has_lived(job_id))
 
     def _has_lived(self, job_id: JobId) -> None:
         del self._lives[job_id], self._taking[job_id]
@@ -401,7 +403,7 @@ class Jobs:
             self._loop.call_soon_threadsafe(self._spawn_for, run, run.hand_out_again)
 
     def _spawn_for(self, run: ActiveRun, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._group.create_task(self._guarded(run.job_id, work()), name=f"work for {run.job_id}")
+        start_in(self._group, work(), partial(self._guarded, run.job_id), name=f"work for {run.job_id}")
 
     def stop_handing_out(self) -> None:
         """Start no further job; what runs goes on."""

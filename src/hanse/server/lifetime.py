@@ -3,9 +3,10 @@
 import asyncio
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 from hanse.cell.cell import Cell
 from hanse.cell.loop import run
@@ -72,3 +73,25 @@ def only_user_of(workspace: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def start_in(
+    group: asyncio.TaskGroup,
+    work: Coroutine[Any, Any, None],
+    guarded: Callable[[Coroutine[Any, Any, None]], Coroutine[Any, Any, None]],
+    *,
+    name: str,
+) -> asyncio.Task[None] | None:
+    """Give *work*, within *guarded*, a task in *group*; ``None`` when the group is ending and takes no more.
+
+    Work that never gets to run, because its task is cancelled before its first step, is closed.
+    """
+    wrapped = guarded(work)
+    try:
+        task = group.create_task(wrapped, name=name)
+    except RuntimeError:  # what an ending group raises
+        wrapped.close()
+        work.close()
+        return None
+    task.add_done_callback(lambda _: work.close())
+    return task

@@ -1,8 +1,7 @@
 """Who says which server is primary: a small interface, and an implementation whose answers are given to it.
 
-An overseer agent knows who is primary and under which service session id (SSID). The server hands ``start`` a
-callback, and
-the agent calls it, from any thread, whenever its answer may have changed.
+An overseer agent knows who is primary and under which service session id (SSID). The server hands ``start`` a callback,
+and the agent calls it, from any thread, whenever its answer may have changed.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,7 @@
 """A run in this process: what holds its components, handlers and context, and what drives it to its end.
 
 ``RunManager`` is the first, ``LocalRun`` the second. A failure of the run is reported to its server with its reason,
-once;
-what is committed by then stays.
+once; what is committed by then stays.
 """
 
 import asyncio

@@ -1,8 +1,7 @@
 """A server's tenure as primary: its lease on the store, whose epoch fences every write, and the jobs under it.
 
 A tenure ends when the server turns cold, shuts down, or learns from a write that its lease is another's by now. Then
-the
-runs' processes end here and their state stays committed, for the next tenure to resume.
+the runs' processes end here and their state stays committed, for the next tenure to resume.
 """
 
 import asyncio

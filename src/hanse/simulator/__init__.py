@@ -3,8 +3,8 @@
 Here belongs what stands in for a deployment's surroundings: a launcher that runs jobs' processes as tasks
 (``launcher``), the pool of worker processes in which users' training code runs (``pool``, ``worker``, and ``exchange``,
 what the two say to each other), the importing of a job's code into a process that is not its own (``code``), the way of
-events to the caller (``watch``, ``mailbox``), and the composition of it all (``simulation``). No rule belongs here: server, agents, runs, tasks and frames are the deployed
-ones, so what runs here runs there, with the same bytes.
+events to the caller (``watch``, ``mailbox``), and the composition of it all (``simulation``). No rule belongs here:
+server, agents, runs, tasks and frames are the deployed ones, so what runs here runs there, with the same bytes.
 
 The names below are loaded when they are first used: a worker must not pay for the server.
 """
