@@ -578,9 +578,10 @@ class RegisteredClient(msgspec.Struct, frozen=True):
 
 
 class ClientList(msgspec.Struct, frozen=True):
-    """Several registered clients, for people."""
+    """The registered clients, for people, and those that are disabled, each with the reason."""
 
     clients: tuple[RegisteredClient, ...]
+    disabled: dict[str, str] = {}
 
 
 class DisableClient(msgspec.Struct, frozen=True):

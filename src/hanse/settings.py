@@ -17,6 +17,8 @@ from hanse.job import Config, Resources
 
 SETTINGS_FILE: Final = "settings.toml"
 T = TypeVar("T", bound=msgspec.Struct)
+_COMPLAINT: Final = re.compile(r"(?P<what>missing required|contains unknown) field `(?P<field>[^`]+)`")
+"""What msgspec says of a field that is not there, or should not be."""
 
 
 def _expect(holds: bool, field: str, got: object, expected: str) -> None:
@@ -194,15 +196,27 @@ def read(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
-        what, _, field = str(error).partition(" - at `$.")
-        name = field.rstrip("`") or _named_in(what) or "settings"
-        got = table.get(name.partition(".")[0])
-        raise ConfigError(name, got=got, expected=what.removeprefix("Expected "), where=str(path)) from None
+        what, _, place = str(error).partition(" - at `$.")
+        place = place.rstrip("`")
+        if (match := _COMPLAINT.search(what)) is None:
+            got = _found(table, place)
+            raise ConfigError(
+                place or "settings", got=got, expected=what.removeprefix("Expected "), where=str(path)
+            ) from None
+        name = f"{place}.{match['field']}" if place else match["field"]
+        expected = "a value; it has no default" if match["what"] == "missing required" else "no such field"
+        raise ConfigError(name, got=_found(table, name), expected=expected, where=str(path)) from None
     except ConfigError as error:
         raise ConfigError(error.field, got=error.got, expected=error.expected, where=str(path)) from None
 
 
-def _named_in(complaint: str) -> str:
-    """Return the field that msgspec's *complaint* about the whole table names, if it names one."""
-    match = re.search(r"field `(\w+)`", complaint)
-    return match[1] if match else ""
+def _found(table: object, name: str) -> object:
+    """Return what *table* holds under *name*, such as ``policy.submitters[0]``; ``None`` where it holds nothing."""
+    for part in re.findall(r"[^.\[\]]+", name):
+        if isinstance(table, dict):
+            table = table.get(part)
+        elif isinstance(table, list) and part.isdigit() and int(part) < len(table):
+            table = table[int(part)]
+        else:
+            return None
+    return table

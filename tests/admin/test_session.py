@@ -141,6 +141,16 @@ def test_what_was_not_uploaded_or_has_another_size_is_not_submitted(deployment: 
     assert deployment.uploads() == []
 
 
+def test_an_upload_that_broke_off_is_cleared_away_with_the_next_one(deployment: Deployment, tmp_path: Path) -> None:
+    files = deployment.server.jobs.upload_files("ada@demo")
+    with files.begin(Digest("0" * 64), 100) as partial:
+        partial.write(b"not all of it")
+    assert deployment.uploads() == [f"{'0' * 64}.part"]
+    with deployment.session() as session:
+        session.submit(package(tmp_path / "job"))
+    assert deployment.uploads() == []
+
+
 def test_jobs_are_listed_newest_first_and_by_state(deployment: Deployment, tmp_path: Path) -> None:
     with deployment.session() as session:
         first = session.submit(package(tmp_path / "job", "first")).job_id
@@ -414,6 +424,7 @@ def test_clients_are_listed_and_a_disabled_one_stays_out_until_enabled(kits: Pat
             with pytest.raises(Unauthenticated, match="disabled by ada@demo"):
                 await running
             assert await session.clients() == ()
+            assert await session.disabled_clients() == {"site-1": "disabled by ada@demo"}
 
     async def enable(deployment: Deployment) -> None:
         async with deployment.async_session() as session:

@@ -125,6 +125,10 @@ def test_from_kits_to_a_model_in_a_file(kits: Path, tmp_path: Path) -> None:
             view = hanse("job", "submit", tmp_path / "job", "--wait", **ada)
             assert (view["state"], view["round"]) == ("completed", 10)
             assert view["metrics"]["eval_accuracy"] > 0.85
+            clients = hanse("client", "list", **ada)
+            assert [client["name"] for client in clients["clients"]] == ["site-1", "site-2"]
+            assert clients["disabled"] == {}
+            assert hanse("server", "status", **ada)["clients"] == 2
             listed = hanse("job", "list", **ada)["jobs"]
             assert [job["state"] for job in listed] == ["completed", "aborted"]
 

@@ -70,3 +70,21 @@ def test_a_project_that_does_not_hold_is_one_sentence(hanse: Hanse, folder: Path
     assert ended.status == 2
     assert "host" in ended.err
     assert not (folder / "kits").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "kit", "wanted", "this"),
+    [
+        (("client", "start"), "server", "a client's", "a server's"),
+        (("client", "stop"), "ada@demo", "a client's", "an administrator's"),
+        (("server", "start"), "site-1", "a server's", "a client's"),
+        (("job", "list", "--kit"), "server", "an administrator's", "a server's"),
+    ],
+)
+def test_a_kit_of_the_wrong_kind_is_one_sentence(
+    hanse: Hanse, folder: Path, command: tuple[str, ...], kit: str, wanted: str, this: str
+) -> None:
+    hanse("provision", folder / "project.toml", "--out", folder / "kits")
+    ended = hanse(*command, folder / "kits" / kit)
+    assert ended.status == 2
+    assert ended.err == f"hanse: kit is '{folder / 'kits' / kit}'; expected {wanted}, and this one is {this}\n"

@@ -87,12 +87,14 @@ def test_settings_of_another_name_or_project_are_refused(tmp_path: Path, authori
         Kit.load(tmp_path, ClientSettings)
 
 
-def test_a_kit_of_another_role_is_refused(tmp_path: Path, authority: Authority, make_identity: IdentityMaker):
+def test_a_kit_of_another_kind_is_refused_as_what_it_is(tmp_path: Path, authority: Authority, make_identity: IdentityMaker):
     write_kit(tmp_path, make_identity("site-1", role="admin:lead"), authority.certificate)
 
     assert Kit.load(tmp_path, AdminSettings).settings.name == "site-1"
-    with pytest.raises(ConfigError, match=r"role in .* is 'admin:lead'; expected 'client'"):
-        Kit.load(tmp_path, ClientSettings)
+    for kind, wanted in ((ClientSettings, "a client's"), (ServerSettings, "a server's")):
+        with pytest.raises(ConfigError, match=f"; expected {wanted}, and this one is an administrator's") as wrong:
+            Kit.load(tmp_path, kind)
+        assert str(tmp_path) in str(wrong.value)
 
 
 def test_a_kit_without_certificates_needs_tls_to_be_off(tmp_path: Path):

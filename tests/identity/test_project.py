@@ -1,4 +1,5 @@
 import math
+import re
 import tomllib
 from pathlib import Path
 
@@ -149,11 +150,11 @@ SERVER = '[server]\nhosts = ["localhost"]\n'
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (SERVER, "missing required field `name`"),
-        ('name = "demo"', "missing required field `server`"),
+        (SERVER, "^name is None; expected a value"),
+        ('name = "demo"', "^server is None; expected a value"),
         ('name = "a.b"\n' + SERVER, "name is 'a.b'"),
-        ('name = "demo"\nclient = 1\n' + SERVER, "unknown field `client`"),
-        ('name = "demo"\n' + SERVER + "ports = 1", "unknown field `ports`"),
+        ('name = "demo"\nclient = 1\n' + SERVER, "^client is 1; expected no such field"),
+        ('name = "demo"\n' + SERVER + "ports = 1", r"^server\.ports is 1; expected no such field"),
         ('name = "demo"\n' + SERVER + "port = 0", "server.port is 0"),
         ('name = "demo"\n' + SERVER + "port = 65536", "server.port is 65536"),
         ('name = "demo"\nvalid_days = 0\n' + SERVER, "valid_days is 0"),
@@ -175,8 +176,10 @@ SERVER = '[server]\nhosts = ["localhost"]\n'
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, problem: str):
-    with pytest.raises(ConfigError, match=f"(?i){problem}"):
+    with pytest.raises(ConfigError) as wrong:
         loaded(tmp_path, text)
+    sentence = str(wrong.value).replace(f" in {wrong.value.where}", "")
+    assert re.search(problem, sentence, re.IGNORECASE), sentence
 
 
 def test_admins_can_do_everything_unless_said_otherwise():

@@ -11,9 +11,9 @@ import pytest
 from hanse.cell.cell import Cell
 from hanse.errors import ConfigError, Conflict, HanseError, NotInService, Unreachable
 from hanse.events import EventType, FLComponent, FLContext
-from hanse.ids import JobId
+from hanse.ids import ClientName, JobId
 from hanse.job import JobState, WorkflowSpec
-from hanse.messages import Channel, ClientList, Heartbeat, ListClients, Message, Quit, ReturnCode, ok
+from hanse.messages import Channel, ClientList, Heartbeat, ListClients, Message, Quit, ReturnCode, RunSnapshot, ok
 from hanse.server import BaseServer, FederatedServer
 from hanse.server.federated_server import CommandModule
 from hanse.server.overseer import ScriptedOverseer
@@ -443,26 +443,36 @@ def test_a_run_driven_by_the_two_calls_of_the_contract(
 def test_a_run_with_a_snapshot_goes_on_from_there(
     deployed: MakeServer, make_server: MakeServer, dialler: Dialler, tmp_path: Path
 ) -> None:
-    run_server = make_server()
-    server, site, launcher, job_id = driven(deployed, dialler, tmp_path, run_server)
-    folder, job_spec = Path(launcher.specs[0].folder), launcher.specs[0].spec
-    thread, _ = in_thread(lambda: run_server.start_run(job_id, folder, job_spec, None, None))
-    first = site.task()
-    site.send(answer(first, w(2)))
-    assert site.task().key.round == 2
+    first_process = make_server()
+    server, site, launcher, job_id = driven(deployed, dialler, tmp_path, first_process)
+    (run_spec,) = launcher.specs
+    folder, job_spec = Path(run_spec.folder), run_spec.spec
 
-    link = run_server._job_cell
-    assert link is not None
-    snapshot = wait(link.link.attach())
+    def run_until_cut_off() -> None:
+        with pytest.raises(Unreachable):
+            first_process.start_run(job_id, folder, job_spec, None, None)
 
-    assert snapshot.state is not None
-    assert snapshot.state.round == 1
-    assert snapshot.clients == ("site-1",)
-    launcher.stops.set()
-    assert wait(server.jobs.abort(job_id, reason="enough")).state is JobState.ABORTED
-    run_server.abort_run()
+    thread, _ = in_thread(run_until_cut_off)
+    site.send(answer(site.task(), w(2)))
+    second_round = site.task()
+    first_process.stop_run_engine_cell()
     thread.join(20)
-    assert not thread.is_alive()
+
+    committed = wait(server.jobs.services.store.snapshot(job_id)).state
+    assert committed is not None
+    assert committed.round == 1
+    snapshot = RunSnapshot(job_id, job_spec, (ClientName("site-1"),), committed)
+    second_process = make_server()
+    credentials = {"credentials": run_spec.credentials}
+    second_process.create_job_cell(job_id, "", run_spec.parent_url, False, credentials)
+    thread, results = in_thread(lambda: second_process.start_run(job_id, folder, job_spec, None, snapshot))
+    site.send(answer(second_round, w(3)))
+    thread.join(20)
+    launcher.stops.set()
+
+    assert [end.completed for end in results] == [True], "the round was not begun anew: its one answer was enough"
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    second_process.stop_run_engine_cell()
 
 
 def test_a_run_that_its_server_aborts_ends_and_says_so(

@@ -338,7 +338,8 @@ def test_the_same_word_again_changes_nothing(stage: Stage) -> None:
 
 def test_calls_of_the_overseer_do_not_overlap(stage: Stage) -> None:
     at_once, most = 0, 0
-    honest = stage.server._observe
+    primacy = stage.server._primacy
+    honest = primacy._observe
 
     def watched(agent: OverseerAgent) -> None:
         nonlocal at_once, most
@@ -347,7 +348,7 @@ def test_calls_of_the_overseer_do_not_overlap(stage: Stage) -> None:
         honest(agent)
         at_once -= 1
 
-    stage.server._observe = watched  # type: ignore[method-assign]
+    primacy._observe = watched  # type: ignore[method-assign]
     words = [Primary(target_of(stage.server), Ssid("tenure-1")), None] * 4
     threads = [threading.Thread(target=stage.overseer.appoint, args=(word,)) for word in words]
     for thread in threads:

@@ -212,6 +212,17 @@ def test_keep_only_deletes_what_was_left_behind_unless_it_can_be_resumed_for_use
     assert names(files) == {f"{DIGEST}.part"}
 
 
+def test_unfinished_files_are_dropped_unless_somebody_works_on_them(files: TensorFiles) -> None:
+    kept = files.put(b"kept")
+    with files.begin(digest_of(b"broken off"), 10) as partial:
+        partial.write(b"broke")
+    (files.root / "0123.tmp").touch()
+    with files.begin(DIGEST, len(CONTENT)) as partial:
+        partial.write(CONTENT[:5])
+        assert files.drop_unfinished() == 2
+        assert names(files) == {kept, f"{DIGEST}.part"}
+
+
 def test_keep_only_leaves_files_that_are_not_its_own(files: TensorFiles) -> None:
     (files.root / "README").touch()
 

@@ -9,13 +9,15 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
 
 from hanse.cell.cell import Cell, Handler
+from hanse.cell.frames import MAX_PAYLOAD_BYTES
 from hanse.coordination.policy import demand_abort
 from hanse.errors import HanseError, NotFound, ProtocolError, Unauthenticated
 from hanse.ids import NAME_RULE, ClientName, Fqcn, JobId, is_name
@@ -40,6 +42,7 @@ from hanse.messages import (
     SubmitJob,
     ok,
 )
+from hanse.server.bounds import shortened
 from hanse.server.federated_server import FederatedServer
 from hanse.server.jobs import expect
 from hanse.storage.packages import MAX_PACKAGE_BYTES
@@ -49,10 +52,13 @@ from hanse.storage.tensors import TensorFiles
 MAX_JOBS: Final = 1000
 MAX_ROUNDS: Final = 1000
 """The most rounds that a job's history is shown with: the last ones. An answer has to fit into one message."""
+MAX_ANSWER_BYTES: Final = MAX_PAYLOAD_BYTES - 64 * 1024
 MAX_LOG_LINES: Final = 10_000
+MAX_AUDITED_CHARS: Final = 128
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+S = TypeVar("S", bound=msgspec.Struct)
 
 
 class AdminCommands:
@@ -117,7 +123,7 @@ class _Desk:
                 raise ProtocolError("SubmitJob.package_bytes", got=request.package_bytes, expected=f"{size}, its size")
             record = await self._server.jobs.submit(package, submitter=who)
         finally:
-            await asyncio.to_thread(package.unlink, missing_ok=True)
+            await asyncio.to_thread(_clear_up, files, package)
         return JobSubmitted(record.job_id, record.spec.name)
 
     async def _list(self, message: Message) -> Message:
@@ -126,11 +132,15 @@ class _Desk:
         if request.state and request.state not in states:
             raise ProtocolError("ListJobs.state", got=request.state, expected=f"nothing, or one of {', '.join(states)}")
         limit = min(max(request.limit, 1), MAX_JOBS)
-        return ok(JobList(tuple(await self._server.jobs.views(state=request.state, limit=limit))))
+        views = await self._server.jobs.views(state=request.state, limit=limit)
+        return ok(JobList(_fitting(views, MAX_ANSWER_BYTES)))
 
     async def _show(self, message: Message) -> Message:
         view = await self._server.jobs.view(await self._found(message))
-        return ok(msgspec.structs.replace(view, history=view.history[-MAX_ROUNDS:]))
+        bare = msgspec.structs.replace(view, history=())
+        last_first = view.history[: -MAX_ROUNDS - 1 : -1]
+        fitting = _fitting(last_first, MAX_ANSWER_BYTES - len(msgspec.msgpack.encode(bare)))
+        return ok(msgspec.structs.replace(view, history=fitting[::-1]))
 
     async def _watch(self, message: Message) -> Message:
         jobs, job_id = self._server.jobs, await self._found(message)
@@ -180,7 +190,7 @@ class _Desk:
                     release=release if isinstance(release, str) else "",
                 )
             )
-        return ok(ClientList(tuple(clients)))
+        return ok(ClientList(tuple(clients), await self._server.jobs.services.store.disabled_clients()))
 
     async def _disable(self, message: Message) -> None:
         request, who = expect(message, DisableClient), _asker(message)
@@ -233,13 +243,30 @@ class _Desk:
 
     async def _audit(self, who: str, action: str, thing: str, outcome: str, reason: str = "") -> None:
         services = self._server.jobs.services
-        entry = AuditEntry(self._wall(), who, action, thing, outcome, reason)
+        entry = AuditEntry(self._wall(), who, action, shortened(thing, MAX_AUDITED_CHARS), outcome, shortened(reason))
         await services.store.audit(services.epoch, entry)
+
+
+def _fitting(views: Sequence[S], room: int) -> tuple[S, ...]:
+    """Return as many of the first *views* as *room* bytes hold."""
+    fitting: list[S] = []
+    for view in views:
+        room -= len(msgspec.msgpack.encode(view))
+        if room < 0:
+            break
+        fitting.append(view)
+    return tuple(fitting)
 
 
 def _shut_down(server: FederatedServer) -> None:
     """Shut *server* down; not on the event loop, because that is among what it waits for."""
     threading.Thread(target=server.fl_shutdown, name="shutdown").start()
+
+
+def _clear_up(files: TensorFiles, package: Path) -> None:
+    """Delete *package*, which has been dealt with, and what this administrator's earlier uploads broke off at."""
+    package.unlink(missing_ok=True)
+    files.drop_unfinished()
 
 
 async def _nothing() -> None:

@@ -234,6 +234,10 @@ class AdminSession:
         """Return the registered clients, by name."""
         return (await self._ask("client.list", ListClients(), ClientList)).clients
 
+    async def disabled_clients(self) -> dict[str, str]:
+        """Return the names of the clients that are refused, each with the reason."""
+        return (await self._ask("client.list", ListClients(), ClientList)).disabled
+
     async def disable(self, client: str) -> None:
         """Refuse *client* from now on."""
         await self._command("client.disable", DisableClient(client))
@@ -460,6 +464,10 @@ class BlockingAdminSession:
     def clients(self) -> tuple[RegisteredClient, ...]:
         """Return the registered clients."""
         return run(self._session.clients())
+
+    def disabled_clients(self) -> dict[str, str]:
+        """Return the names of the clients that are refused, each with the reason."""
+        return run(self._session.disabled_clients())
 
     def disable(self, client: str) -> None:
         """Refuse *client* from now on."""

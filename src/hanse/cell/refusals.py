@@ -13,6 +13,7 @@ from hanse.errors import HanseError
 from hanse.messages import Header, Message, ReturnCode, refusal
 
 MAX_REASON_CHARS: Final = 2000
+MAX_CODE_CHARS: Final = 64
 
 RETURN_CODES: Final[Mapping[type[HanseError], ReturnCode]] = {
     errors.HanseError: ReturnCode.INTERNAL,
@@ -83,8 +84,9 @@ def error_from(headers: Mapping[str, str]) -> HanseError:
         code = ReturnCode(headers.get(Header.RETURN_CODE, ReturnCode.COMM_ERROR))
     except ValueError:  # a newer peer's code
         code = ReturnCode.INTERNAL
-    reason = headers.get(Header.REASON) or f"the peer gave no reason ({code.value})"
-    error_code = headers.get(Header.ERROR_CODE, "")
+    # A peer may say what it likes, and its sentence becomes part of others.
+    reason = headers.get(Header.REASON, "")[:MAX_REASON_CHARS] or f"the peer gave no reason ({code.value})"
+    error_code = headers.get(Header.ERROR_CODE, "")[:MAX_CODE_CHARS]
     if code is ReturnCode.UNAUTHENTICATED:
         return errors.Unauthenticated(reason)
     if error_code == errors.NotInService.code:

@@ -16,18 +16,22 @@ from hanse.cli.failures import INTERRUPTED, USAGE, Failure, failure_of, wants_js
 
 COMMANDS: Final = {
     "new": ("hanse.cli.new:new", "Make a job's folder that runs, to start from."),
-    "simulate": ("hanse.cli.simulate:simulate", "Run a job here, in one process, with simulated clients."),
+    "simulate": ("hanse.cli.simulate:simulate", "Run a job here, with simulated clients."),
     "provision": ("hanse.cli.provision:provision", "Make the project's authority and a kit for each participant."),
     "kit request": ("hanse.cli.kit:request", "Make a key here, and a request for a certificate."),
     "kit approve": ("hanse.cli.kit:approve", "Answer a request, as the holder of the project's authority."),
     "kit install": ("hanse.cli.kit:install", "Put what was approved beside the key."),
     "server start": ("hanse.cli.server:start", "Run the server until it is stopped."),
+    "server status": ("hanse.cli.status:status", "Show how the server is."),
     "server stop": (
         "hanse.cli.stop:server",
         "Stop the server in order, by its kit, here, or by an administrator's (--kit).",
     ),
     "client start": ("hanse.cli.client:start", "Run a site's agent until it is stopped."),
     "client stop": ("hanse.cli.stop:client", "Stop a site's agent."),
+    "client list": ("hanse.cli.clients:list_clients", "List the clients that the server knows."),
+    "client disable": ("hanse.cli.clients:disable", "Refuse a client from now on."),
+    "client enable": ("hanse.cli.clients:enable", "Refuse a client no longer."),
     "job submit": ("hanse.cli.submit:submit", "Submit a job; prints its id."),
     "job list": ("hanse.cli.job:list_jobs", "List all jobs, newest first."),
     "job show": ("hanse.cli.job:show", "Show one job: state, reason, clients, rounds."),
@@ -45,7 +49,7 @@ COMMANDS: Final = {
 GROUPS: Final = {
     "kit": "Certificates for keys that never leave their site.",
     "server": "The server.",
-    "client": "A site's agent.",
+    "client": "A site's agent; and the clients of a server, asked for with an administrator's kit.",
     "job": "Jobs at a server, asked for with an administrator's kit.",
 }
 

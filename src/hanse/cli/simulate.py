@@ -29,7 +29,7 @@ def simulate(
     out: Annotated[Path | None, Parameter(help="Write the model to this .safetensors file.")] = None,
     output: Output = TEXT,
 ) -> int:
-    """Run a job here, in one process, with simulated clients; the exit status is as for 'hanse job wait'."""
+    """Run a job here, with simulated clients; the exit status is as for 'hanse job wait'."""
     show_logs(logging.ERROR, as_json=output.is_json, verbose=output.verbose)
     with JobProgress(is_quiet=output.is_json) as progress:
         progress.add(_not_begun(spec_of_folder(folder)))

@@ -35,6 +35,8 @@ _ROLES: Final[Mapping[type[AnySettings], str]] = {
     AdminSettings: ADMIN_ROLE,
 }
 
+_WHOSE: Final = {SERVER_ROLE: "a server's", CLIENT_ROLE: "a client's", ADMIN_ROLE: "an administrator's"}
+
 S = TypeVar("S", bound=AnySettings)
 
 
@@ -71,17 +73,20 @@ class Kit(Generic[S]):
         Whether its certificate is valid today is not asked: who verifies it has the clock that counts.
 
         Raises:
-            ConfigError: a file is missing or not what it should be, others can read the key, or the parts do not
-            belong together: key and certificate, certificate and authority, certificate and settings.
+            ConfigError: the kit is another kind of participant's, a file is missing or not what it should be, others
+            can read the key, or the parts do not belong together: key and certificate, certificate and authority,
+            certificate and settings.
         """
-        settings = read(folder / SETTINGS_FILE, kind)
         paths = {name: folder / name for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE)}
-        if not settings.tls and not any(path.exists() for path in paths.values()):
-            return cls(folder, settings, None, b"")
-        if (folder / REQUEST_FILE).exists() and not paths[CERTIFICATE_FILE].exists():
+        if paths[CERTIFICATE_FILE].exists():
+            _require_kind(folder, kind)
+        elif (folder / REQUEST_FILE).exists():
             raise ConfigError(
                 "kit", got=f"{folder} without {CERTIFICATE_FILE}", expected="what 'hanse kit install' makes of it"
             )
+        settings = read(folder / SETTINGS_FILE, kind)
+        if not settings.tls and not any(path.exists() for path in paths.values()):
+            return cls(folder, settings, None, b"")
         require_private(paths[KEY_FILE])
         identity = Identity.load(paths[CERTIFICATE_FILE], paths[KEY_FILE])
         ca_pem = read_file(paths[CA_FILE], what="certificate file")
@@ -95,6 +100,16 @@ class Kit(Generic[S]):
         return self.folder / path
 
 
+def _require_kind(folder: Path, kind: type[AnySettings]) -> None:
+    """Raise unless the kit in *folder* is of *kind*: looked at first, for nothing else in another's kit makes sense."""
+    path = folder / CERTIFICATE_FILE
+    role = Subject.of(parse_certificate(read_file(path, what="certificate file"), path).subject).role
+    whose = role.partition(":")[0]
+    if whose != _ROLES[kind]:
+        this = _WHOSE.get(whose, f"for {role!r}")
+        raise ConfigError("kit", got=str(folder), expected=f"{_WHOSE[_ROLES[kind]]}, and this one is {this}")
+
+
 def _require_coherent(folder: Path, settings: AnySettings, identity: Identity, ca_pem: bytes) -> None:
     where = str(folder / CERTIFICATE_FILE)
     authority = Subject.of(parse_certificate(ca_pem, folder / CA_FILE).subject)
@@ -102,9 +117,6 @@ def _require_coherent(folder: Path, settings: AnySettings, identity: Identity, c
         require_issued_by(parse_certificate(identity.certificate, folder / CERTIFICATE_FILE), ca_pem)
     except Unauthenticated as error:
         raise ConfigError("certificate file", got=where, expected=f"one issued by {folder / CA_FILE}") from error
-    role = _ROLES[type(settings)]
-    if identity.role != role and not identity.role.startswith(f"{role}:"):
-        raise ConfigError("certificate's role", got=identity.role, expected=repr(role), where=where)
     if identity.name != settings.name:
         raise ConfigError("name", got=settings.name, expected=f"{identity.name!r}, as {where} says")
     if authority.organisation != settings.project:

@@ -12,7 +12,7 @@ agent comes back without one. The run's own process is started again when it die
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ from hanse.errors import (
     InternalError,
     ProtocolError,
     SiteRefused,
+    StoreFailed,
     UpdateRejected,
 )
 from hanse.events import EventType, FLContext, Handlers
@@ -57,6 +58,7 @@ from hanse.messages import (
     TaskResult,
 )
 from hanse.model import TensorMismatch
+from hanse.server.bounds import MAX_CODE_CHARS, MAX_TAIL_CHARS, check_metrics, shortened
 from hanse.server.lifetime import start_in
 from hanse.server.run_spec import RunProcessSpec
 from hanse.storage.models import check_ref, digests_of
@@ -70,6 +72,8 @@ DEPLOY_TIMEOUT_S: Final = 120.0
 START_TIMEOUT_S: Final = 30.0
 STOP_GRACE_S: Final = 5.0
 """How long a job's process may take to end once asked."""
+MAX_LOGS_PER_S: Final = 200
+"""More events with metrics of one client are dropped; a site's own part sends half as many at most."""
 ABORTED: Final = "aborted"
 """The code of a run that was aborted, by a person or in its own process."""
 ENDINGS: Final = {
@@ -154,6 +158,7 @@ class ActiveRun:
         self._work: set[asyncio.Task[None]] = set()
         self._unstarted: set[ClientName] = set()
         self._tails: dict[ClientName, str] = {}
+        self._logged: dict[ClientName, tuple[int, int]] = {}
         self._progress = 0
         self._round_announced = -1
 
@@ -186,7 +191,7 @@ class ActiveRun:
             for task in self._work:
                 task.cancel()
         async with self._ending:  # whoever ended it has told everybody
-            await asyncio.to_thread(self.files.delete_all)
+            await asyncio.to_thread(self._delete_tensors)
         return self.record
 
     async def end(self, to: JobState, *, code: str = "", reason: str = "", ended: RunEnded | None = None) -> None:
@@ -194,7 +199,10 @@ class ActiveRun:
         async with self._ending:
             if self.has_ended:
                 return
-            record = move(self.record, to, at=self._services.wall(), code=code, reason=reason)
+            reason = shortened(reason)
+            record = move(
+                self.record, to, at=self._services.wall(), code=shortened(code, MAX_CODE_CHARS), reason=reason
+            )
             if ended is not None:
                 record = msgspec.structs.replace(record, result=ended.result, result_bytes=ended.result_bytes)
             await self._services.store.end_run(self._services.epoch, record, was=self.record.state)
@@ -205,6 +213,12 @@ class ActiveRun:
             self._tell_run("abort", AbortRun(reason or to.value))
             for client in self.run.clients:
                 self._tell(Fqcn(client), Channel.JOB, "abort", AbortJob(self.job_id, reason or to.value))
+
+    def _delete_tensors(self) -> None:
+        try:
+            self.files.delete_all()
+        except StoreFailed as failed:  # the job has ended all the same
+            self._log.warning("tensors left behind", extra={"reason": failed.reason})
 
     async def _supervise(self) -> None:
         """Keep the run's own process alive until the job has ended."""
@@ -283,6 +297,9 @@ class ActiveRun:
 
         The run's process waits for this, so it writes no tensor while others are deleted.
         """
+        check_metrics(commit.state.metrics)
+        if strangers := set(commit.answered) - set(self.run.clients):
+            raise ProtocolError("CommitRound.answered", got=min(strangers), expected="clients of the run")
         needed = _digests(commit.state)
         missing = self.files.missing(needed)
         if missing:
@@ -332,12 +349,25 @@ class ActiveRun:
         rejected = self._objection(sender, task, result, message)
         if rejected is not None:
             result = TaskResult(result.key, fault=TaskFault(rejected.code, rejected.reason))
+        if (fault := result.fault) is not None:
+            fault = TaskFault(shortened(fault.code, MAX_CODE_CHARS), shortened(fault.reason), fault.retryable)
+            result = TaskResult(result.key, fault=fault)
         await self._accept(sender, result)
         if rejected is not None:
             raise rejected
 
     def log_metrics(self, sender: ClientName, logged: LogMetrics) -> None:
-        """Pass on what training code at *sender* logged."""
+        """Pass on what training code at *sender* logged; what comes faster than watchers could read is dropped.
+
+        Raises:
+            ProtocolError: it is more than is passed on.
+        """
+        second, count = self._logged.get(sender, (0, 0))
+        now = int(self._services.now())
+        self._logged[sender] = now, count + 1 if now == second else 1
+        if self._logged[sender][1] > MAX_LOGS_PER_S:
+            return
+        check_metrics(logged.metrics)
         self._emit(
             JobEvent(
                 self.job_id,
@@ -358,6 +388,10 @@ class ActiveRun:
             return UpdateRejected(sender, f"an answer that was refused: {refused}")
         if result.update is None:
             return None
+        try:
+            check_metrics(result.update.metrics)
+        except ProtocolError as too_much:
+            return UpdateRejected(sender, f"too much: {too_much.reason}")
         model = result.update.model
         if result.update.num_examples < 0:
             return UpdateRejected(sender, f"num_examples {result.update.num_examples}; the job expects 0 or more")
@@ -450,8 +484,8 @@ class ActiveRun:
 
     def process_ended(self, client: ClientName, end: JobEnded) -> None:
         """Take note that *client*'s process ended unasked: it is started again, or given up."""
-        self._tails[client] = end.log_tail
-        last_line = end.log_tail.strip().rpartition("\n")[2]
+        self._tails[client] = end.log_tail[-MAX_TAIL_CHARS:]
+        last_line = shortened(end.log_tail[-MAX_TAIL_CHARS:].strip().rpartition("\n")[2])
         verdict = self.run.process_ended(
             client, attempt=end.attempt, status=end.status, now=self._services.now(), last_line=last_line
         )
@@ -529,7 +563,8 @@ class ActiveRun:
         reason: str = "",
         text: str = "",
     ) -> None:
-        self._services.handlers.tell(notice, self._context(round_number=round_number, peer=peer))
+        context = replace(self._context(round_number=round_number, peer=peer), metrics=metrics, reason=reason)
+        self._services.handlers.tell(notice, context)
         self._emit(
             JobEvent(
                 self.job_id,
@@ -554,9 +589,17 @@ class ActiveRun:
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
-        except Exception:  # noqa: BLE001 - the edge of a run's task: its failure ends the job, with a reason
+        except Exception as error:  # noqa: BLE001 - the edge of a run's task: its failure ends the job, with a reason
             self._log.exception("a run's task failed")
-            await self.end(JobState.FAILED, code="internal", reason=InternalError(f"running job {self.job_id}").reason)
+            cause = cause_of(error, doing=f"running job {self.job_id}")
+            await self.end(JobState.FAILED, code=cause.code, reason=cause.reason)
+
+
+def cause_of(error: Exception, *, doing: str) -> HanseError:
+    """Return the error to end a job with whose task failed with *error* while *doing* something."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, HanseError) else InternalError(doing)
 
 
 def _digests(state: StateRef) -> set[Digest]:

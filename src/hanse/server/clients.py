@@ -33,6 +33,7 @@ from hanse.messages import (
     Registered,
 )
 from hanse.server.admittance import refuse_disabled, verified_token
+from hanse.server.bounds import MAX_RELEASE_CHARS, shortened
 from hanse.server.identification import Identification, wrong_project
 
 _log = logging.getLogger(__name__)
@@ -117,7 +118,10 @@ class Clients:
         """
         name = ClientName(register.client)
         token = self._new_token(CLIENT_SCOPE)
-        props: dict[str, object] = {"resources": register.resources, "release": register.release}
+        props: dict[str, object] = {
+            "resources": register.resources,
+            "release": shortened(register.release, MAX_RELEASE_CHARS),
+        }
         with self._lock:
             registration = self._registry.register(name, token, fqcn=Fqcn(name), now=self._clock(), props=props)
             self._left.discard(name)

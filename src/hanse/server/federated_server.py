@@ -14,15 +14,12 @@ import argparse
 import asyncio
 import logging
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, Final, NamedTuple, Protocol
 
 from hanse.cell.cell import Cell, current_peer
@@ -31,26 +28,16 @@ from hanse.cell.link import Peer
 from hanse.cell.listener import Listener
 from hanse.cell.loop import background_loop, run
 from hanse.cell.refusals import RemoteError, refuse
-from hanse.coordination.admission import Admission
 from hanse.coordination.policy import PeerKind
 from hanse.coordination.service import (
     RequestKind,
     Service,
-    ServiceState,
     Verdict,
-    message,
-    observe,
-    parked,
     refusal,
-    restored,
-    shut_down,
 )
 from hanse.errors import ConfigError, Conflict, HanseError, InternalError, NotInService, Unauthenticated, Unauthorized
 from hanse.events import EventType, FLComponent, FLContext
-from hanse.identity.authorities import JobAuthority
-from hanse.identity.certificates import Identity, one_certificate, require_issued_by
 from hanse.identity.private_files import make_private_folder
-from hanse.identity.tokens import TokenSigner
 from hanse.ids import SERVER, ClientName, Fqcn, JobId, Ssid, split_cell
 from hanse.job import Job, JobRecord, JobSpec
 from hanse.launch.process import Launcher, ProcessLauncher
@@ -78,22 +65,21 @@ from hanse.run.authoring import package_of
 from hanse.server.active_run import RunServices
 from hanse.server.admittance import Admittance
 from hanse.server.base_server import AdminServer, BaseServer
-from hanse.server.clients import Clients, Identities, Lifetimes
-from hanse.server.identification import Identification
-from hanse.server.job_cell import JobCell, connect
+from hanse.server.clients import Clients, Lifetimes
+from hanse.server.identities import identities_of
 from hanse.server.jobs import JobLimits, Jobs, answer_not_in_service, expect
 from hanse.server.lifetime import only_user_of
 from hanse.server.listening import Place, server_tls
 from hanse.server.overseer import OverseerAgent
-from hanse.server.run_manager import LocalRun, RunManager
+from hanse.server.primacy import Primacy
+from hanse.server.run_host import RunHost
+from hanse.server.run_manager import RunManager
 from hanse.server.tenure import Tenure, take_lease
 from hanse.settings import ServerSettings
 from hanse.storage.records import Store
 
 __all__ = ["AdminServer", "BaseServer", "CommandModule", "FederatedServer", "TaskMetaInfo"]
 
-TURN_TIMEOUT_S: Final = 60.0
-"""How long becoming primary, or ceasing to be, may take before the overseer's agent is told no more of it."""
 MAX_SOCKET_PATH: Final = 100
 """Unix socket paths are limited to little more than this; a longer workspace has its socket in the temporary folder."""
 
@@ -164,22 +150,18 @@ class FederatedServer(BaseServer):
         self._cmd_modules = tuple(cmd_modules or ())
         self._store = snapshot_persistor
         self._overseer = overseer_agent
-        self._overseeing = threading.Lock()
-        is_alone = overseer_agent is None
-        self._service = Service(ServiceState.HOT, Ssid(token_hex(16))) if is_alone else Service()
+        self._primacy = Primacy(is_alone=overseer_agent is None, begin=self._begin_tenure, cell=self._own_cell)
         self._clients = Clients(
             self._registry,
             self._lock,
             project=self.project_name,
-            session=lambda: self._service.ssid,
+            session=lambda: self._primacy.service.ssid,
             clock=lambda: self.clock(),
         )
         self._is_leaving = False
         self._tokens: set[str] = set()
         self._deployed: _Deployed | None = None
-        self._tenure: Tenure | None = None
-        self._job_cell: JobCell | None = None
-        self._run: LocalRun | None = None
+        self._run_host = RunHost(self.project_name, self._handlers, heartbeat_s=check_engine_frequency)
 
     # the requests of the contract: each handler raises, and ``_answered`` makes the reply
 
@@ -233,7 +215,7 @@ class FederatedServer(BaseServer):
         unknown client SSID" when the request's SSID is not this service session's.
         """
         ssid = request.get_header(Header.SSID)
-        return refusal(self._service, state_check, ssid=None if ssid is None else Ssid(ssid))
+        return refusal(self._primacy.service, state_check, ssid=None if ssid is None else Ssid(ssid))
 
     def sign_auth_token(self, client_name: str, token: str) -> str:
         """Return the server's signature that binds *token* to *client_name*; fields are separated unambiguously."""
@@ -248,7 +230,7 @@ class FederatedServer(BaseServer):
 
         Outside a job, ``job_id`` is empty and ``round`` -1.
         """
-        tenure = self._tenure
+        tenure = self._primacy.tenure
         meta = tenure.jobs.current_task(ClientName(client_name)) if tenure is not None else None
         job_id, round_number = meta if meta is not None else (JobId(""), -1)
         return TaskMetaInfo(self.project_name, job_id, round_number, ClientName(client_name))
@@ -257,8 +239,8 @@ class FederatedServer(BaseServer):
         """Let each registered client take a task again: what is outstanding is handed out once more."""
         with self._lock:
             self._tokens = set(self._registry.snapshot())
-        if self._tenure is not None:
-            self._tenure.jobs.hand_out_again()
+        if self._primacy.tenure is not None:
+            self._primacy.tenure.jobs.hand_out_again()
 
     def remove_client_data(self, token: str) -> None:
         """Forget the token's task data; unknown: nothing."""
@@ -267,8 +249,8 @@ class FederatedServer(BaseServer):
 
     def notify_dead_client(self, client: Client) -> None:
         """Tell every run in which *client* takes part."""
-        if self._tenure is not None:
-            self._tenure.jobs.gone(client.name)
+        if self._primacy.tenure is not None:
+            self._primacy.tenure.jobs.gone(client.name)
 
     def set_disabled(self, name: ClientName, reason: str | None) -> None:
         """Refuse client *name* from now on, because of *reason*; ``None``: no longer."""
@@ -286,16 +268,12 @@ class FederatedServer(BaseServer):
         Becoming primary resumes the committed runs; losing it stops serving before anyone else may start. Calls do not
         overlap; an error is logged and never raised into the agent.
         """
-        with self._overseeing:
-            try:
-                self._observe(overseer_agent)
-            except Exception:  # noqa: BLE001 - the agent must hear no error of ours; the state says what holds
-                _log.exception("taking the overseer's word failed")
+        self._primacy.observe(overseer_agent)
 
     @property
     def service(self) -> Service:
         """The service state and the session (SSID) of this tenure."""
-        return self._service
+        return self._primacy.service
 
     @property
     def jobs(self) -> Jobs:
@@ -304,9 +282,9 @@ class FederatedServer(BaseServer):
         Raises:
             NotInService: the server is not deployed, or not hot.
         """
-        if self._tenure is None:
+        if self._primacy.tenure is None:
             raise NotInService
-        return self._tenure.jobs
+        return self._primacy.tenure.jobs
 
     def submit_job(self, job: Job | Path | str, *, submitter: str = "server") -> JobId:
         """Submit *job*, a ``Job`` or the folder of one, and return its id; from a plain thread.
@@ -365,7 +343,7 @@ class FederatedServer(BaseServer):
         """Park all jobs (they resume at the next start), fire SYSTEM_END, then as the base."""
         if self._deployed is not None and not self._closing:
             self._is_leaving = True
-            run(self._park())
+            run(self._primacy.park())
             self._handlers.tell(EventType.SYSTEM_END, self._context())
         super().fl_shutdown()
 
@@ -374,7 +352,7 @@ class FederatedServer(BaseServer):
         if self._overseer is not None:
             self._overseer.end()
         result = super().close()
-        self._service = shut_down(self._service)
+        self._primacy.shut_down()
         return result
 
     @asynccontextmanager
@@ -386,7 +364,7 @@ class FederatedServer(BaseServer):
         make_private_folder(where.workspace)
         async with AsyncExitStack() as stack:
             stack.enter_context(only_user_of(where.workspace))
-            self._clients.identities = self._identities(where)
+            self._clients.identities = identities_of(where, self.project_name, max_reg_duration_s=self.max_reg_duration)
             store = await stack.enter_async_context(self._store or _embedded_store(where.workspace))
             for name, reason in (await store.disabled_clients()).items():
                 self._clients.set_disabled(ClientName(name), reason)
@@ -400,7 +378,7 @@ class FederatedServer(BaseServer):
                 reception=Reception(
                     cell,
                     authorize=admittance.authorize,
-                    session=lambda: self._service.ssid,
+                    session=lambda: self._primacy.service.ssid,
                     server=self._settings.name,
                     release=version("hanse"),
                 ),
@@ -408,16 +386,16 @@ class FederatedServer(BaseServer):
                 launcher=getattr(args, "launcher", None) or ProcessLauncher(),
                 socket=stack.enter_context(_socket_of(where)),
             )
-            stack.push_async_callback(self._park)
+            stack.push_async_callback(self._primacy.park)
             if self._overseer is None:
-                await self._begin_tenure(None)
+                await self._primacy.begin(None)
             cell.target = where.target
             if where.scheme == "grpc":
                 await self._listen(stack, where, deployed, admittance)
             else:
                 stack.push_async_callback(deployed.reception.close, NotInService("the server is stopping"))
             # Before the port closes, or the runs' processes, cut off from it, would count as having died.
-            stack.push_async_callback(self._park)
+            stack.push_async_callback(self._primacy.park)
             self._handlers.tell(EventType.SYSTEM_START, self._context())
             yield cell
 
@@ -434,32 +412,12 @@ class FederatedServer(BaseServer):
         stack.callback(deployed.socket.unlink, missing_ok=True)
         stack.push_async_callback(listener.stop)
 
-    def _identities(self, where: Place) -> Identities:
-        """Take up the server's identity, or the workspace's secret for a server without one."""
-        if where.tls is None:
-            return Identities(TokenSigner.load_or_create(where.workspace / "token.secret"))
-        identity, roots = Identity.load(where.tls.certificate, where.tls.key), where.tls.root.read_bytes()
-        try:
-            require_issued_by(one_certificate(identity.certificate), roots)
-        except (ConfigError, Unauthenticated) as error:
-            expected = f"the PEM certificate of who issued {where.tls.certificate}"
-            raise ConfigError("grpc_args['ssl_root_cert']", got=str(where.tls.root), expected=expected) from error
-        identification = Identification(
-            project=self.project_name,
-            server=identity.name,
-            identity=identity,
-            roots=roots,
-            sessions=Admission(max_duration_s=self.max_reg_duration),
-        )
-        authority = JobAuthority.load_or_create(where.workspace, now=datetime.now(UTC))
-        return Identities(TokenSigner.from_identity(identity), identification, authority)
-
     def _admittance(self) -> Admittance:
         return Admittance(
             project=self.project_name,
             signer=self._clients.identities.signer,
             wall=time.time,
-            serving=self._demand_serving,
+            serving=self._primacy.demand_serving,
             admitting=self._demand_admitting,
             disabled=self._clients.disabled_because,
             revoked=self._clients.is_revoked,
@@ -472,7 +430,7 @@ class FederatedServer(BaseServer):
         admittance.gate(peer, topic, message)
         if topic != (Channel.TASK, "result"):
             return
-        verdict = self._service.verdict(RequestKind.SUBMIT)
+        verdict = self._primacy.service.verdict(RequestKind.SUBMIT)
         reason = self.authentication_check(message, verdict)
         if verdict is Verdict.ABORT_RUN:
             raise RemoteError(reason or "", return_code=ReturnCode.ABORT_RUN)
@@ -494,38 +452,12 @@ class FederatedServer(BaseServer):
         for module in self._cmd_modules:
             module.register(self, cell)
 
-    # becoming primary, and no longer
-
-    def _observe(self, agent: OverseerAgent) -> None:
-        primary = agent.primary()
-        cell = self.get_cell()
-        is_me = primary is not None and cell is not None and primary.target == cell.target
-        after = observe(self._service, primary_ssid=primary.ssid if primary else None, is_me=is_me)
-        if after == self._service:
-            return
-        _log.info("service state", extra={"was": self._service.state.value, "is": after.state.value})
-        self._service = after
-        if after.state is ServiceState.COLD2HOT:
-            try:
-                run(self._begin_tenure(after.ssid), TURN_TIMEOUT_S)
-            except BaseException:
-                # Cold again, by the legal way, so that the overseer's next word is heard.
-                self._service = observe(restored(self._service), primary_ssid=None, is_me=False)
-                run(self._end_tenure(), TURN_TIMEOUT_S)
-                self._service = parked(self._service)
-                raise
-            self._service = restored(self._service)
-        else:
-            run(self._end_tenure(), TURN_TIMEOUT_S)
-            self._service = parked(self._service)
-
-    async def _begin_tenure(self, ssid: Ssid | None) -> None:
-        """Take the store's lease and resume the committed runs; *ssid* is the overseer's, ``None`` for the lease's."""
+    async def _begin_tenure(self, on_lost: Callable[[], None]) -> Tenure:
+        """Take the store's lease, and return the tenure under it, which has still to begin."""
         deployed = self._deployed
         if deployed is None:
             raise Conflict("the server", state="not deployed", wanted="made primary")
         lease = await take_lease(deployed.store)
-        self._service = Service(self._service.state, ssid or lease.ssid)
         services = RunServices(
             project=self.project_name,
             epoch=lease.epoch,
@@ -541,53 +473,25 @@ class FederatedServer(BaseServer):
         )
         limits = JobLimits(self._settings.max_running_jobs, self.min_num_clients, self._settings.lost_after)
         jobs = Jobs(services, workspace=deployed.workspace, clients=self._clients, limits=limits)
-        self._tenure = Tenure(deployed.store, lease, jobs, on_lost=self._tenure_lost)
-        await self._tenure.begin()
+        return Tenure(deployed.store, lease, jobs, on_lost=on_lost)
 
-    async def _end_tenure(self) -> None:
-        """Stop serving before anyone else may start: send everybody away and park the runs."""
-        if self._deployed is not None:
-            for peer in self._deployed.cell.peers():
-                self._deployed.cell.drop(peer.fqcn, NotInService())
-        await self._park()
-
-    async def _park(self) -> None:
-        """End the runs' processes here; their state stays committed, and the next tenure resumes them."""
-        tenure, self._tenure = self._tenure, None
-        if self._deployed is not None:
-            answer_not_in_service(self._deployed.cell)
-        if tenure is not None:
-            await tenure.end()
-
-    def _tenure_lost(self) -> None:
-        """Serve nobody any more: another server's lease has begun."""
-        self._service = observe(self._service, primary_ssid=None, is_me=False)
-        self._tenure = None
-        if self._deployed is not None:
-            answer_not_in_service(self._deployed.cell)
-            for peer in self._deployed.cell.peers():
-                self._deployed.cell.drop(peer.fqcn, NotInService())
-        if self._service.state is ServiceState.HOT2COLD:
-            self._service = parked(self._service)
-
-    def _demand_serving(self) -> None:
-        if self._service.state not in (ServiceState.COLD2HOT, ServiceState.HOT):
-            raise NotInService
+    def _own_cell(self) -> Cell | None:
+        return self._deployed.cell if self._deployed is not None else None
 
     def _demand_admitting(self) -> None:
-        self._demand_serving()
+        self._primacy.demand_serving()
         if self._is_leaving:
             raise NotInService("Server not in service: it is shutting down")
 
     # what the handlers of the contract do
 
     def _challenge(self, request: Message) -> Payload:
-        self._demand(RequestKind.REGISTER)
+        self._primacy.demand(RequestKind.REGISTER)
         challenge = expect(request, Challenge)
         return self._clients.challenge(request.get_header(Header.ORIGIN) or challenge.client, challenge)
 
     def _register(self, request: Message) -> Payload:
-        self._demand(RequestKind.REGISTER)
+        self._primacy.demand(RequestKind.REGISTER)
         register = expect(request, Register)
         role = self._clients.identify(request.get_header(Header.ORIGIN) or register.client, register)
         _demand_own_stream(register.client, role)
@@ -599,8 +503,8 @@ class FederatedServer(BaseServer):
             self._forget(replaced)
         with self._lock:
             self._tokens.add(registered.token)
-        if self._tenure is not None:
-            self._tenure.jobs.registered(ClientName(register.client))
+        if self._primacy.tenure is not None:
+            self._primacy.tenure.jobs.registered(ClientName(register.client))
         self._wake_cleanup()
         return registered
 
@@ -630,7 +534,7 @@ class FederatedServer(BaseServer):
         return ok(given)
 
     def _heartbeat(self, request: Message) -> Payload:
-        self._demand(RequestKind.HEARTBEAT)
+        self._primacy.demand(RequestKind.HEARTBEAT)
         heartbeat = expect(request, Heartbeat)
         self._ask_handlers(EventType.CLIENT_HEARTBEAT_RECEIVED, request.get_header(Header.CLIENT) or "", request)
         client, is_back = self._clients.hear(request)
@@ -640,9 +544,9 @@ class FederatedServer(BaseServer):
             self._wake_cleanup()
             self._note_stream(Fqcn(client.name))
         self._tell_admin_server(lambda admin_server: admin_server.client_heartbeat(client))
-        tenure = self._tenure
+        tenure = self._primacy.tenure
         abort = tenure.jobs.heartbeat(client.name, heartbeat.jobs) if tenure is not None else ()
-        return HeartbeatReply(abort, self._service.ssid)
+        return HeartbeatReply(abort, self._primacy.service.ssid)
 
     def _quit(self, request: Message) -> Payload:
         expect(request, Quit)
@@ -680,24 +584,20 @@ class FederatedServer(BaseServer):
         if refused is not None:
             raise Unauthenticated(refused)
 
-    def _demand(self, kind: RequestKind) -> None:
-        if (reason := message(self._service.verdict(kind))) is not None:
-            raise NotInService(reason)
-
     # streams
 
     def _link_up(self, peer: Peer) -> None:
         if peer.kind == PeerKind.CLIENT:
             self._note_stream(peer.fqcn)
-        if self._tenure is not None:
-            self._tenure.jobs.link_up(peer)
+        if self._primacy.tenure is not None:
+            self._primacy.tenure.jobs.link_up(peer)
 
     def _link_down(self, peer: Peer, reason: str) -> None:
         if peer.kind == PeerKind.CLIENT:
             self._clients.stream_down(peer)
             self._handlers.tell(EventType.CLIENT_DISCONNECTED, self._context(peer=peer.fqcn, reason=reason))
-        if self._tenure is not None:
-            self._tenure.jobs.link_down(peer)
+        if self._primacy.tenure is not None:
+            self._primacy.tenure.jobs.link_down(peer)
 
     def _note_stream(self, fqcn: Fqcn) -> None:
         """Note that a client's stream is up, if it is: it may have come before the client was known."""
@@ -706,8 +606,8 @@ class FederatedServer(BaseServer):
             return
         if self._clients.stream_up(peer):
             self._handlers.tell(EventType.CLIENT_RECONNECTED, self._context(peer=fqcn))
-        if self._tenure is not None:
-            self._tenure.jobs.wake_soon()
+        if self._primacy.tenure is not None:
+            self._primacy.tenure.jobs.wake_soon()
 
     def _context(self, *, peer: str = "", message: Message | None = None, reason: str = "") -> FLContext:
         return FLContext("server", project=self.project_name, peer=peer, message=message, reason=reason)
@@ -738,18 +638,11 @@ class FederatedServer(BaseServer):
             raise ConfigError(
                 "server_config['credentials']", got=credentials, expected="the Credentials of the job's cell"
             )
-        self._job_cell = run(
-            connect(JobId(job_id), parent_url, credentials, project=self.project_name, on_abort=self._abort_run)
-        )
-        return self._job_cell.cell
-
-    def _abort_run(self, reason: str) -> None:
-        if self._run is not None:
-            self._run.abort(reason)
+        return self._run_host.connect(JobId(job_id), parent_url, credentials)
 
     def create_run_manager(self, workspace: str | Path, job_id: str) -> RunManager:
         """Return what holds a run's components, handlers and context."""
-        return RunManager(JobId(job_id), Path(workspace), self.project_name, self._handlers)
+        return self._run_host.manager(Path(workspace), JobId(job_id))
 
     def start_run(
         self,
@@ -767,17 +660,11 @@ class FederatedServer(BaseServer):
             Conflict: there is no job cell (``create_job_cell`` makes it), or a run already.
         """
         del args
-        if self._job_cell is None or self._run is not None:
-            state = "without a job cell" if self._job_cell is None else "running another"
-            raise Conflict(f"run {job_id}", state=state, wanted="started")
-        manager = self.create_run_manager(run_root, job_id)
-        self._run = LocalRun(
-            manager, conf, self._job_cell.link, heartbeat_s=self.check_engine_frequency, snapshot=snapshot
-        )
+        self._run_host.start(self.create_run_manager(run_root, job_id), conf, snapshot)
         try:
             return self.run_engine()
         finally:
-            self._run = None
+            self._run_host.end()
 
     def run_engine(self) -> RunEnded:
         """Run the current run to its end; a failure ends the run with its reason.
@@ -785,27 +672,21 @@ class FederatedServer(BaseServer):
         Raises:
             Conflict: there is no current run.
         """
-        if self._run is None:
-            raise Conflict("the run", state="not started", wanted="run")
-        return run(self._run.drive())
+        return self._run_host.drive()
 
     def abort_run(self) -> None:
         """Abort the run in this process, if there is one: its clients are told, its state stays committed."""
-        if self._run is not None:
-            background_loop().call_soon_threadsafe(self._run.abort, "aborted in its process")
+        self._run_host.abort("aborted in its process")
 
     def stop_run_engine_cell(self) -> None:
         """Close the job cell, if there is one."""
-        if self._job_cell is not None:
-            run(self._job_cell.close())
-            self._job_cell = None
+        self._run_host.close_cell()
 
     def stop_training(self) -> None:
         """Hand out no new work: no further job starts here, and a run in this process ends after its present round."""
-        if self._tenure is not None:
-            self._tenure.jobs.stop_handing_out()
-        if self._run is not None:
-            background_loop().call_soon_threadsafe(self._run.stop_after_round)
+        if self._primacy.tenure is not None:
+            self._primacy.tenure.jobs.stop_handing_out()
+        self._run_host.stop_after_round()
 
 
 def _answered(handler: Callable[[Message], Payload], request: Message) -> Message:

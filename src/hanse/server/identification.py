@@ -14,7 +14,7 @@ from hanse.coordination.admission import NONCE_BYTES, Admission, Session
 from hanse.errors import Unauthenticated
 from hanse.identity.certificates import CertifiedName, Identity, verify_certificate, verify_signature
 from hanse.identity.transcript import client_half, server_half, transcript
-from hanse.ids import ClientName
+from hanse.ids import NAME_RULE, ClientName, is_name
 from hanse.messages import Challenge, ChallengeReply, Register
 
 
@@ -33,12 +33,14 @@ class Identification:
         """Open *origin*'s session at monotonic time *now* and return the server's half.
 
         Raises:
-            Unauthenticated: another project, or a certificate that is not PEM.
+            Unauthenticated: another project, what cannot be a name, or a certificate that is not PEM.
             ProtocolError: the nonce has the wrong length.
             NotInService: too many registrations are under way.
         """
         if request.project != self.project:
             raise Unauthenticated(wrong_project(request.project, self.project))
+        if not is_name(request.client):  # whoever asks has proven nothing, and the name is remembered
+            raise Unauthenticated(f"{request.client!r:.80} cannot be a participant's name: {NAME_RULE}")
         session = Session(
             client=ClientName(request.client),
             project=request.project,
@@ -55,18 +57,17 @@ class Identification:
 
         Raises:
             Unauthenticated: no session, a name or certificate other than the challenge's, a certificate that the
-            project's
-            CA did not issue, that is not valid at *wall*, or is for another name or role, or a signature that does not
-            prove the key.
+            project's CA did not issue, that is not valid at *wall*, or is for another name or role, or a signature that
+            does not prove the key.
         """
         session = self.sessions.take(origin, now=now)
         if (request.client, request.project) != (session.client, session.project):
             raise Unauthenticated(
-                f"the registration is for {request.client!r} of project {request.project!r}; "
+                f"the registration is for {request.client!r:.80} of project {request.project!r:.80}; "
                 f"the challenge was for {session.client!r} of {session.project!r}"
             )
         if request.certificate != session.client_certificate:
-            raise Unauthenticated(f"{request.client} registers with another certificate than it was challenged with")
+            raise Unauthenticated(f"{session.client} registers with another certificate than it was challenged with")
         certified = verify_certificate(
             request.certificate, self.roots, now=wall, role_prefix=("client", "admin"), name=request.client
         )
@@ -88,4 +89,4 @@ class Identification:
 
 def wrong_project(asked: str, served: str) -> str:
     """Return the sentence for a client of another project."""
-    return f"this server serves project {served!r}, not {asked!r}; check the kit"
+    return f"this server serves project {served!r}, not {asked!r:.80}; check the kit"

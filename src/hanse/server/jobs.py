@@ -10,6 +10,7 @@ import importlib
 import logging
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +27,12 @@ from hanse.coordination.schedule import Decision, GiveUp, Start, Wait, next_dead
 from hanse.errors import (
     Conflict,
     HanseError,
-    InternalError,
     JobInvalid,
     NotFound,
     NotInService,
     ProtocolError,
     StaleEpoch,
+    StoreFailed,
     Unauthorized,
 )
 from hanse.events import EventType, FLContext
@@ -57,7 +58,8 @@ from hanse.messages import (
     Topic,
     ok,
 )
-from hanse.server.active_run import ActiveRun, RunFolder, RunServices, deploy
+from hanse.server.active_run import ActiveRun, RunFolder, RunServices, cause_of, deploy
+from hanse.server.bounds import MAX_CODE_CHARS, shortened
 from hanse.server.clients import Clients
 from hanse.server.lifetime import start_in
 from hanse.storage.packages import unpack_package
@@ -84,6 +86,8 @@ TOPICS: Final[tuple[Topic, ...]] = (
     (Channel.SERVER, "job_ended"),
 )
 """What the jobs of a tenure answer, in the order of their handlers."""
+MAX_SLUG_CHARS: Final = 54
+"""What of a job's name is in its id, which has 63 characters at most, eight of them random."""
 _NOT_IN_ID = re.compile(r"[^a-z0-9]+")
 
 
@@ -160,18 +164,26 @@ class Jobs:
     async def _schedule(self) -> None:
         while True:
             self._changed.clear()
-            deadline = await self._plan()
-            delay = None if deadline is None else max(deadline - self._services.wall(), 0.0)
+            delay = await self._planned()
             try:
                 async with asyncio.timeout(delay):
                     await self._changed.wait()
             except TimeoutError:
                 continue
 
+    async def _planned(self) -> float | None:
+        try:
+            return await self._plan()
+        except StoreFailed as failed:
+            # A full disk or a locked database must not end the jobs that run; it tells nobody when it is over.
+            _log.error("the schedule waits for the store", extra={"reason": failed.reason})
+            return POSTPONED_S
+
     async def _plan(self) -> float | None:
-        now_s = self._services.wall()
+        """Start or give up the jobs whose time it is; return in how many seconds the next one's is."""
+        now_s, now = self._services.wall(), self._services.now()
         submitted = await self._services.store.jobs(states=(JobState.SUBMITTED,))
-        self._postponed = {job_id: later for job_id, later in self._postponed.items() if later[0] > now_s}
+        self._postponed = {job_id: later for job_id, later in self._postponed.items() if later[0] > now}
         postponed = {
             record.job_id: Wait(why, record.submitted_at + record.spec.start_within_s)
             for record in submitted
@@ -188,20 +200,26 @@ class Jobs:
         )
         self._waiting = postponed | {job_id: wait for job_id, wait in decisions.items() if isinstance(wait, Wait)}
         for record in submitted:
-            match decisions[record.job_id]:
-                case Start(clients=clients) if self._accepting:
-                    scheduled = move(record, JobState.SCHEDULED, at=self._services.wall())
-                    scheduled = msgspec.structs.replace(scheduled, clients=clients)
-                    await self._services.store.replace_job(self._services.epoch, scheduled, was=record.state)
-                    self._live(scheduled, self._launch(scheduled))
-                case GiveUp(reason=reason):
-                    await self._fail(record, "no-clients", reason)
-                case _:
-                    pass
-        deadlines = [at for at, _ in self._postponed.values()]
+            try:
+                await self._decided(record, decisions[record.job_id])
+            except Conflict as moved:  # it was aborted since it was looked up
+                _log.info("not scheduled", extra={"job": record.job_id, "reason": moved.reason})
+        delays = [at - now for at, _ in self._postponed.values()]
         if (give_up := next_deadline(decisions.values())) is not None:
-            deadlines.append(give_up)
-        return min(deadlines, default=None)
+            delays.append(give_up - now_s)
+        return max(min(delays), 0.0) if delays else None
+
+    async def _decided(self, record: JobRecord, decision: Decision) -> None:
+        match decision:
+            case Start(clients=clients) if self._accepting:
+                scheduled = move(record, JobState.SCHEDULED, at=self._services.wall())
+                scheduled = msgspec.structs.replace(scheduled, clients=clients)
+                await self._services.store.replace_job(self._services.epoch, scheduled, was=record.state)
+                self._live(scheduled, self._launch(scheduled))
+            case GiveUp(reason=reason):
+                await self._fail(record, "no-clients", reason)
+            case _:
+                pass
 
     async def _watch_clients(self) -> None:
         """Tell runs of clients that are lost: woken by the earliest deadline of a suspect client, or by a change."""
@@ -230,6 +248,7 @@ class Jobs:
         job_folder, record = await asyncio.to_thread(self._receive, package, submitter)
         context = FLContext("server", project=self._services.project, peer=submitter, job_id=record.job_id)
         if (refused := self._services.handlers.ask(EventType.JOB_SUBMITTED, context)) is not None:
+            await asyncio.to_thread(shutil.rmtree, job_folder.path)
             raise JobInvalid("submission", got=record.spec.name, expected=f"one that the server takes: {refused}")
         await self._services.store.add_job(self._services.epoch, record)
         _log.info("job submitted", extra={"job": record.job_id, "submitter": submitter, "folder": str(job_folder.path)})
@@ -239,10 +258,15 @@ class Jobs:
     def _receive(self, package: Path, submitter: str) -> tuple[RunFolder, JobRecord]:
         data = package.read_bytes()
         spec_folder = RunFolder(self._workspace / "runs" / f".incoming-{secrets.token_hex(8)}")
-        spec = unpack_package(data, spec_folder.code)
-        if spec.workflow.name in WORKFLOWS:
-            load_workflow(spec.workflow, _no_import)
-        job_id = JobId(f"{_NOT_IN_ID.sub('-', spec.name.lower()).strip('-') or 'job'}-{secrets.token_hex(4)}"[-63:])
+        try:
+            spec = unpack_package(data, spec_folder.code)
+            if spec.workflow.name in WORKFLOWS:
+                load_workflow(spec.workflow, _no_import)
+        except HanseError:
+            shutil.rmtree(spec_folder.path, ignore_errors=True)
+            raise
+        slug = _NOT_IN_ID.sub("-", spec.name.lower())[:MAX_SLUG_CHARS].strip("-") or "job"
+        job_id = JobId(f"{slug}-{secrets.token_hex(4)}")
         digest = TensorFiles(spec_folder.package).put(memoryview(data))
         folder = RunFolder(self._workspace / "runs" / job_id)
         spec_folder.path.rename(folder.path)
@@ -296,8 +320,8 @@ class Jobs:
             return
         again = move(record, JobState.SUBMITTED, at=self._services.wall())
         await self._services.store.replace_job(self._services.epoch, again, was=record.state)
-        why = "; ".join(error.reason for error in refusals)
-        self._postponed[record.job_id] = (self._services.wall() + POSTPONED_S, why)
+        why = shortened("; ".join(error.reason for error in refusals))
+        self._postponed[record.job_id] = (self._services.now() + POSTPONED_S, why)
         self.wake()
 
     async def _run(self, record: JobRecord, run: Run, *, resumed: bool) -> None:
@@ -317,8 +341,9 @@ class Jobs:
 
     async def _end_idle(self, record: JobRecord, to: JobState, *, code: str = "", reason: str = "") -> None:
         """End a job that does not run."""
-        ended = move(record, to, at=self._services.wall(), code=code, reason=reason)
-        await self._services.store.replace_job(self._services.epoch, ended, was=record.state)
+        reason = shortened(reason)
+        ended = move(record, to, at=self._services.wall(), code=shortened(code, MAX_CODE_CHARS), reason=reason)
+        await self._services.store.end_run(self._services.epoch, ended, was=record.state)
         self._waiting.pop(record.job_id, None)
         notice = EventType.JOB_FAILED if to is JobState.FAILED else EventType.JOB_ABORTED
         self._tell(notice, record.job_id, reason=reason)
@@ -350,11 +375,33 @@ class Jobs:
             await life
         except StaleEpoch as deposed:
             _log.warning("run given up", extra={"job": job_id, "reason": deposed.reason})
-        except Exception:  # noqa: BLE001 - one job's trouble must not end the others; it ends the job, with a reason
+        except Exception as error:  # noqa: BLE001 - one job's trouble ends that job, with a reason, and no other
             _log.exception("a job's task failed", extra={"job": job_id})
-            record = await self._services.store.job(job_id)
-            if record.state not in ENDED:
-                await self._fail(record, "internal", InternalError(f"running job {job_id}").reason)
+            await self._give_up(job_id, cause_of(error, doing=f"running job {job_id}"))
+
+    async def _give_up(self, job_id: JobId, error: HanseError) -> None:
+        """End a job whose task failed with *error*, as soon as the store takes that."""
+        while True:
+            try:
+                await self._end_failing(job_id, error)
+            except Conflict:  # it went on at this very moment: look again how far it is
+                continue
+            except StoreFailed as failed:
+                _log.error("ending a job waits for the store", extra={"job": job_id, "reason": failed.reason})
+                await asyncio.sleep(POSTPONED_S)  # a full disk tells nobody when it no longer is
+            else:
+                return
+
+    async def _end_failing(self, job_id: JobId, error: HanseError) -> None:
+        if (active := self._runs.get(job_id)) is not None:
+            await active.end(JobState.FAILED, code=error.code, reason=error.reason)
+            return
+        record = await self._services.store.job(job_id)
+        if record.state in ENDED:
+            self._announce_end(record)
+            return
+        await self._fail(record, error.code, error.reason)
+        await asyncio.to_thread(shutil.rmtree, self._folder(job_id).tensors, ignore_errors=True)
 
     async def abort(self, job_id: JobId, *, reason: str) -> JobRecord:
         """Abort a job that has not ended, and return its record.
@@ -363,18 +410,22 @@ class Jobs:
             NotFound: there is no such job.
             Conflict: it has ended.
         """
-        record = await self._services.store.job(job_id)
-        if record.state in ENDED:
-            raise Conflict(f"job {job_id}", state=record.state.value, wanted="aborted")
-        if (active := self._runs.get(job_id)) is not None:
-            await active.end(JobState.ABORTED, code="aborted", reason=reason)
-            return active.record
-        if (life := self._lives.get(job_id)) is not None:
-            life.cancel()
-            await asyncio.gather(life, return_exceptions=True)
+        while True:
             record = await self._services.store.job(job_id)
-        await self._end_idle(record, JobState.ABORTED, code="aborted", reason=reason)
-        return await self._services.store.job(job_id)
+            if record.state in ENDED:
+                raise Conflict(f"job {job_id}", state=record.state.value, wanted="aborted")
+            if (active := self._runs.get(job_id)) is not None:
+                await active.end(JobState.ABORTED, code="aborted", reason=reason)
+                return active.record
+            if (life := self._lives.get(job_id)) is not None:
+                life.cancel()
+                await asyncio.gather(life, return_exceptions=True)
+                record = await self._services.store.job(job_id)
+            try:
+                await self._end_idle(record, JobState.ABORTED, code="aborted", reason=reason)
+            except Conflict:  # it went on at this very moment: look again how far it is
+                continue
+            return await self._services.store.job(job_id)
 
     async def wait(self, job_id: JobId) -> JobRecord:
         """Return the job's record once it has ended."""
@@ -464,7 +515,7 @@ class Jobs:
         run = self._run_of(failure.job_id)
         if client not in run.run.clients:
             raise Unauthorized(client, f"report on job {failure.job_id}", needs="to take part in it")
-        reason = f"{failure.reason} (at {client})"
+        reason = f"{shortened(failure.reason)} (at {client})"
         self._loop.call_soon_threadsafe(self._end_failed, run, failure.code or f"client-{failure.kind}", reason)
 
     def _end_failed(self, run: ActiveRun, code: str, reason: str) -> None:

@@ -177,4 +177,5 @@ def _write_result(state: State, folder: RunFolder) -> tuple[Digest, int]:
     write_safetensors(state.model, draft)
     results = TensorFiles(folder.result)
     digest = results.put_file(draft)
+    draft.unlink()
     return digest, results.size(digest)

@@ -219,6 +219,16 @@ class TensorFiles:
             deleted = [name for name in names if self._delete_unless_kept(name, keep)]
         return len(deleted)
 
+    def drop_unfinished(self) -> int:
+        """Delete what uploads that broke off have left behind, and return how many files that were.
+
+        What somebody works on stays; an upload that would have been resumed begins again.
+        """
+        with _disk("deleting unfinished tensors", self.root):
+            with os.scandir(self.root) as entries:
+                unfinished = [entry.name for entry in entries if entry.name.endswith((_PART, _TEMPORARY))]
+            return sum(_unlink_if_idle(self.root / name) for name in unfinished)
+
     def set_aside(self, keep: Collection[Digest]) -> list[Path]:
         """Take all tensors but *keep* out of the way, and return the files that are now to be deleted.
 

@@ -1,0 +1,21 @@
+"""``hanse server status``."""
+
+from hanse.admin.session import AdminSession
+from hanse.cli.asking import KitFolder, ask
+from hanse.cli.output import TEXT, Output, time_text
+
+
+def status(*, kit: KitFolder = None, output: Output = TEXT) -> None:
+    """Show how the server is: its state, since when it serves, how many clients and running jobs it has."""
+    found = ask(kit, AdminSession.status, output)
+    if output.is_json:
+        output.document(found)
+        return
+    output.say(
+        f"project       {found.project}",
+        f"state         {found.state}",
+        f"since         {time_text(found.since)}",
+        f"clients       {found.clients} registered",
+        f"running jobs  {found.jobs_running}",
+        f"release       {found.release}",
+    )

@@ -1,0 +1,147 @@
+"""Whether this server is primary: its service state, and the tenures that it begins and ends by the overseer's word.
+
+The state is a value that ``coordination.service`` moves; here is what each move takes: becoming hot takes the store's
+lease and resumes the committed runs, becoming cold sends everybody away and parks them. A takeover that fails, and a
+lease that turns out to be another's, both end cold, so that the overseer's next word is heard.
+"""
+
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from secrets import token_hex
+from typing import Final
+
+from hanse.cell.cell import Cell
+from hanse.cell.loop import run
+from hanse.coordination.service import (
+    RequestKind,
+    Service,
+    ServiceState,
+    message,
+    observe,
+    parked,
+    restored,
+    shut_down,
+)
+from hanse.errors import NotInService
+from hanse.ids import Ssid
+from hanse.server.jobs import answer_not_in_service
+from hanse.server.overseer import OverseerAgent
+from hanse.server.tenure import Tenure
+
+TURN_TIMEOUT_S: Final = 60.0
+"""How long becoming primary, or ceasing to be, may take before the overseer's agent is told no more of it."""
+
+_log = logging.getLogger(__name__)
+
+
+class Primacy:
+    """One server's service state, and its tenure while it is primary.
+
+    *is_alone* is for a server without an overseer: it is hot from the start. *begin* makes a tenure, and is given what
+    to call when its lease is lost; *cell* is the deployed server's, ``None`` before.
+    """
+
+    def __init__(
+        self,
+        *,
+        is_alone: bool,
+        begin: Callable[[Callable[[], None]], Awaitable[Tenure]],
+        cell: Callable[[], Cell | None],
+    ) -> None:
+        self.service = Service(ServiceState.HOT, Ssid(token_hex(16))) if is_alone else Service()
+        self.tenure: Tenure | None = None
+        self._begin = begin
+        self._cell = cell
+        self._observing = threading.Lock()
+
+    def demand(self, kind: RequestKind) -> None:
+        """Let a request of *kind* pass.
+
+        Raises:
+            NotInService: the present state does not answer it.
+        """
+        if (reason := message(self.service.verdict(kind))) is not None:
+            raise NotInService(reason)
+
+    def demand_serving(self) -> None:
+        """Let whoever comes pass while this server serves, or is about to.
+
+        Raises:
+            NotInService: it does not.
+        """
+        if self.service.state not in (ServiceState.COLD2HOT, ServiceState.HOT):
+            raise NotInService
+
+    def observe(self, agent: OverseerAgent) -> None:
+        """Take *agent*'s word on who is primary, and return when the state has moved; calls do not overlap.
+
+        An error is logged, never raised: the agent must hear no error of ours, and the state says what holds.
+        """
+        with self._observing:
+            try:
+                self._observe(agent)
+            except Exception:  # noqa: BLE001 - see above
+                _log.exception("taking the overseer's word failed")
+
+    async def begin(self, ssid: Ssid | None) -> None:
+        """Begin a tenure under the overseer's *ssid*, ``None`` for the lease's own."""
+        self.tenure = tenure = await self._begin(self._lost)
+        self.service = Service(self.service.state, ssid or tenure.ssid)
+        await tenure.begin()
+
+    async def park(self) -> None:
+        """End the runs' processes here; their state stays committed, and the next tenure resumes them."""
+        tenure, self.tenure = self.tenure, None
+        if (cell := self._cell()) is not None:
+            answer_not_in_service(cell)
+        if tenure is not None:
+            await tenure.end()
+
+    def shut_down(self) -> None:
+        """Serve nobody any more, for good."""
+        self.service = shut_down(self.service)
+
+    def _observe(self, agent: OverseerAgent) -> None:
+        primary, cell = agent.primary(), self._cell()
+        is_me = primary is not None and cell is not None and primary.target == cell.target
+        after = observe(self.service, primary_ssid=primary.ssid if primary else None, is_me=is_me)
+        if after == self.service:
+            return
+        _log.info("service state", extra={"was": self.service.state.value, "is": after.state.value})
+        self.service = after
+        if after.state is not ServiceState.COLD2HOT:
+            self._turn_cold()
+            return
+        try:
+            run(self.begin(after.ssid), TURN_TIMEOUT_S)
+        except BaseException:
+            # Cold again, by the legal way, so that the overseer's next word is heard.
+            self.service = observe(restored(self.service), primary_ssid=None, is_me=False)
+            self._turn_cold()
+            raise
+        self.service = restored(self.service)
+
+    def _turn_cold(self) -> None:
+        """Stop serving before anyone else may start: send everybody away and park the runs."""
+        run(self._send_away_and_park(), TURN_TIMEOUT_S)
+        self.service = parked(self.service)
+
+    async def _send_away_and_park(self) -> None:
+        self._send_everybody_away()
+        await self.park()
+
+    def _send_everybody_away(self) -> None:
+        if (cell := self._cell()) is not None:
+            for peer in cell.peers():
+                cell.drop(peer.fqcn, NotInService())
+
+    def _lost(self) -> None:
+        """Serve nobody any more: the lease is another server's."""
+        self.service = observe(self.service, primary_ssid=None, is_me=False)
+        self.tenure = None
+        if (cell := self._cell()) is not None:
+            answer_not_in_service(cell)
+        self._send_everybody_away()
+        if self.service.state is ServiceState.HOT2COLD:
+            self.service = parked(self.service)
