@@ -447,16 +447,12 @@ def test_a_run_with_a_snapshot_goes_on_from_there(
     server, site, launcher, job_id = driven(deployed, dialler, tmp_path, first_process)
     (run_spec,) = launcher.specs
     folder, job_spec = Path(run_spec.folder), run_spec.spec
-
-    def run_until_cut_off() -> None:
-        with pytest.raises(Unreachable):
-            first_process.start_run(job_id, folder, job_spec, None, None)
-
-    thread, _ = in_thread(run_until_cut_off)
+    thread, ends = in_thread(lambda: first_process.start_run(job_id, folder, job_spec, None, None))
     site.send(answer(site.task(), w(2)))
     second_round = site.task()
     first_process.stop_run_engine_cell()
     thread.join(20)
+    assert [end.completed for end in ends] == [False]
 
     committed = wait(server.jobs.services.store.snapshot(job_id)).state
     assert committed is not None

@@ -75,7 +75,9 @@ class RunHost:
             background_loop().call_soon_threadsafe(self._run.stop_after_round)
 
     def close_cell(self) -> None:
-        """Close the job's cell, if there is one."""
+        """Close the job's cell, if there is one; a run that still goes on ends, for it can do nothing without."""
+        if self._run is not None:
+            background_loop().call_soon_threadsafe(self._run.cut_off)
         if self._job_cell is not None:
             run(self._job_cell.close())
             self._job_cell = None

@@ -89,6 +89,7 @@ class LocalRun:
         self._stopping = asyncio.Event()
         self._aborted: str | None = None
         self._is_last_round = False
+        self._is_cut_off = False
 
     def stop_after_round(self) -> None:
         """Hand out no new work: the run ends with the round that it is in."""
@@ -97,6 +98,11 @@ class LocalRun:
     def abort(self, reason: str) -> None:
         """End the run; what is committed stays, and the server is told that it was aborted."""
         self._aborted = reason
+        self._stopping.set()
+
+    def cut_off(self) -> None:
+        """End the run in this process alone: its server is not told, and has it go on in another."""
+        self._is_cut_off = True
         self._stopping.set()
 
     async def drive(self) -> RunEnded:
@@ -112,8 +118,9 @@ class LocalRun:
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
                 end = RunEnded(completed=False, code=ABORTED, reason=self._aborted or "the run was aborted")
-                with contextlib.suppress(HanseError):  # the server knows, where it was the one that said so
-                    await self._link.ended(end)
+                if not self._is_cut_off:
+                    with contextlib.suppress(HanseError):  # the server knows, where it was the one that said so
+                        await self._link.ended(end)
                 return end
             end = work.result()
             await self._link.ended(end)
