@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(RUN)  ## Three organisations train a model together, here, in under a minute
+demo: $(RUN)  ## Three organisations train a model together, here, in half a minute once installed
 	$(BIN)/python -m examples.demo
 
 test: $(DEVELOP)  ## Run the tests (all but the slow ones)

@@ -135,6 +135,8 @@ async def run_job(kit: Path, model: Path) -> None:
             async for seen in session.follow(submitted.job_id):
                 progress.take(seen)
                 live.update(progress.table())
+        if not console.is_terminal:
+            console.print()  # where nothing is drawn anew, the last line has no end
         view = await session.show(submitted.job_id)
         if view.state != "completed":
             raise SystemExit(f"job {view.job_id} {view.state}: {view.reason}")

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ import pytest
 
 import hanse.identity.project
 import hanse.settings
+from hanse.cli.failures import INTERRUPTED
+from hanse.cli.job_text import JOB_ABORTED, JOB_FAILED
+from hanse.cli.new import new
 from hanse.events import GATES, EventType
 from hanse.job import JobSpec, WorkflowSpec, parse
 from hanse.learning.workflow import WORKFLOWS, load_workflow
@@ -79,7 +83,7 @@ def test_no_two_errors_share_a_code(vocabulary: ModuleType) -> None:
 
 def test_every_exit_status_is_listed_with_what_it_means(vocabulary: ModuleType) -> None:
     shown = vocabulary.exit_statuses()
-    for status in {cls.exit_status for cls in vocabulary.error_classes()} | {0}:
+    for status in {cls.exit_status for cls in vocabulary.error_classes()} | {0, JOB_FAILED, JOB_ABORTED, INTERRUPTED}:
         assert f"\n| {status} | " in shown
 
 
@@ -161,6 +165,15 @@ def test_example_of_a_job_is_one(example: str) -> None:
     parse(tomllib.loads(example)["tool"]["hanse"] | {"workflow": "fedavg"}, default_name="example")
 
 
+def test_the_tutorial_shows_the_files_that_hanse_new_makes() -> None:
+    tutorial = page("tutorial.md")
+    template = ROOT / "src/hanse/cli/templates/numpy"
+    made = " ".join(sorted(path.name.removesuffix(".txt") for path in template.iterdir())).replace(" ", "  ")
+    assert f"$ ls my-job\n{made}\n" in tutorial
+    definition = (template / "pyproject.toml.txt").read_text(encoding="utf-8")
+    assert "[tool.hanse]" + definition.split("[tool.hanse]", 1)[1] in tutorial
+
+
 @pytest.mark.parametrize("example", toml_examples("[tool.hanse.workflow]"))
 def test_example_of_a_workflows_settings_is_accepted(example: str) -> None:
     table = tomllib.loads(example)["tool"]["hanse"]["workflow"]
@@ -194,6 +207,22 @@ def test_examples_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         line = text.count("\n", 0, found.start(1))
         code = compile("\n" * line + found.group(1), str(file), "exec")  # so that a traceback names the page's line
         exec(code, vars(module))
+
+
+def test_the_readmes_program_runs_in_the_folder_that_hanse_new_makes(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (program,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "hanse.simulate(" in code)
+    new(tmp_path / "my-job")
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path / "my-job",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("[")
 
 
 def test_the_example_of_the_contributing_page_passes() -> None:

@@ -22,6 +22,8 @@ from sphinx.util.docutils import SphinxDirective
 import hanse
 import hanse.identity.project
 import hanse.settings
+from hanse.cli.failures import INTERRUPTED
+from hanse.cli.job_text import JOB_ABORTED, JOB_FAILED
 from hanse.coordination.policy import PEER, ROLE_RIGHTS, Right
 from hanse.coordination.runs import LEGAL as CLIENT_LEGAL
 from hanse.coordination.service import TABLE as SERVICE_TABLE
@@ -34,6 +36,14 @@ from hanse.learning.workflow import WORKFLOWS
 from hanse.messages import CATALOGUE
 
 State = TypeVar("State", bound=StrEnum)
+
+NO_ERRORS: Final = {
+    0: "the command did what it was asked",
+    JOB_FAILED: "the job that the command saw to its end failed (`hanse job wait`, `job submit --wait`, `simulate`)",
+    JOB_ABORTED: "that job was aborted",
+    INTERRUPTED: "Ctrl-C",
+}
+"""Exit statuses that stand for no error's class."""
 
 GENERATED: Final = re.compile(r"_pb2(_grpc)?$|__main__$")
 
@@ -110,12 +120,12 @@ def error_classes() -> list[type[HanseError]]:
 
 
 def exit_statuses() -> str:
-    """Return the table of what the command line ends with, and for which errors."""
+    """Return the table of what the command line ends with: for which errors, and for what else."""
     codes: dict[int, list[str]] = {}
     for cls in error_classes():
         codes.setdefault(cls.exit_status, []).append(f"`{cls.code}`")
-    rows = [("0", "the command did what it was asked"), *((str(key), ", ".join(codes[key])) for key in sorted(codes))]
-    return _table(("status", "when"), rows)
+    meanings = {status: ", ".join(codes[status]) for status in codes} | NO_ERRORS
+    return _table(("status", "when"), [(str(status), meanings[status]) for status in sorted(meanings)])
 
 
 def topics() -> str:

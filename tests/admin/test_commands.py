@@ -1,6 +1,7 @@
 """The handlers called directly with messages, as the cell calls them once the gate has let a message pass."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import hanse.admin
 from hanse.admin.commands import MAX_LOG_LINES, MAX_ROUNDS, AdminCommands
 from hanse.cell.cell import Cell, Handler
+from hanse.cell.frames import MAX_PAYLOAD_BYTES
 from hanse.errors import HanseError, ProtocolError, Unauthenticated, Unauthorized
 from hanse.ids import ClientName, Digest, Fqcn, JobId
 from hanse.messages import (
@@ -114,6 +116,37 @@ def test_numbers_out_of_range_are_brought_into_it(
         assert shown is not None
         assert shown.payload == LogText("")
     assert asked == [1, MAX_LOG_LINES]
+
+
+def test_an_answer_holds_what_fits_into_a_message(
+    deployment: Deployment, handlers: dict[str, Handler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = job(deployment, tmp_path)
+    view = wait(deployment.server.jobs.view(JobId(job_id)))
+    answered = tuple(f"site-{number}" for number in range(1000))
+    rounds = tuple(RoundView(number, {}, 0.1, 1.0, answered) for number in range(1000))
+    large = msgspec.structs.replace(view, reason="x" * 100_000, history=rounds)
+
+    async def large_view(job_id: str, *, history: bool = True) -> JobView:
+        return large
+
+    async def large_views(**narrowed: Any) -> list[JobView]:
+        return [msgspec.structs.replace(large, history=())] * 1000
+
+    monkeypatch.setattr(deployment.server.jobs, "view", large_view)
+    monkeypatch.setattr(deployment.server.jobs, "views", large_views)
+    shown = ask(handlers["job.show"], JobQuery(job_id))
+    listed = ask(handlers["job.list"], ListJobs(limit=1000))
+
+    assert shown is not None
+    assert isinstance(shown.payload, JobView)
+    assert 300 < len(shown.payload.history) < 1000
+    assert shown.payload.history[-1].round == 999
+    assert listed is not None
+    assert isinstance(listed.payload, JobList)
+    assert 30 < len(listed.payload.jobs) < 1000
+    for payload in (shown.payload, listed.payload):
+        assert len(msgspec.msgpack.encode(payload)) <= MAX_PAYLOAD_BYTES
 
 
 def test_a_long_history_is_shown_by_its_last_rounds(

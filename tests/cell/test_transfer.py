@@ -166,6 +166,41 @@ async def test_who_has_yet_to_register_moves_nothing(there: TensorFiles) -> None
     assert not there.has(digest_of(SMALL))
 
 
+async def test_an_upload_under_way_ends_when_its_caller_may_not_go_on(there: TensorFiles) -> None:
+    digest = digest_of(BIG)
+    stays = Staying(chunks=2)
+    async with serving(scopes=scopes_of(there), stays=stays) as server, transferring(server.target, max_tries=1) as up:
+        # While it still writes, gRPC tells the client no more than that the call has ended.
+        with pytest.raises((Unauthenticated, Unreachable)):
+            await up.upload(SCOPE, digest, memoryview(BIG))
+    assert stays.seen == [SITE] * 3
+    assert not there.has(digest)
+
+
+async def test_a_download_under_way_ends_when_its_caller_may_not_go_on(there: TensorFiles, here: TensorFiles) -> None:
+    digest = there.put(BIG)
+    stays = Staying(chunks=2)
+    partial = here.begin(digest, len(BIG))
+    async with serving(scopes=scopes_of(there), stays=stays) as server, transferring(server.target) as down:
+        with pytest.raises(Unauthenticated, match="disabled"):
+            await down.download(SCOPE, digest, len(BIG), partial)
+    assert stays.seen == [SITE] * 3
+    assert not here.has(digest)
+
+
+class Staying:
+    """Lets a caller move so many *chunks* and no more."""
+
+    def __init__(self, chunks: int) -> None:
+        self.seen: list[str] = []
+        self._chunks = chunks
+
+    def __call__(self, peer: Peer) -> None:
+        self.seen.append(peer.fqcn)
+        if len(self.seen) > self._chunks:
+            raise Unauthenticated("client site-1 is disabled")
+
+
 async def test_a_scope_decides_who_may_write(there: TensorFiles, here: TensorFiles) -> None:
     digest = there.put(SMALL)
     async with moving(there, fqcn="site-2", hello=lambda: hello("site-2")) as (_, transfers):

@@ -102,13 +102,14 @@ async def serving(
     *,
     target: str = "127.0.0.1:0",
     scopes: Any = no_scope,
+    stays: Any = None,
     unix_path: Path | None = None,
     cell: Cell | None = None,
     **reception_options: Any,
 ) -> AsyncIterator[Serving]:
     cell = cell or Cell(SERVER)
     reception = Reception(cell, **{"authorize": authorize, "session": lambda: Ssid("7"), **reception_options})
-    listener = Listener(reception, scopes=scopes, tls=tls, target=target, unix_path=unix_path)
+    listener = Listener(reception, scopes=scopes, stays=stays, tls=tls, target=target, unix_path=unix_path)
     served = Serving(cell, reception, listener, await listener.start())
 
     def up(peer: Peer) -> None:

@@ -14,7 +14,15 @@ from hanse.client.job_cell import MAX_LOGS_PER_S, MAX_QUEUED_TASKS, filters_of
 from hanse.client.job_process import JobConnection
 from hanse.client.process_spec import JobProcessSpec
 from hanse.client.task import TaskContext
-from hanse.errors import HanseError, ProtocolError, TrainingFailed, Unauthenticated, Unreachable, UpdateRejected
+from hanse.errors import (
+    HanseError,
+    NotFound,
+    ProtocolError,
+    TrainingFailed,
+    Unauthenticated,
+    Unreachable,
+    UpdateRejected,
+)
 from hanse.ids import ClientName, Fqcn
 from hanse.learning.filters import NormClip
 from hanse.messages import (
@@ -449,6 +457,31 @@ async def test_job_whose_token_is_refused_ends_with_the_reason(tmp_path: Path) -
         job(server, tmp_path / "t", FakeTrainer(add_one)) as running,
     ):
         with pytest.raises(Unauthenticated, match="the token has expired"):
+            await running
+
+
+async def test_job_whose_answer_is_refused_for_its_token_ends_and_does_not_go_on_in_vain(tmp_path: Path) -> None:
+    refuse: dict[str, HanseError] = {"result": Unauthenticated("the token has expired; register again")}
+    async with (
+        fake_server(tmp_path / "s", refuse=refuse) as server,
+        job(server, tmp_path / "t", FakeTrainer(add_one)) as running,
+    ):
+        await server.up(CELL)
+        give(server, assignment(server))
+        with pytest.raises(Unauthenticated, match="the token has expired"):
+            await running
+
+
+async def test_job_whose_token_is_not_renewed_ends(tmp_path: Path) -> None:
+    soon = job_identity()
+    soon = type(soon)(type(soon.credentials)(SITE, f"job:{JOB}~{'0' * 32}~2", "signed", "1"))  # type: ignore[arg-type]  # ids are text
+    refuse: dict[str, HanseError] = {"renew": NotFound("running job", JOB)}
+    async with (
+        fake_server(tmp_path / "s", refuse=refuse) as server,
+        job(server, tmp_path / "t", FakeTrainer(add_one), identity=soon) as running,
+    ):
+        await server.up(CELL)
+        with pytest.raises(RemoteError, match="there is no running job"):
             await running
 
 

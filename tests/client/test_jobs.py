@@ -10,6 +10,7 @@ from hanse.errors import NotFound, Unreachable
 from hanse.ids import Digest, Fqcn, JobId
 from hanse.messages import AbortJob, Channel, DeployJob, Heartbeat, JobEnded
 from hanse.settings import SitePolicy
+from hanse.storage.packages import MAX_PACKAGE_BYTES
 
 from .fake_server import JOB, PROJECT, SITE, fake_server, job_identity, job_spec
 from .site import code_folder, site, within
@@ -77,6 +78,17 @@ async def test_job_whose_id_is_none_is_refused_before_a_file_is_touched(tmp_path
         await server.up()
         deploy = DeployJob(JobId(job_id), "digits", "lead", job_spec(), Digest("0" * 64), 1)
         with pytest.raises(RemoteError, match=r"DeployJob\.job_id"):
+            await server.ask("deploy", deploy)
+
+        assert list((here.workspace / "jobs").iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [-1, 0, MAX_PACKAGE_BYTES + 1, 2**47])
+async def test_package_that_is_larger_than_packages_are_is_not_fetched(tmp_path: Path, size: int) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        deploy = DeployJob(JOB, "digits", "lead", job_spec(), Digest("0" * 64), size)
+        with pytest.raises(RemoteError, match=r"DeployJob\.package_bytes"):
             await server.ask("deploy", deploy)
 
         assert list((here.workspace / "jobs").iterdir()) == []

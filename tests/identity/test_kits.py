@@ -87,7 +87,9 @@ def test_settings_of_another_name_or_project_are_refused(tmp_path: Path, authori
         Kit.load(tmp_path, ClientSettings)
 
 
-def test_a_kit_of_another_kind_is_refused_as_what_it_is(tmp_path: Path, authority: Authority, make_identity: IdentityMaker):
+def test_a_kit_of_another_kind_is_refused_as_what_it_is(
+    tmp_path: Path, authority: Authority, make_identity: IdentityMaker
+):
     write_kit(tmp_path, make_identity("site-1", role="admin:lead"), authority.certificate)
 
     assert Kit.load(tmp_path, AdminSettings).settings.name == "site-1"

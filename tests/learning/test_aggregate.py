@@ -189,6 +189,14 @@ def test_metrics_are_weighted_means_over_those_who_measured_them() -> None:
     assert list(metrics) == ["f1", "loss"]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "mean"), [(math.inf, -math.inf, math.nan), (math.inf, 1.0, math.inf), (1.7e308, 1.7e308, math.inf)]
+)
+def test_metrics_of_a_client_that_diverged_have_a_mean_that_says_so(one: float, other: float, mean: float) -> None:
+    metrics = mean_metrics([Update(None, 1, {"loss": one}), Update(None, 1, {"loss": other})])
+    assert metrics == pytest.approx({"loss": mean}, nan_ok=True)
+
+
 @given(st.lists(st.tuples(st.floats(-1e9, 1e9), st.integers(1, 10**6)), min_size=1, max_size=8), st.randoms())
 def test_metrics_do_not_depend_on_order(pairs: list[tuple[float, int]], random: object) -> None:
     updates = [Update(None, n, {"loss": value}) for value, n in pairs]

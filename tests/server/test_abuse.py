@@ -1,26 +1,66 @@
 """What hostile or unlucky sites, people and disks must not bring about: one's trouble is not everybody's."""
 
-from collections.abc import Callable
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from hanse.errors import Conflict, HanseError, StoreFailed
-from hanse.ids import ClientName, JobId
+from hanse.cell.cell import RemoteError
+from hanse.cell.loop import background_loop
+from hanse.coordination.service import ServiceState
+from hanse.errors import HanseError, SiteRefused, StoreFailed, Unauthenticated
+from hanse.ids import SERVER, ClientName, JobId, is_job_id
 from hanse.job import JobRecord, JobState, WorkflowSpec
-from hanse.messages import Channel, JobEnded, JobFailure, LogMetrics, TaskFault, TaskResult, UpdateRef
+from hanse.messages import (
+    Challenge,
+    Channel,
+    JobEnded,
+    JobFailure,
+    LogMetrics,
+    Renew,
+    ReturnCode,
+    TaskFault,
+    TaskResult,
+    UpdateRef,
+)
 from hanse.model import Model
 from hanse.server import FederatedServer
+from hanse.server.active_run import MAX_LOGS_PER_S
 from hanse.server.bounds import MAX_METRICS, MAX_TAIL_CHARS
+from hanse.server.inbox import MAX_ANSWERS_PER_TASK
 from hanse.storage.memory import MemoryStore
+from hanse.storage.models import read_safetensors
+from hanse.storage.tensors import TensorFiles, digest_of
 
-from .job_world import Site, Threads, answer, outcome, package, small, spec, submit
-from .world import Dialler, args, on_loop, settings, wait
+from .job_world import Site, Threads, answer, outcome, small, submit
+from .world import (
+    PROJECT,
+    Dialler,
+    Project,
+    args,
+    client_named,
+    nonce,
+    on_loop,
+    peer_of,
+    register_plain,
+    request,
+    settings,
+    target_of,
+    transferring,
+    wait,
+)
 
 MakeServer = Callable[..., FederatedServer]
 LONG = "x" * 1_000_000
+
+
+async def nothing(result: TaskResult) -> None:
+    del result
 
 
 class TroubledStore(MemoryStore):
@@ -29,6 +69,7 @@ class TroubledStore(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
         self.after_looking: Callable[[list[JobRecord]], Any] | None = None
+        self.before_accepting: Callable[[TaskResult], Awaitable[None]] = nothing
         self.failures = 0
         """How many of the following calls find the disk full."""
 
@@ -50,6 +91,10 @@ class TroubledStore(MemoryStore):
     async def end_run(self, epoch: int, record: JobRecord, **more: Any) -> None:
         self._may_fail()
         await super().end_run(epoch, record, **more)
+
+    async def accept_answer(self, epoch: int, job_id: JobId, result: TaskResult) -> bool:
+        await self.before_accepting(result)
+        return await super().accept_answer(epoch, job_id, result)
 
     def _may_fail(self) -> None:
         if self.failures > 0:
@@ -80,15 +125,14 @@ def w(value: float) -> Model:
 
 def completes(server: FederatedServer, site: Site, folder: Path) -> bool:
     """Return whether a job of one round at *site* completes."""
-    job_id = submit(server, folder, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    workflow = WorkflowSpec("fedavg", {"rounds": 1})
+    job_id = submit(server, folder, min_clients=1, clients=(site.name,), workflow=workflow)
     task = site.task()
-    while not task.key.client == site.name:
-        task = site.task()
     site.send(answer(task, w(1)))
     return outcome(server, job_id).state is JobState.COMPLETED
 
 
-# the schedule
+# the schedule and the store -----------------------------------------------------------------------------------------
 
 
 def test_a_job_aborted_while_it_is_being_scheduled_hurts_no_other(
@@ -109,29 +153,327 @@ def test_a_job_aborted_while_it_is_being_scheduled_hurts_no_other(
 
 
 def test_a_job_that_is_scheduled_while_it_is_being_aborted_is_aborted(
-    start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path
+    start: StartServer, store: TroubledStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = start()
     job_id = submit(server, tmp_path, min_clients=1)
-    looked = store.job
-    site: list[Site] = []
 
-    async def too_early(asked: JobId) -> JobRecord:
-        record = await looked(asked)
+    async def outrun(asked: JobId) -> JobRecord:
+        """Return the record as it was, when it has just been scheduled."""
+        record = await MemoryStore.job(store, asked)
         if record.state is JobState.SUBMITTED:
-            epoch = server.jobs.services.epoch
-            taken = record.__class__(**{f: getattr(record, f) for f in record.__struct_fields__})
-            moved = msgspec_replace(taken, state=JobState.SCHEDULED)
-            await MemoryStore.replace_job(store, epoch, moved, was=JobState.SUBMITTED)
+            moved = msgspec.structs.replace(record, state=JobState.SCHEDULED)
+            await MemoryStore.replace_job(store, server.jobs.services.epoch, moved, was=record.state)
         return record
 
-    store.job = too_early  # type: ignore[method-assign]
+    monkeypatch.setattr(store, "job", outrun)
 
     assert wait(server.jobs.abort(job_id, reason="no")).state is JobState.ABORTED
-    del site
 
 
-def msgspec_replace(record: JobRecord, **changes: Any) -> JobRecord:
-    import msgspec
+def test_a_store_that_fails_for_a_while_ends_no_tenure(
+    start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.jobs.POSTPONED_S", 0.01)
+    monkeypatch.setattr("hanse.server.tenure.LEASE_TTL_S", 0.03)
+    server = start()
+    site = Site(dialler, server, "site-1")
+    store.failures = 5
+    on_loop(server.jobs.wake)
 
-    return msgspec.structs.replace(record, **changes)
+    assert completes(server, site, tmp_path)
+    assert store.failures == 0
+    assert server.service.state is ServiceState.HOT
+
+
+def test_a_job_that_the_store_failed_ends_with_that_reason_once_it_can(
+    start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.jobs.POSTPONED_S", 0.01)
+    server = start()
+    site = Site(dialler, server, "site-1", starts=False)
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.wire.told(Channel.JOB, "start")
+    store.failures = 3
+
+    site.wire.ask(Channel.SERVER, "job_failure", JobFailure(job_id, "exception", "boom"))
+
+    record = outcome(server, job_id)
+    assert (record.state, record.code) == (JobState.FAILED, "store-failed")
+    assert record.reason == "the store failed while writing: No space left on device"
+    assert completes(server, Site(dialler, server, "site-2"), tmp_path / "next")
+
+
+def test_a_long_name_makes_an_id(start: StartServer, tmp_path: Path) -> None:
+    server = start()
+
+    job_id = submit(server, tmp_path, name="a" * 9 + "-" + "b" * 53)
+
+    assert is_job_id(job_id)
+    assert wait(server.jobs.view(job_id)).state == "submitted"
+
+
+# answers at the same moment ------------------------------------------------------------------------------------------
+
+
+def test_an_answer_whose_round_is_committed_while_it_is_being_accepted_is_refused(
+    start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site, other = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    going_on = on_loop(asyncio.Event)
+
+    async def hold(result: TaskResult) -> None:
+        if (result.key.client, result.key.round) == ("site-1", 1):
+            await going_on.wait()
+
+    store.before_accepting = hold
+    workflow = WorkflowSpec("fedavg", {"rounds": 2, "fraction": 0.5, "over_selection": 1.0})
+    job_id = submit(server, tmp_path, workflow=workflow)
+    late = site.task()
+    assert site.job is not None
+    sending = asyncio.run_coroutine_threadsafe(
+        site.job.cell.ask(SERVER, Channel.TASK, "result", answer(late, w(100)), timeout_s=20), background_loop()
+    )
+    other.send(answer(other.task(), w(1)))
+    following = site.task()  # of round 2, so round 1 is committed
+    on_loop(going_on.set)
+
+    with pytest.raises(RemoteError, match="there is no task"):
+        sending.result(20)
+    site.send(answer(following, w(3)))
+    record = outcome(server, job_id)
+    assert record.state is JobState.COMPLETED
+    assert read_safetensors(server.jobs.result_files(job_id).path(record.result)) == w(3)
+
+
+def test_the_same_answer_twice_at_the_same_moment_counts_once(
+    start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    arrived: list[TaskResult] = []
+    both = on_loop(asyncio.Event)
+
+    async def meet(result: TaskResult) -> None:
+        arrived.append(result)
+        if len(arrived) == 2:
+            both.set()
+        await both.wait()
+
+    store.before_accepting = meet
+    job_id = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    task = site.task()
+    watcher = dialler.site(server, "ada@demo", fqcn="ada@demo.cli-1")
+    on_loop(lambda: server.jobs.watch(job_id, watcher.fqcn))
+
+    async def twice() -> None:
+        assert site.job is not None
+        ask = site.job.cell.ask
+        await asyncio.gather(*(ask(SERVER, Channel.TASK, "result", answer(task, w(1)), timeout_s=20) for _ in range(2)))
+
+    wait(twice())
+
+    record = outcome(server, job_id)
+    assert record.state is JobState.COMPLETED
+    assert read_safetensors(server.jobs.result_files(job_id).path(record.result)) == w(1)
+    kinds = [watcher.told(Channel.ADMIN, "job.event").kind]
+    while kinds[-1] != "job_completed":
+        kinds.append(watcher.told(Channel.ADMIN, "job.event").kind)
+    assert kinds.count("result_accepted") == 1
+
+
+def test_a_submission_that_the_store_does_not_take_leaves_nothing_behind(
+    start: StartServer, store: TroubledStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+
+    async def full(epoch: int, record: JobRecord) -> None:
+        raise StoreFailed("writing", "No space left on device")
+
+    monkeypatch.setattr(store, "add_job", full)
+
+    with pytest.raises(StoreFailed, match="No space left"):
+        submit(server, tmp_path)
+    assert list((tmp_path / "ws" / "runs").iterdir()) == []
+
+
+# what is kept of what others say --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["job_failure", "job_ended", "fault", "refusal"])
+def test_a_long_word_of_one_site_is_cut_short_in_the_jobs_record(
+    start: StartServer, dialler: Dialler, tmp_path: Path, way: str
+) -> None:
+    server = start()
+    refuses = SiteRefused("site-1", LONG[:10_000]) if way == "refusal" else None
+    site = Site(dialler, server, "site-1", refuses=refuses)
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=1)
+    if way == "job_failure":
+        site.task()
+        site.wire.ask(Channel.SERVER, "job_failure", JobFailure(job_id, "exception", LONG, LONG))
+    elif way == "job_ended":
+        site.task()
+        site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, status=1, log_tail=LONG))
+    elif way == "fault":
+        task = site.task()
+        site.send(TaskResult(task.key, fault=TaskFault(LONG, LONG)))
+
+    record = outcome(server, job_id)
+
+    assert record.state is JobState.FAILED
+    assert len(record.reason) <= 2500
+    assert len(record.code) <= 64
+    assert wait(server.jobs.views())[0].reason == record.reason
+
+
+def test_what_is_kept_of_a_log_is_its_end(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+
+    site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, status=1, log_tail=f"{LONG}\nMemoryError"))
+
+    tail = wait(server.jobs.log_of(job_id, ClientName("site-1"), lines=10**6))
+    assert len(tail) == MAX_TAIL_CHARS
+    assert tail.endswith("\nMemoryError")
+
+
+@pytest.mark.parametrize(
+    "metrics", [{f"m{number}": 0.0 for number in range(MAX_METRICS + 1)}, {LONG: 1.0}], ids=["many", "long"]
+)
+def test_metrics_beyond_measure_are_refused_with_the_update(
+    start: StartServer, dialler: Dialler, tmp_path: Path, metrics: dict[str, float]
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task = site.task()
+
+    refused = site.refused(TaskResult(task.key, UpdateRef(small(w(1)), 1, metrics)))
+
+    assert "site-1 sent too much: " in refused.reason
+    assert len(refused.reason) < 500
+    assert outcome(server, job_id).code == "too-few-clients"
+
+
+def test_watchers_are_spared_a_flood_of_metrics(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task = site.task()
+    watcher = dialler.site(server, "ada@demo", fqcn="ada@demo.cli-1")
+    on_loop(lambda: server.jobs.watch(job_id, watcher.fqcn))
+    assert site.job is not None
+    site.job.tell(Channel.TASK, "metrics", LogMetrics(task.key, 0, {LONG: 1.0}))
+
+    async def flood() -> None:
+        for step in range(1, 10 * MAX_LOGS_PER_S):
+            site.job.cell.tell(SERVER, Channel.TASK, "metrics", LogMetrics(task.key, step, {"loss": 1.0}))  # type: ignore[union-attr]
+
+    began = time.monotonic()
+    wait(flood())
+    site.send(answer(task, w(1)))
+    kinds = [watcher.told(Channel.ADMIN, "job.event").kind]
+    while kinds[-1] != "result_accepted":
+        kinds.append(watcher.told(Channel.ADMIN, "job.event").kind)
+
+    seconds = int(time.monotonic() - began) + 2
+    assert 0 < kinds.count("metrics") <= seconds * MAX_LOGS_PER_S
+
+
+def test_a_client_keeps_a_short_release(deployed_plain: MakeServer) -> None:
+    server = deployed_plain()
+    register_plain(server, release=LONG)
+
+    assert len(str(client_named(server, "site-1").props["release"])) <= 64
+
+
+def test_a_stranger_is_not_remembered_under_a_long_name(deployed: MakeServer, project: Project) -> None:
+    server = deployed()
+    challenge = Challenge(LONG, PROJECT, nonce(), project.site("site-1").certificate)
+
+    reply = server.client_challenge(request(challenge))
+
+    assert reply.return_code is ReturnCode.UNAUTHENTICATED
+    assert "cannot be a participant's name" in reply.reason
+    assert len(reply.reason) < 300
+
+
+# tensors --------------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_are_taken_from_who_has_a_task_for_them_alone(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, model="tiny_model:large")
+    task = site.task()
+    assert site.job is not None
+    scope, tls = f"job/{job_id}", dialler.tls(project_site(dialler, "site-1"))
+
+    def upload(data: bytes) -> HanseError | None:
+        try:
+            wait(transfers.upload(scope, digest_of(data), memoryview(data)))
+        except HanseError as error:
+            return error
+        return None
+
+    with transferring(site.job, target_of(server), tls) as transfers:
+        refused = upload(bytes(50_000))
+        assert refused is not None
+        assert "a tensor of 50000 bytes, which no task that it has asks for" in refused.reason
+        outcomes = [upload(bytes([number]) * 40_000) for number in range(1, MAX_ANSWERS_PER_TASK + 2)]
+        assert outcomes[:-1] == [None] * MAX_ANSWERS_PER_TASK
+        assert "more than the" in str(outcomes[-1])
+        site.send(TaskResult(task.key, fault=TaskFault("x", "y")))
+        outcome(server, job_id)
+        assert upload(bytes(40_000)) is not None
+
+
+def test_a_disabled_clients_transfer_under_way_ends(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, model="tiny_model:large")
+    task = site.task()
+    assert site.job is not None
+    assert task.model is not None
+    digest = max(task.model.tensors, key=lambda tensor: tensor.size_bytes).digest
+    peer = peer_of(server, site.job.fqcn)
+    admittance = server._admittance()
+
+    admittance.stays(peer)
+    server.set_disabled(ClientName("site-1"), "broken data")
+
+    with pytest.raises(Unauthenticated, match="disabled"):
+        admittance.stays(peer)
+    with (
+        transferring(site.job, target_of(server), dialler.tls(project_site(dialler, "site-1"))) as transfers,
+        pytest.raises(Unauthenticated, match="disabled"),
+    ):
+        wait(transfers.download(f"job/{job_id}", digest, 40_000, TensorFiles(tmp_path / "d").begin(digest, 40_000)))
+
+
+# tokens ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_jobs_token_ends_with_its_job(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+    job = site.job
+    assert job is not None
+    job.ask(Channel.SERVER, "renew", Renew())
+    given = server.clients.job_credentials(job.fqcn, job_id)
+
+    wait(server.jobs.abort(job_id, reason="enough"))
+
+    assert "there is no running job" in job.refused(Channel.SERVER, "renew", Renew()).reason
+    assert "there is no running job" in dialler.refused(dialler.job_wire(server, job.fqcn, given)).reason
+
+
+def project_site(dialler: Dialler, name: str) -> Any:
+    return dialler.project.site(name)

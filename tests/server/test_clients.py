@@ -593,8 +593,15 @@ def test_a_clients_token_opens_no_jobs_cell(deployed: MakeServer, dialler: Diall
     assert refused.reason == "a client's token does not open 'site-1.digits-1'"
 
 
-def test_a_jobs_token_opens_its_own_cell_alone(deployed: MakeServer, dialler: Dialler) -> None:
-    server = deployed()
+def _running_any_job(server: FederatedServer, monkeypatch: pytest.MonkeyPatch) -> FederatedServer:
+    monkeypatch.setattr(server.jobs, "demand_alive", lambda job_id: None)
+    return server
+
+
+def test_a_jobs_token_opens_its_own_cell_alone(
+    deployed: MakeServer, dialler: Dialler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = _running_any_job(deployed(), monkeypatch)
     given = server.clients.job_credentials("site-1.digits-1", JobId("digits-1"))  # type: ignore[arg-type]
 
     for fqcn in ("site-1", "site-1.digits-2", "site-2.digits-1"):
@@ -603,8 +610,10 @@ def test_a_jobs_token_opens_its_own_cell_alone(deployed: MakeServer, dialler: Di
     dialler.dial(dialler.job_wire(server, "site-1.digits-1", given))
 
 
-def test_the_jobs_processes_of_a_client_that_quit_count_no_more(deployed: MakeServer, dialler: Dialler) -> None:
-    server = deployed()
+def test_the_jobs_processes_of_a_client_that_quit_count_no_more(
+    deployed: MakeServer, dialler: Dialler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = _running_any_job(deployed(), monkeypatch)
     site = dialler.site(server)
     given = server.clients.job_credentials("site-1.digits-1", JobId("digits-1"))  # type: ignore[arg-type]
     job = dialler.dial(dialler.job_wire(server, "site-1.digits-1", given))
@@ -753,8 +762,10 @@ def test_disabling_ends_the_clients_stream_and_keeps_it_out(deployed: MakeServer
     assert names(server) == []
 
 
-def test_disabling_ends_the_streams_of_the_clients_jobs(deployed: MakeServer, dialler: Dialler) -> None:
-    server = deployed()
+def test_disabling_ends_the_streams_of_the_clients_jobs(
+    deployed: MakeServer, dialler: Dialler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = _running_any_job(deployed(), monkeypatch)
     given = server.clients.job_credentials("site-1.digits-1", JobId("digits-1"))  # type: ignore[arg-type]
     job = dialler.dial(dialler.job_wire(server, "site-1.digits-1", given))
 

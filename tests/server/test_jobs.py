@@ -161,7 +161,9 @@ def test_a_whole_job_over_the_wire(deployed: MakeServer, dialler: Dialler, recor
     ]
     assert [context.round for context in recorder.of(EventType.ROUND_STARTED)] == [1, 2]
     assert [context.round for context in recorder.of(EventType.ROUND_DONE)] == [0, 1, 2]
-    assert [context.metrics for context in recorder.of(EventType.ROUND_DONE)] == [entry.metrics for entry in view.history]
+    assert [context.metrics for context in recorder.of(EventType.ROUND_DONE)] == [
+        entry.metrics for entry in view.history
+    ]
     for kind in (
         EventType.BEFORE_TASK_DATA,
         EventType.TASK_SENT,
@@ -722,8 +724,9 @@ def test_a_jobs_process_reports_on_its_own_job_alone(start: StartServer, dialler
     site = Site(dialler, server, "site-1")
     job_id = submit(server, tmp_path, min_clients=1)
     site.task()
-    given = server.clients.job_credentials("site-1.another", JobId("another"))  # type: ignore[arg-type]
-    other = dialler.dial(dialler.job_wire(server, "site-1.another", given))
+    another = submit(server, tmp_path, min_clients=1)
+    while (other := site.started()).fqcn != f"site-1.{another}":
+        continue
 
     refused = other.refused(Channel.SERVER, "job_failure", JobFailure(job_id, "exception", "boom"))
 

@@ -19,7 +19,7 @@ from hanse.cell.handshake import Reception
 from hanse.cell.link import PeerCertificate, Transport
 from hanse.cell.loop import end_first
 from hanse.cell.rpc import SERVER_OPTIONS, SERVICE, ServerTls, status_of
-from hanse.cell.transfer_service import Scopes, TransferService
+from hanse.cell.transfer_service import Scopes, Stays, TransferService
 from hanse.errors import ConfigError, NotInService, Unreachable
 
 
@@ -34,11 +34,12 @@ class Listener:
         reception: Reception,
         *,
         scopes: Scopes,
+        stays: Stays | None = None,
         tls: ServerTls | None,
         target: str,
         unix_path: Path | None = None,
     ) -> None:
-        self._reception, self._scopes, self._tls = reception, scopes, tls
+        self._reception, self._scopes, self._stays, self._tls = reception, scopes, stays, tls
         self._target, self._unix_path = target, unix_path
         self._server: grpc.aio.Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -52,7 +53,9 @@ class Listener:
         """
         host, _ = split_target(self._target)
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        transfers = TransferService(authorize=self._reception.authorize, identify=_caller, scopes=self._scopes)
+        transfers = TransferService(
+            authorize=self._reception.authorize, identify=_caller, scopes=self._scopes, stays=self._stays
+        )
         server.add_generic_rpc_handlers((self._handlers(transfers),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(

@@ -1,8 +1,9 @@
 """Tensors by digest, as the port serves them: the other half of ``transfer``.
 
-Who calls is decided once, when the call starts; what may be read or written is decided by the scope's files that the
-caller is given, or is not. Everything that a call says is checked before a file is touched. A call that moves nothing
-for a minute ends, and one peer has a bounded number of calls, so a slow or hostile one keeps no places from others.
+Who calls is decided once, when the call starts, and with each chunk whether it may go on; what may be read or written
+is decided by the scope's files that the caller is given, or is not. Everything that a call says is checked before a
+file is touched. A call that moves nothing for a minute ends, and one peer has a bounded number of calls, so a slow or
+hostile one keeps no places from others.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Final, Protocol, TypeAlias, TypeVar
 
 import grpc.aio
@@ -38,6 +40,9 @@ MAX_CALLS_PER_PEER: Final = 16
 M = TypeVar("M", bound=Message)
 Identify: TypeAlias = Callable[[grpc.aio.ServicerContext], tuple[PeerCertificate | None, Transport]]
 
+Stays: TypeAlias = Callable[[Peer], None]
+"""Raises why a peer whose call is under way may not go on; quick, and free of I/O waits."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -51,8 +56,17 @@ class Scopes(Protocol):
 class TransferService:
     """Answers ``Missing``, ``Download`` and ``Upload`` calls; messages are bytes here, and checked here."""
 
-    def __init__(self, *, authorize: Authorize, identify: Identify, scopes: Scopes, stall_s: float = STALL_S) -> None:
-        self._authorize, self._identify, self._scopes, self._stall_s = authorize, identify, scopes, stall_s
+    def __init__(
+        self,
+        *,
+        authorize: Authorize,
+        identify: Identify,
+        scopes: Scopes,
+        stays: Stays | None = None,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self._authorize, self._identify, self._scopes, self._stays = authorize, identify, scopes, stays
+        self._stall_s = stall_s
         self._calls: Counter[str] = Counter()
 
     async def missing(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
@@ -80,7 +94,7 @@ class TransferService:
                 raise ProtocolError("DownloadRequest.offset", got=asked.offset, expected=f"at most {len(view)}")
             for at in range(asked.offset, len(view), CHUNK_BYTES):
                 await context.write(encode_chunk(view[at : at + CHUNK_BYTES]))
-                self._extend(limit)
+                self._go_on(peer, limit)
 
     async def upload(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """Take a tensor's bytes from where the files have them, verify it and say so."""
@@ -91,17 +105,18 @@ class TransferService:
                 raise ProtocolError("UploadPart.size", got=asked.size, expected=f"at most {MAX_TENSOR_BYTES} bytes")
             files = self._scopes(peer, _scope(asked.scope), write=True)
             if not files.has(digest):
-                inflow = Inflow(partial := await asyncio.to_thread(files.begin, digest, asked.size))
+                inflow = Inflow(tensor := await asyncio.to_thread(files.begin, digest, asked.size))
                 try:
-                    await context.write(_status(partial.offset))
-                    await self._take(context, limit, inflow, asked.size - partial.offset)
+                    await context.write(_status(tensor.offset))
+                    moved = partial(self._go_on, peer, limit)
+                    await self._take(context, moved, inflow, asked.size - tensor.offset)
                     await inflow.finish()
                 finally:
                     inflow.close()
             await context.write(_status(asked.size, complete=True))
 
     async def _take(
-        self, context: grpc.aio.ServicerContext, limit: asyncio.Timeout, inflow: Inflow, remaining: int
+        self, context: grpc.aio.ServicerContext, moved: Callable[[], None], inflow: Inflow, remaining: int
     ) -> None:
         while remaining > 0:
             message = _whole(await context.read(), f"{remaining} more bytes")
@@ -111,7 +126,7 @@ class TransferService:
                 raise ProtocolError("UploadPart.data", got=f"{len(chunk)} bytes", expected=f"1 to {most}")
             remaining -= len(chunk)
             await inflow.add(chunk)
-            self._extend(limit)
+            moved()
 
     @asynccontextmanager
     async def _answering(self, context: grpc.aio.ServicerContext) -> AsyncIterator[tuple[Peer, asyncio.Timeout]]:
@@ -155,7 +170,10 @@ class TransferService:
             if not self._calls[peer.fqcn]:
                 del self._calls[peer.fqcn]
 
-    def _extend(self, limit: asyncio.Timeout) -> None:
+    def _go_on(self, peer: Peer, limit: asyncio.Timeout) -> None:
+        """Let a call that has moved something go on, if its caller may."""
+        if self._stays is not None:
+            self._stays(peer)
         limit.reschedule(asyncio.get_running_loop().time() + self._stall_s)
 
 

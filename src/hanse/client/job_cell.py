@@ -17,7 +17,15 @@ from hanse.cell.transfer import TensorTransfers
 from hanse.client.task import TaskContext
 from hanse.client.trainer import Trainer, plain_update
 from hanse.client.uplink import ANSWER_TIMEOUT_S, Uplink, first_error
-from hanse.errors import Conflict, HanseError, InternalError, ProtocolError, TrainingFailed, UpdateRejected
+from hanse.errors import (
+    Conflict,
+    HanseError,
+    InternalError,
+    ProtocolError,
+    TrainingFailed,
+    Unauthenticated,
+    UpdateRejected,
+)
 from hanse.ids import SERVER, ClientName, Digest, JobId
 from hanse.job import Config, JobSpec
 from hanse.launch.log_lines import FieldLogger
@@ -202,10 +210,16 @@ class ClientJob:
         )
 
     async def _deliver(self, result: TaskResult, bytes_of: Mapping[Digest, memoryview]) -> None:
-        """Offer *result* until the server takes or refuses it."""
+        """Offer *result* until the server takes or refuses it.
+
+        Raises:
+            Unauthenticated: it does not take this process's token any more, so nothing that this process says counts.
+        """
         extra = {"task": result.key.name, "round": result.key.round}
         try:
             await self._uplink.persist(lambda: self._offer(result, bytes_of), doing=f"answer to {result.key.name}")
+        except Unauthenticated:
+            raise
         except HanseError as error:
             self._log.warning("answer refused", extra={**extra, "reason": error.reason})
         else:

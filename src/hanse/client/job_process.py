@@ -163,16 +163,16 @@ class JobConnection:
         self._log.info("the server is going; waiting for it to come back")
 
     async def _renew(self) -> None:
-        """Renew the token at half of its life, for as long as the job runs."""
+        """Renew the token at half of its life, for as long as the job runs.
+
+        Raises:
+            HanseError: the server does not renew it.
+        """
         expires_in_s = parse_token(self._credentials.token).expires_at - self._wall()
         while True:
             await asyncio.sleep(max(expires_in_s / 2, 1.0))
-            try:
-                reply = await self._uplink.ask_until_answered(Channel.SERVER, "renew", Renew())
-            except HanseError as error:
-                self._log.warning("token not renewed", extra={"reason": error.reason})
-                return
-            fresh = reply.payload
+            # A refusal ends the process: it could not answer any more, and the server would wait for it.
+            fresh = (await self._uplink.ask_until_answered(Channel.SERVER, "renew", Renew())).payload
             if not isinstance(fresh, Registered):
                 raise ProtocolError("reply to renew", got=fresh, expected="Registered")
             self._credentials = Credentials(self._credentials.name, fresh.token, fresh.token_signature, fresh.ssid)

@@ -28,7 +28,7 @@ from hanse.job import JobSpec
 from hanse.launch.process import Handle, Launcher
 from hanse.messages import AbortJob, Channel, DeployJob, JobCredentials, JobEnded, Message, StartJob
 from hanse.settings import ClientSettings
-from hanse.storage.packages import unpack_package
+from hanse.storage.packages import MAX_PACKAGE_BYTES, unpack_package
 from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
@@ -149,6 +149,9 @@ class SiteJobs:
         deploy = message.payload
         if not isinstance(deploy, DeployJob) or not is_job_id(deploy.job_id):
             raise ProtocolError("DeployJob.job_id", got=deploy, expected="lower-case letters, digits and dashes")
+        if not 0 < deploy.package_bytes <= MAX_PACKAGE_BYTES:
+            expected = f"1 to {MAX_PACKAGE_BYTES} bytes"
+            raise ProtocolError("DeployJob.package_bytes", got=deploy.package_bytes, expected=expected)
         refusal = may_run(
             self._settings.policy,
             submitter=deploy.submitter,

@@ -100,14 +100,15 @@ class Kit(Generic[S]):
         return self.folder / path
 
 
-def _require_kind(folder: Path, kind: type[AnySettings]) -> None:
+def _require_kind(folder: Path, kind: type[object]) -> None:
     """Raise unless the kit in *folder* is of *kind*: looked at first, for nothing else in another's kit makes sense."""
     path = folder / CERTIFICATE_FILE
     role = Subject.of(parse_certificate(read_file(path, what="certificate file"), path).subject).role
     whose = role.partition(":")[0]
-    if whose != _ROLES[kind]:
+    wanted = next(prefix for settings, prefix in _ROLES.items() if settings is kind)
+    if whose != wanted:
         this = _WHOSE.get(whose, f"for {role!r}")
-        raise ConfigError("kit", got=str(folder), expected=f"{_WHOSE[_ROLES[kind]]}, and this one is {this}")
+        raise ConfigError("kit", got=str(folder), expected=f"{_WHOSE[wanted]}, and this one is {this}")
 
 
 def _require_coherent(folder: Path, settings: AnySettings, identity: Identity, ca_pem: bytes) -> None:

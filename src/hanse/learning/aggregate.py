@@ -150,7 +150,11 @@ def with_metadata(model: Mapping[str, Array], of: Model) -> Model:
 
 
 def _mean(pairs: Sequence[tuple[float, int]]) -> float:
-    return math.fsum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
+    try:
+        total = math.fsum(value * weight for value, weight in pairs)
+    except (ValueError, OverflowError):  # infinities of both signs, or beyond what a float holds
+        total = sum(value * weight for value, weight in pairs)
+    return total / sum(weight for _, weight in pairs)
 
 
 def _model_of(update: Update) -> Model:

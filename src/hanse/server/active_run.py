@@ -59,6 +59,7 @@ from hanse.messages import (
 )
 from hanse.model import TensorMismatch
 from hanse.server.bounds import MAX_CODE_CHARS, MAX_TAIL_CHARS, check_metrics, shortened
+from hanse.server.inbox import Inbox
 from hanse.server.lifetime import start_in
 from hanse.server.run_spec import RunProcessSpec
 from hanse.storage.models import check_ref, digests_of
@@ -158,6 +159,7 @@ class ActiveRun:
         self._work: set[asyncio.Task[None]] = set()
         self._unstarted: set[ClientName] = set()
         self._tails: dict[ClientName, str] = {}
+        self._inboxes: dict[ClientName, Inbox] = {}
         self._logged: dict[ClientName, tuple[int, int]] = {}
         self._progress = 0
         self._round_announced = -1
@@ -307,6 +309,7 @@ class ActiveRun:
         await asyncio.to_thread(self.files.sync, needed)
         await self._services.store.commit_round(self._services.epoch, self.job_id, commit, now_s=self._services.wall())
         self._progress += 1
+        self._inboxes.clear()
         for key in self.run.committed(commit.state.round):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
         doomed = await asyncio.to_thread(self.files.set_aside, needed)
@@ -355,6 +358,12 @@ class ActiveRun:
         await self._accept(sender, result)
         if rejected is not None:
             raise rejected
+
+    def inbox(self, client: ClientName) -> Inbox:
+        """Return what *client* may add to the run's tensors now."""
+        inbox = self._inboxes.setdefault(client, Inbox(self.files, client))
+        inbox.expect(self.run.tasks_for(client))
+        return inbox
 
     def log_metrics(self, sender: ClientName, logged: LogMetrics) -> None:
         """Pass on what training code at *sender* logged; what comes faster than watchers could read is dropped.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hanse.cell.link import Peer, PeerCertificate, Transport
+from hanse.cell.transfer import Files
 from hanse.coordination.policy import PeerKind, demand_topic, demand_use
 from hanse.errors import NotFound, Unauthenticated, Unauthorized
 from hanse.identity.tokens import CLIENT_SCOPE, TokenInfo, TokenSigner, parse_token
@@ -28,7 +29,7 @@ UNEXPIRING: frozenset[Topic] = frozenset(
 class Scopes(Protocol):
     """Where tensors of a scope lie."""
 
-    def run_files(self, job_id: JobId, participant: str) -> TensorFiles | None:
+    def run_files(self, job_id: JobId, participant: str, *, write: bool) -> Files | None:
         """Return the tensor files of a running job in which *participant* takes part, else ``None``."""
 
     def package_files(self, job_id: JobId) -> TensorFiles:
@@ -59,6 +60,8 @@ class Admittance:
     disabled: Callable[[ClientName], str | None]
     revoked: Callable[[Token], bool]
     left: Callable[[ClientName], bool]
+    alive: Callable[[JobId], None]
+    """Raises ``NotFound`` for a job that is known not to run."""
     job_cell_of: Callable[[bytes], Fqcn] | None = None
     """Which job's cell a certificate of the server's own authority names (a CN is too short for some)."""
 
@@ -67,6 +70,7 @@ class Admittance:
 
         Raises:
             NotInService: this server serves nobody now.
+            NotFound: a job's process whose job does not run.
             Unauthenticated: another project, a name that the certificate or the credentials do not prove, credentials
             that are not ours or have expired, or a disabled client.
         """
@@ -107,13 +111,30 @@ class Admittance:
         demand_use(peer.kind, topic[0], topic[1], who=peer.fqcn)
         if peer.kind == PeerKind.ADMIN and topic[0] is Channel.ADMIN:
             demand_topic(topic, who=split_cell(peer.fqcn)[0], role=peer.role)
+        participant, job_id = split_cell(peer.fqcn)
         if peer.kind == PeerKind.CLIENT_JOB:
-            self._refuse_absent(split_cell(peer.fqcn)[0])
+            self._refuse_absent(participant)
+        is_process = peer.kind in (PeerKind.CLIENT_JOB, PeerKind.SERVER_JOB)
+        if is_process and job_id is not None and topic == (Channel.SERVER, "renew"):
+            self.alive(job_id)  # a token is for its job, and must not outlive it
         if peer.credentials is not None and peer.transport != "unix" and topic not in UNEXPIRING:
             refuse_expired(parse_token(peer.credentials.token), now_s=self.wall())
             refuse_revoked(peer.credentials.token, self.revoked)
 
-    def scope(self, peer: Peer, scope: str, write: bool, scopes: Scopes) -> TensorFiles:
+    def stays(self, peer: Peer) -> None:
+        """Let *peer*, which is in the middle of a transfer, go on.
+
+        Its token is not looked at: it was when the transfer began, and has been renewed since if that takes long.
+
+        Raises:
+            NotInService: this server serves nobody any more.
+            Unauthenticated: its client has been disabled or has quit.
+        """
+        self.serving()
+        if peer.kind in (PeerKind.CLIENT, PeerKind.CLIENT_JOB):
+            self._refuse_absent(split_cell(peer.fqcn)[0])
+
+    def scope(self, peer: Peer, scope: str, write: bool, scopes: Scopes) -> Files:
         """Return the files of *scope* for *peer*: ``job/<job>``, ``result/<job>`` or ``upload``.
 
         ``job/<job>`` is the run's tensors for a client's process in that job, and its package for the client's agent.
@@ -128,7 +149,7 @@ class Admittance:
         participant, job_id = split_cell(peer.fqcn)
         match kind, peer.kind:
             case "job", PeerKind.CLIENT_JOB.value if job_id == name:
-                if (files := scopes.run_files(JobId(name), participant)) is not None:
+                if (files := scopes.run_files(JobId(name), participant, write=write)) is not None:
                     return files
                 raise NotFound("running job", name)
             case "job", PeerKind.CLIENT.value if not write and scopes.takes_part(JobId(name), participant):
@@ -164,8 +185,10 @@ class Admittance:
             if transport not in ("unix", "memory"):
                 raise Unauthenticated("a run's process connects to its server on the same machine only")
             peer.kind = PeerKind.SERVER_JOB.value
+            self.alive(job_id)
             return peer
         self._refuse_absent(participant)
+        self.alive(job_id)
         peer.kind = PeerKind.CLIENT_JOB.value
         return peer
 

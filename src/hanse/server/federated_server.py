@@ -404,6 +404,7 @@ class FederatedServer(BaseServer):
         listener = Listener(
             deployed.reception,
             scopes=lambda peer, scope, *, write: admittance.scope(peer, scope, write, self.jobs),
+            stays=admittance.stays,
             tls=server_tls(where, authority.certificate if authority is not None else b""),
             target=where.target,
             unix_path=deployed.socket,
@@ -422,8 +423,13 @@ class FederatedServer(BaseServer):
             disabled=self._clients.disabled_because,
             revoked=self._clients.is_revoked,
             left=self._clients.has_left,
+            alive=self._demand_alive,
             job_cell_of=self._clients.job_cell_of,
         )
+
+    def _demand_alive(self, job_id: JobId) -> None:
+        if self._primacy.tenure is not None:
+            self._primacy.tenure.jobs.demand_alive(job_id)
 
     def _gate(self, admittance: Admittance, peer: Peer, topic: Topic, message: Message) -> None:
         """Let *peer*'s message pass: who it is, what it may ask, and whether this service takes a contribution now."""
@@ -679,7 +685,7 @@ class FederatedServer(BaseServer):
         self._run_host.abort("aborted in its process")
 
     def stop_run_engine_cell(self) -> None:
-        """Close the job cell, if there is one."""
+        """Close the job cell, if there is one; a run in this process ends with it, and its server has it go on anew."""
         self._run_host.close_cell()
 
     def stop_training(self) -> None:

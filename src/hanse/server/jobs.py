@@ -22,6 +22,7 @@ import msgspec
 
 from hanse.cell.cell import Cell
 from hanse.cell.link import Peer
+from hanse.cell.transfer import Files
 from hanse.coordination.runs import Run, Sync, heartbeat_sync
 from hanse.coordination.schedule import Decision, GiveUp, Start, Wait, next_deadline, plan
 from hanse.errors import (
@@ -70,6 +71,8 @@ _log = logging.getLogger(__name__)
 P = TypeVar("P", bound=msgspec.Struct)
 
 WATCHERS_PER_JOB: Final = 64
+MAX_ABORTS: Final = 1000
+"""The most jobs that one heartbeat is answered with; a client that runs more hears of the rest at its next ones."""
 POSTPONED_S: Final = 5.0
 """A job that its clients could not take just now (a full disk, a broken line) is tried again after this long."""
 LOG_BYTES: Final = 256 * 1024
@@ -119,6 +122,7 @@ class Jobs:
         self._changed = asyncio.Event()
         self._suspects = asyncio.Event()
         self._accepting = True
+        self._knows_runs = False
         self._loop = asyncio.get_running_loop()
         self._register_handlers()
 
@@ -134,11 +138,13 @@ class Jobs:
         async with asyncio.TaskGroup() as group:
             self._group = group
             await self._take_up()
+            self._knows_runs = True
             ready.set()
             group.create_task(self._watch_clients(), name="notice lost clients")
             try:
                 await self._schedule()
             finally:
+                self._knows_runs = False
                 for life in self._lives.values():
                     life.cancel()
 
@@ -247,10 +253,13 @@ class Jobs:
         """
         job_folder, record = await asyncio.to_thread(self._receive, package, submitter)
         context = FLContext("server", project=self._services.project, peer=submitter, job_id=record.job_id)
-        if (refused := self._services.handlers.ask(EventType.JOB_SUBMITTED, context)) is not None:
+        try:
+            if (refused := self._services.handlers.ask(EventType.JOB_SUBMITTED, context)) is not None:
+                raise JobInvalid("submission", got=record.spec.name, expected=f"one that the server takes: {refused}")
+            await self._services.store.add_job(self._services.epoch, record)
+        except HanseError:
             await asyncio.to_thread(shutil.rmtree, job_folder.path)
-            raise JobInvalid("submission", got=record.spec.name, expected=f"one that the server takes: {refused}")
-        await self._services.store.add_job(self._services.epoch, record)
+            raise
         _log.info("job submitted", extra={"job": record.job_id, "submitter": submitter, "folder": str(job_folder.path)})
         self.wake()
         return record
@@ -477,7 +486,7 @@ class Jobs:
         self._known[client] = sync.known
         self._loop.call_soon_threadsafe(self._heard, client, sync, expected)
         starting = set(self._lives) - set(self._runs)
-        return tuple(job_id for job_id in sync.abort if job_id not in starting)
+        return tuple(job_id for job_id in sync.abort if job_id not in starting)[:MAX_ABORTS]
 
     def _heard(self, client: ClientName, sync: Sync, expected: Collection[JobId]) -> None:
         for job_id in expected:
@@ -611,10 +620,23 @@ class Jobs:
         """Return the files into which *submitter* uploads packages."""
         return TensorFiles(self._workspace / "uploads" / submitter)
 
-    def run_files(self, job_id: JobId, participant: str) -> TensorFiles | None:
+    def run_files(self, job_id: JobId, participant: str, *, write: bool) -> Files | None:
         """Return the tensor files of a running job in which *participant* takes part, else ``None``."""
         run = self._runs.get(job_id)
-        return run.files if run is not None and participant in run.run.clients else None
+        if run is None or run.has_ended or participant not in run.run.clients:
+            return None
+        return run.inbox(ClientName(participant)) if write else run.files
+
+    def demand_alive(self, job_id: JobId) -> None:
+        """Return if the job is being started or runs, or while that is not known.
+
+        Raises:
+            NotFound: it does not.
+        """
+        run = self._runs.get(job_id)
+        lives = job_id in self._lives and (run is None or not run.has_ended)
+        if self._knows_runs and not lives:
+            raise NotFound("running job", job_id)
 
     def takes_part(self, job_id: JobId, client: str) -> bool:
         """Return whether *client* takes part in a running job, or is asked to."""

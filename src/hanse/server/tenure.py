@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from hanse.errors import StoreFailed
 from hanse.ids import Ssid
 from hanse.server.jobs import Jobs
 from hanse.storage.records import Lease, Store
@@ -29,7 +30,7 @@ async def take_lease(store: Store) -> Lease:
 
 
 class Tenure:
-    """Jobs under one lease; *on_lost* is called when the lease turns out to be another's, or the store fails."""
+    """Jobs under one lease; *on_lost* is called when that turns out to be another's, or what serves the jobs breaks."""
 
     def __init__(self, store: Store, lease: Lease, jobs: Jobs, *, on_lost: Callable[[], None]) -> None:
         self.jobs = jobs
@@ -76,4 +77,8 @@ class Tenure:
     async def _keep_lease(self) -> None:
         while True:
             await asyncio.sleep(LEASE_TTL_S / 3)  # a renewal is due at a time, not on an event
-            await self._store.renew_lease(self._lease.epoch, ttl_s=LEASE_TTL_S, now_s=time.time())
+            try:
+                await self._store.renew_lease(self._lease.epoch, ttl_s=LEASE_TTL_S, now_s=time.time())
+            except StoreFailed as failed:
+                # That a disk is full says nothing of whose the lease is; its epoch fences every write in any case.
+                _log.warning("the lease was not renewed", extra={"reason": failed.reason})

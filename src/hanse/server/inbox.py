@@ -1,0 +1,65 @@
+"""What one client may add to a run's tensor files: the tensors of its answers, and no more of them than it may need.
+
+A client's process is the site's, and the disk is everybody's. So tensors are taken from who has a task to answer with
+them, in sizes that the task's model has, and together not more than a few answers' worth a round.
+"""
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from hanse.errors import UpdateRejected
+from hanse.ids import ClientName, Digest
+from hanse.messages import TaskAssignment
+from hanse.storage.tensors import Partial, TensorFiles
+
+MAX_ANSWERS_PER_TASK: Final = 8
+"""How many different answers' tensors are taken for one task: a process that died before it answered trains again."""
+
+
+class Inbox:
+    """The tensor files of a run, as *client* may use them in one round. ``expect`` comes before ``begin``."""
+
+    def __init__(self, files: TensorFiles, client: ClientName) -> None:
+        self._files, self._client = files, client
+        self._tasks: tuple[TaskAssignment, ...] = ()
+        self._sizes: frozenset[int] = frozenset()
+        self._most = 0
+        self._begun: dict[Digest, int] = {}
+        self._lock = threading.Lock()
+
+    def expect(self, tasks: Sequence[TaskAssignment]) -> None:
+        """Take what answers to *tasks*, those that the client has to answer now, consist of."""
+        expecting = tuple(task for task in tasks if task.expects_model and task.model is not None)
+        if expecting == self._tasks:
+            return
+        sizes = [tensor.size_bytes for task in expecting if task.model is not None for tensor in task.model.tensors]
+        with self._lock:
+            self._tasks, self._sizes = expecting, frozenset(sizes)
+            self._most = MAX_ANSWERS_PER_TASK * sum(sizes)
+
+    def has(self, digest: Digest) -> bool:
+        """See ``TensorFiles``."""
+        return self._files.has(digest)
+
+    def missing(self, digests: Iterable[Digest]) -> list[Digest]:
+        """See ``TensorFiles``."""
+        return self._files.missing(digests)
+
+    def map(self, digest: Digest) -> memoryview:
+        """See ``TensorFiles``."""
+        return self._files.map(digest)
+
+    def begin(self, digest: Digest, size: int) -> Partial:
+        """Begin to take a tensor, or go on with one begun before; from any thread.
+
+        Raises:
+            UpdateRejected: no task of the client asks for such a tensor, or it has sent enough for this round.
+        """
+        with self._lock:
+            if size not in self._sizes:
+                raise UpdateRejected(self._client, f"a tensor of {size} bytes, which no task that it has asks for")
+            if digest not in self._begun and sum(self._begun.values()) + size > self._most:
+                raise UpdateRejected(self._client, f"more than the {self._most} bytes that its answers may need")
+            self._begun[digest] = size
+        return self._files.begin(digest, size)

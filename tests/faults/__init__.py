@@ -1,0 +1,1 @@
+"""Faults in real processes, too slow for every day: ``make faults``."""
