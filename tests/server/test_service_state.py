@@ -389,6 +389,8 @@ def test_a_lease_that_somebody_else_has_taken_ends_the_tenure(
     stage: Stage, dialler: Dialler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hanse.server.tenure.LEASE_TTL_S", 0.03)
+    lost = threading.Event()
+    stage.server.call_when_lost(lost.set)
     appoint(stage.overseer, stage.server, "tenure-1")
     process = stage.launcher.next()
     site = dialler.plain(stage.server)
@@ -399,6 +401,7 @@ def test_a_lease_that_somebody_else_has_taken_ends_the_tenure(
 
     assert down.wait(10)
     assert wait(process.wait()) == -15
+    assert lost.wait(10), "whoever runs the server is told"
     assert stage.server.service.state is COLD
     stage.overseer.appoint(None)
     appoint(stage.overseer, stage.server, "tenure-2")

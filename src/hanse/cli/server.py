@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from cyclopts import Parameter
 
@@ -18,7 +18,10 @@ from hanse.cli.process_file import SERVER_FILE, announced, workspace_of
 from hanse.identity.kits import CA_FILE, CERTIFICATE_FILE, KEY_FILE, Kit
 from hanse.identity.private_files import make_private_folder
 from hanse.server.federated_server import FederatedServer
+from hanse.server.tenure import TenureLost
 from hanse.settings import ServerSettings
+
+LOST: Final = "the end of its tenure"
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ def start(kit: Annotated[Path, Parameter(help="The folder of the server's kit.")
         shutdown_period=settings.shutdown_period_s,
         cmd_modules=[AdminCommands(on_stop=lambda: stops.put("an administrator"))],
     )
+    server.call_when_lost(lambda: stops.put(LOST))
     with announced(workspace / SERVER_FILE, what=f"the server of {workspace}"):
         try:
             with _stop_signals_to(stops):
@@ -48,9 +52,12 @@ def start(kit: Annotated[Path, Parameter(help="The folder of the server's kit.")
                     argparse.Namespace(workspace=workspace, settings=settings), _grpc_args(loaded), settings.tls
                 )
                 _say_that_it_serves(server, settings, output)
-                _log.info("stopping", extra={"asked_by": stops.get()})
+                asked_by = stops.get()
+                _log.info("stopping", extra={"asked_by": asked_by})
         finally:
             server.fl_shutdown()
+    if asked_by == LOST:
+        raise TenureLost(str(workspace))
 
 
 @contextmanager

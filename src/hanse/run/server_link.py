@@ -5,10 +5,14 @@ stands, ``issue``, ``cancel``, ``commit`` and ``ended`` return when the server h
 events (an answer was accepted, a client was lost or came back, abort) are handed to whoever ``listen`` was called with.
 """
 
+import asyncio
+import logging
+import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from hanse.cell.cell import Cell
+from hanse.cell.backoff import Backoff
+from hanse.cell.cell import Cell, RemoteFault
 from hanse.errors import InternalError
 from hanse.ids import SERVER, ClientName
 from hanse.messages import (
@@ -31,6 +35,8 @@ from hanse.messages import (
 JOURNAL_TIMEOUT_S = 60.0
 """How long the server may take to make something durable before the run gives up: a disk slower than this is broken."""
 
+_log = logging.getLogger(__name__)
+
 
 class RunListener(Protocol):
     """Who hears what the server tells a run."""
@@ -45,8 +51,9 @@ class RunListener(Protocol):
 class ServerLink:
     """The run's side of the ``run`` channel, over its cell."""
 
-    def __init__(self, cell: Cell, *, on_abort: Callable[[str], None]) -> None:
+    def __init__(self, cell: Cell, *, on_abort: Callable[[str], None], rng: random.Random | None = None) -> None:
         self._cell = cell
+        self._rng = rng or random.Random()  # noqa: S311 - jitter between tries, not a secret
         self._on_abort = on_abort
         self._listener: RunListener | None = None
         self._early: list[TaskResult | ClientChanged] = []
@@ -74,7 +81,7 @@ class ServerLink:
 
     async def cancel(self, keys: Sequence[TaskKey]) -> None:
         """Have later answers to *keys* refused."""
-        await self._ask("cancel", CancelTasks(tuple(keys)))
+        await self._ask_once("cancel", CancelTasks(tuple(keys)))
 
     async def commit(self, state: StateRef, *, took_s: float, answered: Sequence[ClientName]) -> None:
         """Commit *state* as the run's newest."""
@@ -88,7 +95,23 @@ class ServerLink:
         """Tell that the run's process is alive."""
         self._cell.tell(SERVER, Channel.RUN, "heartbeat", RunHeartbeat())
 
-    async def _ask(self, topic: str, payload: Attach | IssueTasks | CancelTasks | CommitRound | RunEnded) -> Message:
+    async def _ask(self, topic: str, payload: Attach | IssueTasks | CommitRound | RunEnded) -> Message:
+        """Return the server's reply; ask again while it could not, this time: whatever is asked may be asked twice."""
+        loop, backoff = asyncio.get_running_loop(), Backoff(self._rng)
+        give_up_at = loop.time() + JOURNAL_TIMEOUT_S
+        while True:
+            try:
+                return await self._ask_once(topic, payload)
+            except RemoteFault as fault:
+                pause_s = backoff.next_s()
+                if loop.time() + pause_s > give_up_at:
+                    raise
+                _log.warning("the server did not take it", extra={"topic": topic, "reason": fault.reason})
+            await asyncio.sleep(pause_s)
+
+    async def _ask_once(
+        self, topic: str, payload: Attach | IssueTasks | CancelTasks | CommitRound | RunEnded
+    ) -> Message:
         return await self._cell.ask(SERVER, Channel.RUN, topic, payload, timeout_s=JOURNAL_TIMEOUT_S)
 
     def _event(self, message: Message) -> None:

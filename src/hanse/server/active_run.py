@@ -10,6 +10,7 @@ agent comes back without one. The run's own process is started again when it die
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, replace
@@ -71,6 +72,11 @@ _log = logging.getLogger(__name__)
 DEPLOY_TIMEOUT_S: Final = 120.0
 """How long a client may take to fetch and unpack a job's package: 64 MiB over a slow line."""
 START_TIMEOUT_S: Final = 30.0
+CONNECT_WITHIN_S: Final = 120.0
+"""How long a client's process that was started may take to connect before the run counts its client as suspect."""
+RESTART_PAUSE_S: Final = 1.0
+LONGEST_PAUSE_S: Final = 10.0
+"""A run's process that died is started again at once, then after ever longer pauses, up to this."""
 STOP_GRACE_S: Final = 5.0
 """How long a job's process may take to end once asked."""
 MAX_LOGS_PER_S: Final = 200
@@ -135,7 +141,10 @@ class RunFolder:
 
 
 class ActiveRun:
-    """One job while it runs; ``live`` is its life. Whatever happens in it, *emit* is told."""
+    """One job while it runs; ``live`` is its life. Whatever happens in it, *emit* is told.
+
+    *suspect* is called when a client has become suspect by itself, and may in time be lost.
+    """
 
     def __init__(
         self,
@@ -145,6 +154,7 @@ class ActiveRun:
         services: RunServices,
         *,
         emit: Callable[[JobEvent], None],
+        suspect: Callable[[], None] = lambda: None,
     ) -> None:
         self.record = record
         self.run = run
@@ -152,6 +162,7 @@ class ActiveRun:
         self.files = TensorFiles(folder.tensors)
         self._services = services
         self._emit = emit
+        self._suspect = suspect
         self._log = FieldLogger(_log, {"job": record.job_id})
         self._over = asyncio.Event()
         self._ending = asyncio.Lock()
@@ -250,7 +261,18 @@ class ActiveRun:
             if isinstance(verdict, GiveUp):
                 await self.end(JobState.FAILED, code="process-died", reason=verdict.reason)
                 return
-            self._log.warning("the run's process died and is started again", extra={"status": status})
+            pause_s = min(RESTART_PAUSE_S * (attempt - 1), LONGEST_PAUSE_S)
+            self._log.warning(
+                "the run's process died and is started again", extra={"status": status, "pause_s": pause_s}
+            )
+            await self._is_over_within(pause_s)
+
+    async def _is_over_within(self, seconds: float) -> bool:
+        """Wait *seconds*, or until the job has ended; return whether it has."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+        return self._over.is_set()
 
     def _process_spec(self) -> bytes:
         fqcn = job_cell(SERVER, self.job_id)
@@ -530,6 +552,17 @@ class ActiveRun:
                 self._changed(client, "failed", reason=SiteRefused(client, error.reason).reason)
         else:
             self._log.info("client started", extra={"client": client, "package": record.package})
+            await self._expect_cell_of(client, attempt)
+
+    async def _expect_cell_of(self, client: ClientName, attempt: int) -> None:
+        """Take *client* for suspect if the process that it has started does not connect in time."""
+        if await self._is_over_within(CONNECT_WITHIN_S):
+            return
+        part = self.run.participant(client)
+        if (part.state, part.attempt) == (ClientState.STARTING, attempt):
+            self._log.warning("a client's process has not connected", extra={"client": client})
+            self.run.stream_down(client, now=self._services.now(), stream=None)
+            self._suspect()
 
     def _changed(self, client: ClientName, change: str, *, reason: str = "") -> None:
         self._tell_run("client", ClientChanged(client, change, reason))

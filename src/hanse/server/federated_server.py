@@ -308,6 +308,14 @@ class FederatedServer(BaseServer):
         """
         return run(self.jobs.wait(job_id), timeout_s)
 
+    def call_when_lost(self, callback: Callable[[], None]) -> None:
+        """Call *callback*, on the event loop, when this server's tenure ends that nobody ended.
+
+        Its lease is another's, or what serves the jobs broke; the log says which. A server without an overseer agent
+        serves nobody from then on, so whoever runs it does best to end and start it again: its runs resume.
+        """
+        self._primacy.call_when_lost(callback)
+
     @property
     def clients(self) -> Clients:
         """The clients of this server."""

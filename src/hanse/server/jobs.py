@@ -334,7 +334,9 @@ class Jobs:
         self.wake()
 
     async def _run(self, record: JobRecord, run: Run, *, resumed: bool) -> None:
-        active = ActiveRun(record, run, self._folder(record.job_id), self._services, emit=self.emit)
+        active = ActiveRun(
+            record, run, self._folder(record.job_id), self._services, emit=self.emit, suspect=self._suspects.set
+        )
         self._runs[record.job_id] = active
         try:
             for client in record.clients:  # those whose process went on while the server was away

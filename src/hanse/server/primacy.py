@@ -54,6 +54,11 @@ class Primacy:
         self._begin = begin
         self._cell = cell
         self._observing = threading.Lock()
+        self._when_lost: list[Callable[[], None]] = []
+
+    def call_when_lost(self, callback: Callable[[], None]) -> None:
+        """Call *callback*, on the event loop, when a tenure ends that nobody ended."""
+        self._when_lost.append(callback)
 
     def demand(self, kind: RequestKind) -> None:
         """Let a request of *kind* pass.
@@ -145,3 +150,5 @@ class Primacy:
         self._send_everybody_away()
         if self.service.state is ServiceState.HOT2COLD:
             self.service = parked(self.service)
+        for callback in self._when_lost:
+            callback()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from hanse.errors import StoreFailed
+from hanse.errors import EnvironmentFault, StoreFailed
 from hanse.ids import Ssid
 from hanse.server.jobs import Jobs
 from hanse.storage.records import Lease, Store
@@ -21,6 +21,18 @@ LEASE_TTL_S: Final = 10.0
 """How long a tenure lasts beyond its last renewal; it is renewed every third of this."""
 
 _log = logging.getLogger(__name__)
+
+
+class TenureLost(EnvironmentFault):
+    """The server in *workspace* could not go on serving, and has ended."""
+
+    code = "tenure-lost"
+
+    def __init__(self, workspace: str) -> None:
+        super().__init__(
+            f"the server of {workspace} lost its lease or could not go on serving its jobs (its log says why); "
+            "start it again, and its running jobs resume"
+        )
 
 
 async def take_lease(store: Store) -> Lease:
