@@ -7,7 +7,19 @@ import pytest
 
 from hanse.errors import Conflict, JobInvalid
 from hanse.ids import Digest, JobId
-from hanse.job import ENDED, LEGAL, MAX_CLIENTS, JobRecord, JobSpec, JobState, Resources, WorkflowSpec, move, parse
+from hanse.job import (
+    ENDED,
+    LEGAL,
+    MAX_CLIENTS,
+    MAX_PROCESS_TRIES,
+    JobRecord,
+    JobSpec,
+    JobState,
+    Resources,
+    WorkflowSpec,
+    move,
+    parse,
+)
 
 SUBMITTED, SCHEDULED, RUNNING, COMPLETED, FAILED, ABORTED = JobState
 FOLLOWS = {
@@ -131,6 +143,7 @@ def test_the_name_has_a_default_that_the_caller_gives() -> None:
         ("start_within_s", 0),
         ("start_within_s", "soon"),
         ("process_tries", 0),
+        ("process_tries", 101),
     ],
 )
 def test_a_field_that_does_not_hold_is_named(field: str, value: object) -> None:
@@ -138,6 +151,13 @@ def test_a_field_that_does_not_hold_is_named(field: str, value: object) -> None:
         parse({**TABLE, field: value})
 
     assert invalid.value.field == field
+
+
+def test_a_jobs_processes_are_tried_1_to_100_times() -> None:
+    assert [parse({**TABLE, "process_tries": tries}).process_tries for tries in (1, MAX_PROCESS_TRIES)] == [1, 100]
+    for tries in (0, 101):
+        with pytest.raises(JobInvalid, match=f"^the job's process_tries is {tries}; expected 1 to 100$"):
+            parse({**TABLE, "process_tries": tries})
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ Scalar: TypeAlias = bool | int | float | str
 Config: TypeAlias = dict[str, Scalar]
 
 MAX_CLIENTS: Final = 1_000_000
+MAX_PROCESS_TRIES: Final = 100
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _SCRIPT = re.compile(r"[\w./-]+\.py")
 _MODEL_FILE = re.compile(r"[\w./-]+\.safetensors")
@@ -52,7 +53,7 @@ class JobSpec(msgspec.Struct, frozen=True):
     ``client`` is ``module:app`` (a ``ClientApp``) or a script (``train.py``); ``model`` is ``module:function`` (returns
     the initial model) or a ``.safetensors`` file of the package. ``clients`` narrows who may take part (empty:
     anybody); ``required_clients`` must. ``start_within_s`` is how long the job may wait for enough clients.
-    ``process_tries`` bounds how often a job's process that died is started again, at each place.
+    ``process_tries``, at most 100, bounds how often a job's process that died is started again, at each place.
     """
 
     name: str
@@ -89,8 +90,8 @@ class JobSpec(msgspec.Struct, frozen=True):
                 raise JobInvalid(listing, got=bad[0], expected=f"a client's name: {NAME_RULE}")
         if not self.start_within_s > 0:
             raise JobInvalid("start_within_s", got=self.start_within_s, expected="more than 0 seconds")
-        if self.process_tries < 1:
-            raise JobInvalid("process_tries", got=self.process_tries, expected="1 or more")
+        if not 1 <= self.process_tries <= MAX_PROCESS_TRIES:
+            raise JobInvalid("process_tries", got=self.process_tries, expected=f"1 to {MAX_PROCESS_TRIES}")
         if not 0 <= self.seed < 2**63:
             raise JobInvalid("seed", got=self.seed, expected="0 to 2**63 - 1")
 

@@ -1,11 +1,12 @@
 import asyncio
 import logging
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from hanse.errors import NotInService, Unauthenticated, Unreachable
+from hanse.errors import NotInService, ProtocolError, Unauthenticated, Unreachable
 from hanse.identity.authorities import Authority
 from hanse.ids import JobId, Ssid
 from hanse.messages import Heartbeat, Quit, Register, Renew
@@ -167,6 +168,35 @@ async def test_token_is_renewed_at_half_of_its_life_and_used_from_then_on(tmp_pa
         assert credentials.token == f"token-{server.tokens}"
         assert server.queue(Register).qsize() == 1
         await within(20, here.agent.wait_registered())
+
+
+async def test_server_that_gives_times_that_cannot_be_ends_the_agent(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s", heartbeat_s=0.0) as server, site(server, tmp_path / "w") as here:
+        with pytest.raises(ProtocolError, match="^heartbeat_s in the reply to register is 0.0; expected"):
+            await within(20, here.running)
+        assert server.queue(Heartbeat).empty()
+
+
+async def test_renewal_with_a_time_that_cannot_be_leaves_the_token_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        fake_server(tmp_path / "s", heartbeat_s=0.02, token_lifetime_s=0.1) as server,
+        site(server, tmp_path / "w") as here,
+    ):
+        await server.up()
+        server.token_lifetime_s = math.nan
+        for _ in range(2):  # the second says that the first was refused, and that the client goes on
+            await server.next(Renew)
+        await server.go_away(AWAY)
+        await server.up()
+
+        credentials = server.hellos[-1].credentials
+        assert credentials is not None
+        assert credentials.token == "token-1"
+        assert not here.running.done()
+        reasons = [getattr(record, "reason", "") for record in caplog.records]
+        assert any(reason.startswith("expires_in_s in the reply to renew is nan") for reason in reasons)
 
 
 async def test_jobs_that_the_server_does_not_run_are_ended_at_a_heartbeat(tmp_path: Path) -> None:

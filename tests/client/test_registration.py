@@ -1,4 +1,5 @@
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,12 +13,12 @@ import pytest
 from hanse.cell.cell import Cell
 from hanse.cell.connector import Connector
 from hanse.cell.link import Link
-from hanse.client.registration import Registrant
+from hanse.client.registration import Registrant, registered_by
 from hanse.errors import HanseError, ProtocolError, Unauthenticated
 from hanse.identity.authorities import Authority
-from hanse.ids import Fqcn
+from hanse.ids import Fqcn, Ssid, Token
 from hanse.job import Resources
-from hanse.messages import PROTOCOL_VERSIONS, Hello, Register, Registered, Welcome
+from hanse.messages import PROTOCOL_VERSIONS, Hello, Register, Registered, Renew, Welcome, ok
 
 from .fake_server import PROJECT, SITE, FakeServer, certified, fake_server
 
@@ -173,6 +174,39 @@ async def test_servers_refusal_is_raised_with_its_reason(tmp_path: Path, authori
     ):
         assert isinstance(outcome, Unauthenticated)
         assert outcome.reason == "the project has all of its 10 clients"
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-9, math.nan, math.inf, -math.inf, 1e300], ids=str)
+@pytest.mark.parametrize("field", ["expires_in_s", "heartbeat_s"])
+def test_time_that_cannot_be_is_refused_where_it_enters(field: str, value: float) -> None:
+    given = msgspec.structs.replace(Registered(Token("t"), "signed", Ssid("1"), 3600.0, 5.0), **{field: value})
+
+    with pytest.raises(ProtocolError) as refused:
+        registered_by(ok(given), to="renew")
+
+    assert refused.value.reason == f"{field} in the reply to renew is {value!r}; expected 0.001 to 1e+09 seconds"
+
+
+@pytest.mark.parametrize("value", [1e-3, 5, 1e9])
+def test_time_that_a_server_may_give_is_taken(value: float) -> None:
+    given = Registered(Token("t"), "signed", Ssid("1"), value, value)
+
+    assert registered_by(ok(given), to="renew") is given
+
+
+@pytest.mark.parametrize("payload", [None, Renew()])
+def test_reply_of_another_kind_is_refused(payload: Renew | None) -> None:
+    with pytest.raises(ProtocolError, match=r"^reply to register is .*; expected Registered$"):
+        registered_by(ok(payload), to="register")
+
+
+async def test_registration_with_a_time_that_cannot_be_is_none(tmp_path: Path, authority: Authority) -> None:
+    async with (
+        fake_server(tmp_path, heartbeat_s=math.nan) as server,
+        outcome_of(server, registrant(authority, identity=None, roots=b"")) as (outcome, _),
+    ):
+        assert isinstance(outcome, ProtocolError)
+        assert outcome.field == "heartbeat_s in the reply to register"
 
 
 def test_registrant_does_not_show_what_it_trusts_or_signs_with(authority: Authority) -> None:

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hanse.coordination import registry as registry_module
 from hanse.coordination.registry import LEGAL, Presence, Registration, Registry
-from hanse.errors import Unauthenticated
+from hanse.errors import NotInService, Unauthenticated
 from hanse.ids import ClientName, Fqcn, Token
 from hanse.messages import Client
 
@@ -266,6 +266,86 @@ def test_a_revoked_token_is_remembered_for_its_lifetime_and_no_longer() -> None:
     assert reactivate(registry, ONE, A, now=160).token == A
 
 
+def token(number: int) -> Token:
+    return Token(f"token-{number}")
+
+
+def filled(*, last: int = 3) -> Registry:
+    """A registry for 4 tokens a name, where *ONE* has had tokens 0 to *last* at these times, and has the last."""
+    registry = Registry(10, token_lifetime_s=100, max_tokens_per_name=4)
+    for number in range(last + 1):
+        register(registry, ONE, token(number), now=number)
+    return registry
+
+
+def test_a_name_that_has_had_too_many_tokens_gets_none_until_the_oldest_has_expired() -> None:
+    registry = filled()
+    before = registry.snapshot()
+    ways_in = (
+        lambda now: register(registry, ONE, token(4), now=now),
+        lambda now: registry.renew(token(3), token(4), now=now),
+    )
+
+    for now, wait_s in ((10, 91), (100.5, 1)):
+        for way_in in ways_in:
+            with pytest.raises(NotInService) as refused:
+                way_in(now)
+            assert refused.value.reason == (
+                f"client site-1 has had 4 tokens within 100 s, as many as it may; try again in {wait_s} s"
+            )
+    assert registry.snapshot() == before
+    assert all(registry.is_revoked(token(number)) for number in range(3))
+    assert registry.renew(token(3), token(4), now=101).token == token(4)
+    with pytest.raises(NotInService, match="try again in 1 s"):
+        register(registry, ONE, token(5), now=101.5)
+
+
+def test_a_name_that_has_had_too_many_tokens_goes_on_with_the_one_it_has() -> None:
+    registry = filled()
+
+    assert registry.heard(token(3), now=4) is not None
+    assert register(registry, ONE, token(3), now=5).replaced is None
+    assert reactivate(registry, ONE, token(3), now=6).token == token(3)
+    assert registry.renew(token(3), token(3), now=7).last_connect_time == 7
+
+
+def test_who_quits_or_is_disabled_again_and_again_is_bounded_too() -> None:
+    registry = Registry(10, token_lifetime_s=100, max_tokens_per_name=4)
+    for number in range(4):
+        register(registry, ONE, token(number), now=number)
+        registry.revoke(token(number), now=number)
+
+    for attempt in (register, reactivate):
+        with pytest.raises(NotInService, match="try again in 96 s"):
+            attempt(registry, ONE, token(4), now=4)
+    assert registry.by_name(ONE) is None
+    assert reactivate(registry, ONE, token(4), now=100).token == token(4)
+
+
+def test_one_names_tokens_are_not_anothers() -> None:
+    registry = filled()
+
+    assert register(registry, TWO, A, now=10).client.name == TWO
+    assert registry.renew(A, B, now=11).token == B
+
+
+def test_a_token_that_is_revoked_again_counts_once_and_for_its_name() -> None:
+    registry = filled(last=2)
+    for _ in range(5):
+        registry.revoke(token(0), now=3)
+    for unknown in (A, B, C):
+        registry.revoke(unknown, now=3)
+
+    register(registry, ONE, token(3), now=4)
+    with pytest.raises(NotInService, match="try again in 98 s"):
+        register(registry, ONE, token(4), now=4)
+
+
+def test_a_bound_that_lets_nobody_renew_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_tokens_per_name is 1; expected 2 or more"):
+        Registry(10, max_tokens_per_name=1)
+
+
 def test_renewal_gives_a_new_token_and_revokes_the_old() -> None:
     registry = Registry(10)
     register(registry, ONE, A, now=1)
@@ -460,11 +540,11 @@ tokens = st.sampled_from([Token(f"token-{letter}") for letter in "abcdefgh"])
 class AnyHistory(RuleBasedStateMachine):
     """Whatever arrives in whatever order, the registry's promises hold."""
 
-    LOST_AFTER_S, TIMEOUT_S, LIFETIME_S = 15.0, 60.0, 1000.0
+    LOST_AFTER_S, TIMEOUT_S, LIFETIME_S, MAX_TOKENS = 15.0, 60.0, 1000.0, 4
 
     def __init__(self) -> None:
         super().__init__()
-        self.registry = Registry(3, token_lifetime_s=self.LIFETIME_S)
+        self.registry = Registry(3, token_lifetime_s=self.LIFETIME_S, max_tokens_per_name=self.MAX_TOKENS)
         self.now = 0.0
         self.revoked: dict[Token, float] = {}
         self.disabled: set[ClientName] = set()
@@ -473,7 +553,7 @@ class AnyHistory(RuleBasedStateMachine):
         before, holder = self.registry.snapshot(), self.registry.by_name(name)
         try:
             way_in(self.registry, name, token, now=self.now)  # type: ignore[operator]  # register or reactivate
-        except Unauthenticated:
+        except (Unauthenticated, NotInService):
             assert self.registry.snapshot() == before
         else:
             assert name not in self.disabled
@@ -504,7 +584,7 @@ class AnyHistory(RuleBasedStateMachine):
         before = self.registry.snapshot()
         try:
             self.registry.renew(old, new, now=self.now)
-        except Unauthenticated:
+        except (Unauthenticated, NotInService):
             assert self.registry.snapshot() == before
         else:
             if old != new:
@@ -560,6 +640,20 @@ class AnyHistory(RuleBasedStateMachine):
         for token, client in clients.items():
             assert client.token == token
             assert self.registry.by_token(token) == self.registry.by_name(client.name) == client
+
+    @invariant()
+    def what_was_revoked_is_remembered_for_its_lifetime(self) -> None:
+        for token, at in self.revoked.items():
+            assert self.registry.is_revoked(token) or at + self.LIFETIME_S <= self.now
+
+    @invariant()
+    def a_name_never_has_more_tokens_than_it_may(self) -> None:
+        for name, revoked in self.registry._revoked_at.items():
+            assert revoked
+            if name is not None:
+                assert len(revoked) + (self.registry.by_name(name) is not None) <= self.MAX_TOKENS
+        remembered = {token for revoked in self.registry._revoked_at.values() for token in revoked}
+        assert remembered == set(self.registry._revoked)
 
     @invariant()
     def there_are_never_more_than_may_be(self) -> None:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from hanse.errors import ProtocolError
-from hanse.launch.process import MAX_SPEC_BYTES, ProcessLauncher, RunningProcess, read_spec
+from hanse.launch.process import MAX_LOG_BYTES, MAX_SPEC_BYTES, ProcessLauncher, RunningProcess, read_spec
 
 HERE = Path(__file__).parent
 LAUNCHER = ProcessLauncher()
@@ -64,6 +64,33 @@ async def test_log_is_kept_across_attempts_but_the_tail_shows_only_ones_own(tmp_
 
     assert (tmp_path / "log").read_text() == "first\nsecond\n"
     assert second.log_tail() == "second"
+
+
+async def test_log_beyond_the_limit_is_set_aside_in_place_of_an_older_one(tmp_path: Path) -> None:
+    log, aside = tmp_path / "log", tmp_path / "log.1"
+    aside.write_text("older\n")
+    log.write_text("old\n")
+    os.truncate(log, MAX_LOG_BYTES + 1)
+    process = await launch("print new", log)
+    await process.wait()
+
+    assert log.read_text() == "new\n"
+    assert process.log_tail() == "new"
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    assert aside.stat().st_size == MAX_LOG_BYTES + 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "log.1"]
+
+
+async def test_log_of_just_the_limit_is_appended_to(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    os.truncate(log, MAX_LOG_BYTES)
+    process = await launch("print new", log)
+    await process.wait()
+
+    assert process.log_tail() == "new"
+    assert log.stat().st_size == MAX_LOG_BYTES + len("new\n")
+    assert not (tmp_path / "log.1").exists()
 
 
 async def test_log_tail_of_a_removed_log_says_so(tmp_path: Path) -> None:

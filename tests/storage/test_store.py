@@ -155,6 +155,7 @@ async def test_an_unknown_job_is_not_found(store: Store) -> None:
         with pytest.raises(NotFound, match="no job 'missing'"):
             await call
     assert await store.rounds(missing) == []
+    assert await store.last_round(missing) is None
 
 
 async def test_jobs_come_newest_first_by_state_and_number(store: Store) -> None:
@@ -219,6 +220,7 @@ async def test_a_new_job_has_no_state_tasks_or_answers(store: Store) -> None:
 
     assert await store.snapshot(JOB) == RunState(None)
     assert await store.rounds(JOB) == []
+    assert await store.last_round(JOB) is None
 
 
 async def test_issued_tasks_wait_in_the_order_of_their_keys(running: Store) -> None:
@@ -333,6 +335,22 @@ async def test_the_history_has_a_line_for_each_round(running: Store) -> None:
         RoundView(0, {"accuracy": 0.0}, 0.5, 1001.0, ("site-1", "site-2")),
         RoundView(1, {"accuracy": 0.1}, 0.5, 1002.0, ("site-1", "site-2")),
     ]
+
+
+async def test_the_last_round_is_that_of_the_job_and_stays_when_it_ends(running: Store) -> None:
+    other = JobId("other")
+    await running.add_job(EPOCH, record(other))
+    await running.commit_round(EPOCH, other, commit(0), now_s=5.0)
+    for number in range(1, 12):  # past 9, where order by text would differ
+        await running.commit_round(EPOCH, JOB, commit(number), now_s=1001.0 + number)
+        assert await running.last_round(JOB) == (await running.rounds(JOB))[-1]
+
+    await running.end_run(EPOCH, ended(record()), was=JobState.RUNNING)
+
+    last, others = await running.last_round(JOB), await running.last_round(other)
+    assert last is not None
+    assert others is not None
+    assert (last.round, others.round) == (11, 0)
 
 
 async def test_a_round_committed_again_stays_as_it_was(running: Store) -> None:

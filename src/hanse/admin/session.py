@@ -30,7 +30,7 @@ from hanse.cell.link import Link, Peer
 from hanse.cell.loop import run
 from hanse.cell.rpc import ClientTls
 from hanse.cell.transfer import TensorTransfers, Transfers
-from hanse.client.registration import REGISTER_TIMEOUT_S, Registrant
+from hanse.client.registration import REGISTER_TIMEOUT_S, Registrant, registered_by
 from hanse.client.uplink import Uplink, may_help_later
 from hanse.errors import ConfigError, Conflict, HanseError, ProtocolError
 from hanse.events import EventType
@@ -309,7 +309,7 @@ class AdminSession:
         reply = await self._uplink.cell.ask(
             SERVER, Channel.SERVER, "register", request, timeout_s=REGISTER_TIMEOUT_S, link=link
         )
-        return _payload(reply, Registered, "register")
+        return registered_by(reply, to="register")
 
     def _take(self, registered: Registered) -> None:
         self._registered = registered
@@ -332,7 +332,7 @@ class AdminSession:
                 continue
             with contextlib.suppress(HanseError):  # the link broke: the next one begins with a fresh token
                 reply = await self._uplink.ask(Channel.SERVER, "renew", Renew(), timeout_s=ANSWER_TIMEOUT_S)
-                self._take(_payload(reply, Registered, "renew"))
+                self._take(registered_by(reply, to="renew"))
             if given is self._registered:
                 self._is_registered.clear()
 

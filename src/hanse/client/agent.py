@@ -22,7 +22,7 @@ from hanse.cell.link import Link, Peer
 from hanse.cell.rpc import ClientTls
 from hanse.cell.transfer import TensorTransfers, Transfers
 from hanse.client.jobs import SiteJobs
-from hanse.client.registration import Registrant, utc_now
+from hanse.client.registration import Registrant, registered_by, utc_now
 from hanse.client.uplink import Uplink, first_error
 from hanse.errors import HanseError, ProtocolError, Unauthenticated, Unreachable
 from hanse.identity.certificates import Identity
@@ -279,9 +279,7 @@ class ClientAgent:
         if self._session is None or asyncio.get_running_loop().time() < self._session.renew_at:
             return
         reply = await self._uplink.ask(Channel.SERVER, "renew", Renew(), timeout_s=RENEW_TIMEOUT_S)
-        if not isinstance(reply.payload, Registered):
-            raise ProtocolError("reply to renew", got=reply.payload, expected="Registered")
-        self._take(reply.payload)
+        self._take(registered_by(reply, to="renew"))
 
     def _take(self, registered: Registered) -> None:
         credentials = Credentials(self._settings.name, registered.token, registered.token_signature, registered.ssid)

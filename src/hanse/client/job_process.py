@@ -32,9 +32,10 @@ from hanse.cell.transfer import TensorTransfers, Transfers
 from hanse.client.api import Site
 from hanse.client.job_cell import ClientJob, filters_of
 from hanse.client.process_spec import JobProcessSpec
+from hanse.client.registration import registered_by
 from hanse.client.trainer import MainThreadTrainer, Trainer, load_app
 from hanse.client.uplink import Uplink, first_error
-from hanse.errors import HanseError, JobInvalid, ProtocolError, TrainingFailed
+from hanse.errors import HanseError, JobInvalid, TrainingFailed
 from hanse.identity.tokens import parse_token
 from hanse.ids import Digest, job_cell
 from hanse.launch.log_lines import FieldLogger, log_to_stderr
@@ -46,7 +47,6 @@ from hanse.messages import (
     Hello,
     JobFailure,
     Message,
-    Registered,
     Renew,
     Welcome,
 )
@@ -172,9 +172,7 @@ class JobConnection:
         while True:
             await asyncio.sleep(max(expires_in_s / 2, 1.0))
             # A refusal ends the process: it could not answer any more, and the server would wait for it.
-            fresh = (await self._uplink.ask_until_answered(Channel.SERVER, "renew", Renew())).payload
-            if not isinstance(fresh, Registered):
-                raise ProtocolError("reply to renew", got=fresh, expected="Registered")
+            fresh = registered_by(await self._uplink.ask_until_answered(Channel.SERVER, "renew", Renew()), to="renew")
             self._credentials = Credentials(self._credentials.name, fresh.token, fresh.token_signature, fresh.ssid)
             expires_in_s = fresh.expires_in_s
 

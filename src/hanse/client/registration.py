@@ -18,15 +18,37 @@ from hanse.identity.certificates import Identity, verify_certificate, verify_sig
 from hanse.identity.transcript import client_half, server_half, transcript
 from hanse.ids import SERVER
 from hanse.job import Resources
-from hanse.messages import Challenge, ChallengeReply, Channel, Register, Registered
+from hanse.messages import Challenge, ChallengeReply, Channel, Message, Register, Registered
 
 NONCE_BYTES: Final = 32
 REGISTER_TIMEOUT_S: Final = 30.0
+
+MIN_PERIOD_S: Final = 1e-3
+MAX_PERIOD_S: Final = 1e9
+"""Between these lie the times that a server may give. They become timers, and one of no length, or none, would have the
+client ask without a pause; one without an end would have it never ask again."""
 
 
 def utc_now() -> datetime:
     """Return the time of day, aware."""
     return datetime.now(UTC)
+
+
+def registered_by(reply: Message, *, to: str) -> Registered:
+    """Return what *reply*, the server's answer to a request on the topic *to*, gives.
+
+    Raises:
+        ProtocolError: it is no ``Registered``, or one with a time that cannot be.
+    """
+    given = reply.payload
+    if not isinstance(given, Registered):
+        raise ProtocolError(f"reply to {to}", got=given, expected="Registered")
+    for field_name in ("expires_in_s", "heartbeat_s"):
+        value = getattr(given, field_name)
+        if not MIN_PERIOD_S <= value <= MAX_PERIOD_S:  # NaN is not either
+            expected = f"{MIN_PERIOD_S:g} to {MAX_PERIOD_S:g} seconds"
+            raise ProtocolError(f"{field_name} in the reply to {to}", got=value, expected=expected)
+    return given
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +75,7 @@ class Registrant:
 
         Raises:
             Unauthenticated: the server does not prove itself, or does not accept the client; the sentence says which.
+            ProtocolError: what it gives cannot be.
             HanseError: the link broke, the server did not answer in time, or does not serve now.
         """
         if self.identity is None:
@@ -63,9 +86,7 @@ class Registrant:
             on_server_proven()
             request = Register(self.name, self.project, self.identity.certificate, proof, self.resources, self.release)
         reply = await cell.ask(SERVER, Channel.SERVER, "register", request, timeout_s=REGISTER_TIMEOUT_S, link=link)
-        if not isinstance(reply.payload, Registered):
-            raise ProtocolError("reply to register", got=reply.payload, expected="Registered")
-        return reply.payload
+        return registered_by(reply, to="register")
 
     async def _identify(self, identity: Identity, cell: Cell, link: Link) -> bytes:
         """Challenge the server; return the client's signature, once the server's has been found good."""

@@ -5,21 +5,28 @@ The *stream*: a client is connected while its stream is up, suspect when it brea
 time, which its runs are told. The *heartbeat*: a client that was not heard of for long is dead, and its owner removes
 it.
 
+A token that was revoked is remembered until it would have expired, and never forgotten earlier. What bounds the memory
+is that a name gets no further token while too many of its former ones are remembered.
+
 Every rule about who may be in the table is checked where the table changes, so that no way in goes round one. What
 comes out are copies: changing them changes nothing here.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from hanse.errors import Unauthenticated
+from hanse.errors import NotInService, Unauthenticated
 from hanse.ids import NAME_RULE, SERVER, ClientName, Fqcn, Token, is_name
 from hanse.messages import Client
 
 TOKEN_LIFETIME_S: Final = 3600.0
+
+MAX_TOKENS_PER_NAME: Final = 256
+"""How many tokens a name may have had within a token's lifetime: far more than one that renews at half of it needs."""
 
 
 class Presence(StrEnum):
@@ -57,7 +64,8 @@ class _Entry:
 class Registry:
     """The registered clients, at most *max_clients*; *disabled* maps the names that may not be there to the reason.
 
-    A revoked token is remembered for *token_lifetime_s* seconds; after that it has expired in any case.
+    A revoked token is remembered for *token_lifetime_s* seconds; after that it has expired in any case. A name's
+    present token and those remembered are at most *max_tokens_per_name*, 2 or more.
     """
 
     def __init__(
@@ -66,15 +74,21 @@ class Registry:
         *,
         disabled: Mapping[ClientName, str] | None = None,
         token_lifetime_s: float = TOKEN_LIFETIME_S,
+        max_tokens_per_name: int = MAX_TOKENS_PER_NAME,
     ) -> None:
         if max_clients < 1:
             raise ValueError(f"max_clients is {max_clients}; expected 1 or more")
+        if max_tokens_per_name < 2:  # with one, nobody could ever renew
+            raise ValueError(f"max_tokens_per_name is {max_tokens_per_name}; expected 2 or more")
         self.max_clients = max_clients
+        self.max_tokens_per_name = max_tokens_per_name
         self.token_lifetime_s = token_lifetime_s
         self._by_token: dict[Token, _Entry] = {}
         self._tokens: dict[ClientName, Token] = {}
         self._disabled: dict[ClientName, str] = dict(disabled or {})
-        self._revoked: dict[Token, float] = {}
+        # Both oldest first. A token that was nobody's when it was revoked is under no name.
+        self._revoked: dict[Token, ClientName | None] = {}
+        self._revoked_at: dict[ClientName | None, dict[Token, float]] = {}
 
     # who comes and goes
 
@@ -88,12 +102,14 @@ class Registry:
         Raises:
             Unauthenticated: the name cannot be a client's, is disabled, there is no place left, or the token is
                 another client's or revoked.
+            NotInService: the name has had too many tokens of late; the sentence says how long to wait.
         """
         self._demand_admissible(name, token)
         if token in self._by_token:
             client = self._by_token[token].client
             client.fqcn, client.props = fqcn, deepcopy(dict(props or {}))
             return Registration(self._refresh(token, now))
+        self._demand_few_tokens(name, now)
         former = self._tokens.get(name)
         replaced = self.revoke(former, now=now) if former is not None else None
         return Registration(self._add(name, token, fqcn=fqcn, now=now, props=props), replaced)
@@ -107,12 +123,14 @@ class Registry:
 
         Raises:
             Unauthenticated: as for ``register``, and when another token holds the name.
+            NotInService: as for ``register``.
         """
         self._demand_admissible(name, token)
         if self._tokens.get(name, token) != token:
             raise Unauthenticated(f"Client ID already registered as a client: {name}")
         if token in self._by_token:
             return self._refresh(token, now)
+        self._demand_few_tokens(name, now)
         return self._add(name, token, fqcn=fqcn, now=now, props=props)
 
     def heard(self, token: Token, *, now: float) -> Client | None:
@@ -133,12 +151,14 @@ class Registry:
         Raises:
             Unauthenticated: no client is registered under *old*, the client is disabled, or *new* is another's or
                 revoked.
+            NotInService: as for ``register``; *old* still counts.
         """
         entry = self._by_token.get(old)
         if entry is None:
             raise Unauthenticated("the token is not a registered client's; register again")
         self._demand_admissible(entry.client.name, new)
         if new != old:
+            self._demand_few_tokens(entry.client.name, now)
             self._revoke(old, now)
             del self._by_token[old]
             self._by_token[new] = entry
@@ -280,6 +300,17 @@ class Registry:
                 f"the server is full: {len(self._by_token)} clients are registered, and it takes {self.max_clients}"
             )
 
+    def _demand_few_tokens(self, name: ClientName, now: float) -> None:
+        """Let *name* have one token more, if what it has and had then stays within the bound."""
+        self._forget_expired(now)
+        revoked = self._revoked_at.get(name, {})
+        if len(revoked) + (name in self._tokens) >= self.max_tokens_per_name:
+            wait_s = math.ceil(next(iter(revoked.values())) + self.token_lifetime_s - now)
+            raise NotInService(
+                f"client {name} has had {self.max_tokens_per_name} tokens within {self.token_lifetime_s:g} s, "
+                f"as many as it may; try again in {wait_s} s"
+            )
+
     def _demand_enabled(self, name: ClientName) -> None:
         if name in self._disabled:
             reason = self._disabled[name]
@@ -299,14 +330,26 @@ class Registry:
         return deepcopy(client)
 
     def _revoke(self, token: Token, now: float) -> None:
-        # Oldest first: the dict keeps the order of revocation, and all are kept equally long.
+        self._forget_expired(now)
+        entry = self._by_token.get(token)
+        name = self._forget(token) if token in self._revoked else (entry.client.name if entry is not None else None)
+        self._revoked[token] = name
+        self._revoked_at.setdefault(name, {})[token] = now
+
+    def _forget_expired(self, now: float) -> None:
         while self._revoked:
-            oldest, at = next(iter(self._revoked.items()))
-            if at + self.token_lifetime_s > now:
+            oldest, name = next(iter(self._revoked.items()))
+            if self._revoked_at[name][oldest] + self.token_lifetime_s > now:
                 break
-            del self._revoked[oldest]
-        self._revoked.pop(token, None)
-        self._revoked[token] = now
+            self._forget(oldest)
+
+    def _forget(self, token: Token) -> ClientName | None:
+        name = self._revoked.pop(token)
+        of_name = self._revoked_at[name]
+        del of_name[token]
+        if not of_name:
+            del self._revoked_at[name]
+        return name
 
     def _entry_named(self, name: ClientName) -> _Entry | None:
         token = self._tokens.get(name)

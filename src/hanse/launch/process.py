@@ -2,8 +2,12 @@
 
 A process gets its specification on its standard input, as four bytes of length (big-endian) and that many bytes. The
 pipe then stays open as a *life line*: the child reads from it and sees its end when its parent dies, however the
-parent dies. Output and errors go to the log file. The process leads a session of its own, so that Ctrl-C in a
-terminal reaches only its parent, who decides; and what it started in turn (data loaders, say) is killed with it.
+parent dies. The process leads a session of its own, so that Ctrl-C in a terminal reaches only its parent, who decides;
+and what it started in turn (data loaders, say) is killed with it.
+
+Output and errors go straight to the log file, so that nothing limits what one process writes. At each start a log
+beyond ``MAX_LOG_BYTES`` is set aside, in place of the one that was set aside before: what a job that restarts leaves
+behind is at most twice that, and what two of its processes wrote.
 
 ``Launcher`` and ``Handle`` are what users of this module depend on; the simulator brings others that run jobs
 in-process.
@@ -23,6 +27,10 @@ from hanse.errors import ProtocolError
 
 MAX_SPEC_BYTES: Final = 64 * 1024 * 1024
 _LENGTH: Final = struct.Struct(">I")
+MAX_LOG_BYTES: Final = 16 * 1024 * 1024
+SET_ASIDE: Final = ".1"
+"""What the name of a log that was set aside ends with."""
+
 _TAIL_BYTES: Final = 64 * 1024
 _PYTHON_FLAGS: Final = ("-P", "-m")
 """``-P`` keeps the parent's working directory out of the child's module search path: a file that happens to lie there
@@ -73,8 +81,9 @@ class ProcessLauncher:
     ) -> "RunningProcess":
         """Start ``python -m module``, hand it *spec*, and return when it has been handed over (or the child has died).
 
-        The log file is appended to and readable by its owner alone; missing folders are made likewise. When this call
-        is cancelled, the child is killed and reaped before it returns.
+        The log file is appended to and readable by its owner alone; missing folders are made likewise. One that is
+        longer than ``MAX_LOG_BYTES`` gets another name first, and a new one is begun. When this call is cancelled, the
+        child is killed and reaped before it returns.
 
         Raises:
             OSError: the interpreter or the log file cannot be opened.
@@ -200,4 +209,6 @@ def _write_spec(life_line: int, spec: bytes) -> None:
 
 def _log_file(path: Path) -> BinaryIO:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
+        path.replace(path.with_name(path.name + SET_ASIDE))
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")

@@ -5,10 +5,12 @@ given as an object becomes a reference that can be imported again elsewhere, and
 """
 
 import inspect
+import sys
 import tempfile
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Final, Protocol, runtime_checkable
 
 from hanse.errors import ConfigError, JobInvalid
@@ -68,10 +70,17 @@ def spec_of_folder(folder: Path) -> JobSpec:
         raise ConfigError("job folder", got=str(folder), expected=f"a folder with a {PROJECT_FILE}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(PROJECT_FILE, got=str(path), expected=f"TOML ({error})") from error
-    table = content.get("tool", {}).get("hanse")
+    table = _value_at(content, "tool", "hanse")
     if not isinstance(table, Mapping):
         raise ConfigError("[tool.hanse]", got=table, expected="a table that defines the job", where=str(path))
-    return parse(table, default_name=content.get("project", {}).get("name", ""))
+    name = _value_at(content, "project", "name")
+    return parse(table, default_name=name if isinstance(name, str) else "")
+
+
+def _value_at(content: Mapping[str, object], table: str, key: str) -> object:
+    """Return what the TOML table called *table* holds under *key*; ``None`` when either is not there."""
+    found = content.get(table)
+    return found.get(key) if isinstance(found, Mapping) else None
 
 
 def _package_of_job(job: Job) -> tuple[JobSpec, bytes]:
@@ -108,7 +117,10 @@ def _client_of(client: object, folder: Path) -> str:
     if isinstance(client, HasReference):
         return str(client.reference)
     if isinstance(client, Path):
-        return client.resolve().relative_to(folder.resolve()).as_posix()
+        script, root = client.resolve(), folder.resolve()
+        if not script.is_relative_to(root):
+            raise JobInvalid("client", got=str(client), expected=f"a script in the job's folder, {folder}")
+        return script.relative_to(root).as_posix()
     return str(client)
 
 
@@ -119,7 +131,15 @@ def _model_of(model: object) -> str:
     source = getattr(module, "__file__", None)
     if not name or "." in name or "<" in name or module is None or source is None:
         raise JobInvalid("model", got=model, expected="a Model, 'module:function', or a function at the top of a file")
-    return f"{Path(source).stem if module.__name__ == '__main__' else module.__name__}:{name}"
+    return f"{_importable_name(module, Path(source))}:{name}"
+
+
+def _importable_name(module: ModuleType, source: Path) -> str:
+    """Return the name by which others can import *module*; a program's ``__main__`` goes by its file or its ``-m``."""
+    if module is not sys.modules.get("__main__"):
+        return module.__name__
+    spec = module.__spec__
+    return spec.name if spec is not None else source.stem
 
 
 def _bytes_of(model: Model) -> bytes:

@@ -222,6 +222,7 @@ class ActiveRun:
             self.record = record
             self._over.set()
             self.run.end(now=self._services.now())
+            self._services.handlers.tell(EventType.END_RUN, self._context(round_number=self.run.round))
             self._notify(ENDINGS[to], reason=reason, text=reason)
             self._tell_run("abort", AbortRun(reason or to.value))
             for client in self.run.clients:
@@ -290,7 +291,8 @@ class ActiveRun:
     # what the run's process asks
 
     async def attach(self) -> RunSnapshot:
-        """Return where the run stands."""
+        """Return where the run stands: its process is there, and begins or goes on."""
+        self._services.handlers.tell(EventType.START_RUN, self._context(round_number=self.run.round))
         state = await self._services.store.snapshot(self.job_id)
         return RunSnapshot(
             self.job_id, self.record.spec, self.run.clients, state.state, lost_clients=self.run.lost_clients

@@ -648,10 +648,13 @@ class Jobs:
         return record is not None and client in record.clients
 
     async def _view(self, record: JobRecord, *, history: bool) -> JobView:
-        rounds = await self._services.store.rounds(record.job_id)
+        if history:
+            rounds = await self._services.store.rounds(record.job_id)
+            last = rounds[-1] if rounds else None
+        else:
+            rounds, last = [], await self._services.store.last_round(record.job_id)
         waiting = self._waiting.get(record.job_id)
         run = self._runs.get(record.job_id)
-        last = rounds[-1] if rounds else None
         total = record.spec.workflow.settings.get("rounds", 0)
         parts = run.run.participants if run is not None else ()
         return JobView(
@@ -671,7 +674,7 @@ class Jobs:
             metrics=last.metrics if last else {},
             clients=tuple(ClientView(part.name, part.state.value, part.reason) for part in parts)
             or tuple(ClientView(name, "") for name in record.clients),
-            history=tuple(rounds) if history else (),
+            history=tuple(rounds),
             result=record.result,
             result_bytes=record.result_bytes,
         )

@@ -180,6 +180,12 @@ class MemoryStore:
         self._check_open()
         return [unpack(view, RoundView) for view in self._jobs[job_id].rounds] if job_id in self._jobs else []
 
+    async def last_round(self, job_id: JobId) -> RoundView | None:
+        """See ``Store``."""
+        self._check_open()
+        views = self._jobs[job_id].rounds if job_id in self._jobs else []
+        return unpack(views[-1], RoundView) if views else None
+
     async def set_disabled(self, epoch: int, client: str, disabled: bool, *, reason: str = "") -> None:
         """See ``Store``."""
         check_client(client)

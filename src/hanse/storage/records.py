@@ -180,6 +180,10 @@ class Store(Protocol):
         """Return the run's committed rounds in order; of a job that there is not: none."""
         ...
 
+    async def last_round(self, job_id: JobId) -> RoundView | None:
+        """Return the last of ``rounds`` without reading the others; ``None`` when there is none."""
+        ...
+
     async def end_run(self, epoch: int, record: JobRecord, *, was: JobState) -> None:
         """Do ``replace_job`` and delete the run's tasks, together; the last committed state stays.
 

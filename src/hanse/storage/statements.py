@@ -36,6 +36,7 @@ DELETE_RUN_STATE: Final = delete(states).where(_given(states.c.job_id))
 
 ADD_ROUND: Final = insert(rounds)
 ROUNDS: Final = select(rounds.c.record).where(_given(rounds.c.job_id)).order_by(rounds.c.round)
+LAST_ROUND: Final = select(rounds.c.record).where(_given(rounds.c.job_id)).order_by(rounds.c.round.desc()).limit(1)
 
 _TASK_KEY: Final = (tasks.c.job_id, tasks.c.round, tasks.c.name, tasks.c.sequence, tasks.c.client)
 ADD_NEW_TASKS: Final = sqlite.insert(tasks).on_conflict_do_nothing()

@@ -240,6 +240,15 @@ class SqlStore:
 
         return await self._read(read)
 
+    async def last_round(self, job_id: JobId) -> RoundView | None:
+        """See ``Store``."""
+
+        def read(connection: Connection) -> RoundView | None:
+            blob = connection.scalar(sql.LAST_ROUND, {"of_job_id": job_id})
+            return None if blob is None else unpack(blob, RoundView)
+
+        return await self._read(read)
+
     # Clients and the audit log ------------------------------------------------------------------------------------
 
     async def set_disabled(self, epoch: int, client: str, disabled: bool, *, reason: str = "") -> None:
