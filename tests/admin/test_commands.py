@@ -110,7 +110,7 @@ def test_numbers_out_of_range_are_brought_into_it(
         asked.append(lines)
         return ""
 
-    monkeypatch.setattr(deployment.server.jobs, "log_of", log_of)
+    monkeypatch.setattr(deployment.server.jobs.board, "log_of", log_of)
     for lines in (-1, 10**9):
         shown = ask(handlers["job.log"], LogQuery(job_id, lines=lines))
         assert shown is not None
@@ -122,7 +122,7 @@ def test_an_answer_holds_what_fits_into_a_message(
     deployment: Deployment, handlers: dict[str, Handler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = job(deployment, tmp_path)
-    view = wait(deployment.server.jobs.view(JobId(job_id)))
+    view = wait(deployment.server.jobs.board.view(JobId(job_id)))
     answered = tuple(f"site-{number}" for number in range(1000))
     rounds = tuple(RoundView(number, {}, 0.1, 1.0, answered) for number in range(1000))
     large = msgspec.structs.replace(view, reason="x" * 100_000, history=rounds)
@@ -133,8 +133,8 @@ def test_an_answer_holds_what_fits_into_a_message(
     async def large_views(**narrowed: Any) -> list[JobView]:
         return [msgspec.structs.replace(large, history=())] * 1000
 
-    monkeypatch.setattr(deployment.server.jobs, "view", large_view)
-    monkeypatch.setattr(deployment.server.jobs, "views", large_views)
+    monkeypatch.setattr(deployment.server.jobs.board, "view", large_view)
+    monkeypatch.setattr(deployment.server.jobs.board, "views", large_views)
     shown = ask(handlers["job.show"], JobQuery(job_id))
     listed = ask(handlers["job.list"], ListJobs(limit=1000))
 
@@ -153,13 +153,13 @@ def test_a_long_history_is_shown_by_its_last_rounds(
     deployment: Deployment, handlers: dict[str, Handler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = job(deployment, tmp_path)
-    view = wait(deployment.server.jobs.view(JobId(job_id)))
+    view = wait(deployment.server.jobs.board.view(JobId(job_id)))
     rounds = tuple(RoundView(number, {"loss": 1.0}, 0.1, 1.0) for number in range(MAX_ROUNDS + 5))
 
     async def long_view(job_id: str, *, history: bool = True) -> JobView:
         return msgspec.structs.replace(view, history=rounds)
 
-    monkeypatch.setattr(deployment.server.jobs, "view", long_view)
+    monkeypatch.setattr(deployment.server.jobs.board, "view", long_view)
     shown = ask(handlers["job.show"], JobQuery(job_id))
     assert shown is not None
     assert isinstance(shown.payload, JobView)

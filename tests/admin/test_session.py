@@ -181,8 +181,10 @@ def test_a_watcher_hears_what_happens_until_the_end(deployment: Deployment, tmp_
             async for each in session.follow(job_id):
                 seen.append(each)
                 if len(seen) == 1:
-                    deployment.server.jobs.emit(JobEvent(job_id, "round_done", 1.0, round=1, metrics={"loss": 0.5}))
-                    deployment.server.jobs.emit(JobEvent(JobId("another"), "round_done", 1.0, round=9))
+                    deployment.server.jobs.board.emit(
+                        JobEvent(job_id, "round_done", 1.0, round=1, metrics={"loss": 0.5})
+                    )
+                    deployment.server.jobs.board.emit(JobEvent(JobId("another"), "round_done", 1.0, round=9))
                 if len(seen) == 2:
                     await session.abort(job_id)
             assert [event async for event in session.watch(job_id)] == []
@@ -558,18 +560,18 @@ def test_a_blocking_session_waits_and_passes_events_on(deployment: Deployment, t
 async def _watched(deployment: Deployment, job_id: JobId) -> None:
     """Return when somebody watches the job."""
     jobs = deployment.server.jobs
-    watch, watched = jobs.watch, asyncio.Event()
+    watch, watched = jobs.board.watch, asyncio.Event()
 
     def watching(job: JobId, watcher: Fqcn) -> None:
         watch(job, watcher)
         watched.set()
 
-    jobs.watch = watching  # type: ignore[method-assign]
+    jobs.board.watch = watching  # type: ignore[method-assign]
     try:
-        if not jobs._watchers.get(job_id):
+        if not jobs.board._watchers.get(job_id):
             await watched.wait()
     finally:
-        jobs.watch = watch  # type: ignore[method-assign]
+        jobs.board.watch = watch  # type: ignore[method-assign]
 
 
 async def _entered(session: AdminSession) -> AdminSession:

@@ -172,7 +172,7 @@ async def test_token_is_renewed_at_half_of_its_life_and_used_from_then_on(tmp_pa
 
 async def test_server_that_gives_times_that_cannot_be_ends_the_agent(tmp_path: Path) -> None:
     async with fake_server(tmp_path / "s", heartbeat_s=0.0) as server, site(server, tmp_path / "w") as here:
-        with pytest.raises(ProtocolError, match="^heartbeat_s in the reply to register is 0.0; expected"):
+        with pytest.raises(ProtocolError, match=r"^heartbeat_s in the reply to register is 0\.0; expected"):
             await within(20, here.running)
         assert server.queue(Heartbeat).empty()
 

@@ -31,7 +31,7 @@ from hanse.messages import (
 )
 from hanse.model import Model
 from hanse.server import FederatedServer
-from hanse.server.jobs import expect
+from hanse.server.payloads import expect
 from hanse.server.run_spec import RunProcessSpec
 from hanse.storage.packages import build_package
 from hanse.storage.tensors import digest_of

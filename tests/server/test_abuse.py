@@ -210,7 +210,7 @@ def test_a_long_name_makes_an_id(start: StartServer, tmp_path: Path) -> None:
     job_id = submit(server, tmp_path, name="a" * 9 + "-" + "b" * 53)
 
     assert is_job_id(job_id)
-    assert wait(server.jobs.view(job_id)).state == "submitted"
+    assert wait(server.jobs.board.view(job_id)).state == "submitted"
 
 
 # answers at the same moment ------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_the_same_answer_twice_at_the_same_moment_counts_once(
     job_id = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
     task = site.task()
     watcher = dialler.site(server, "ada@demo", fqcn="ada@demo.cli-1")
-    on_loop(lambda: server.jobs.watch(job_id, watcher.fqcn))
+    on_loop(lambda: server.jobs.board.watch(job_id, watcher.fqcn))
 
     async def twice() -> None:
         assert site.job is not None
@@ -324,7 +324,7 @@ def test_a_long_word_of_one_site_is_cut_short_in_the_jobs_record(
     assert record.state is JobState.FAILED
     assert len(record.reason) <= 2500
     assert len(record.code) <= 64
-    assert wait(server.jobs.views())[0].reason == record.reason
+    assert wait(server.jobs.board.views())[0].reason == record.reason
 
 
 def test_what_is_kept_of_a_log_is_its_end(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_what_is_kept_of_a_log_is_its_end(start: StartServer, dialler: Dialler, 
 
     site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, status=1, log_tail=f"{LONG}\nMemoryError"))
 
-    tail = wait(server.jobs.log_of(job_id, ClientName("site-1"), lines=10**6))
+    tail = wait(server.jobs.board.log_of(job_id, ClientName("site-1"), lines=10**6))
     assert len(tail) == MAX_TAIL_CHARS
     assert tail.endswith("\nMemoryError")
 
@@ -364,7 +364,7 @@ def test_watchers_are_spared_a_flood_of_metrics(start: StartServer, dialler: Dia
     job_id = submit(server, tmp_path, min_clients=1)
     task = site.task()
     watcher = dialler.site(server, "ada@demo", fqcn="ada@demo.cli-1")
-    on_loop(lambda: server.jobs.watch(job_id, watcher.fqcn))
+    on_loop(lambda: server.jobs.board.watch(job_id, watcher.fqcn))
     assert site.job is not None
     site.job.tell(Channel.TASK, "metrics", LogMetrics(task.key, 0, {LONG: 1.0}))
 

@@ -142,12 +142,14 @@ def test_a_whole_job_over_the_wire(deployed: MakeServer, dialler: Dialler, recor
         assert site.outcome() is None
         assert site.wire.told(Channel.JOB, "abort") == AbortJob(record.job_id, "completed")
     assert [thread.spec.job_id for thread in launcher.started] == [record.job_id]
-    view = wait(server.jobs.view(record.job_id))
+    view = wait(server.jobs.board.view(record.job_id))
     assert [(entry.round, entry.answered) for entry in view.history] == [
         (0, ()),
         (1, ("site-1", "site-2")),
         (2, ("site-1", "site-2")),
     ]
+    (listed,) = wait(server.jobs.board.views())
+    assert (listed.round, listed.metrics, listed.history) == (2, view.metrics, ())
     once = {
         EventType.JOB_SUBMITTED, EventType.BEFORE_JOB_LAUNCH, EventType.JOB_DEPLOYED, EventType.JOB_STARTED,
         EventType.JOB_COMPLETED,
@@ -432,7 +434,7 @@ def test_what_training_logs_is_passed_on_and_belongs_to_its_sender(
     job_id = submit(server, tmp_path, min_clients=1)
     task = site.task()
     ada = dialler.site(server, "ada@demo")
-    on_loop(lambda: server.jobs.watch(job_id, ada.fqcn))
+    on_loop(lambda: server.jobs.board.watch(job_id, ada.fqcn))
     assert site.job is not None
 
     site.job.tell(Channel.TASK, "metrics", LogMetrics(task.key, 3, {"loss": 0.5}))
@@ -453,7 +455,7 @@ def test_a_handler_may_refuse_a_submission(
 
     with pytest.raises(JobInvalid, match="not today"):
         submit(server, tmp_path)
-    assert wait(server.jobs.views()) == []
+    assert wait(server.jobs.board.views()) == []
     assert not list((tmp_path / "ws" / "runs").iterdir())
 
 
@@ -516,7 +518,7 @@ def test_a_job_says_what_it_waits_for_and_until_when(start: StartServer, dialler
     Site(dialler, server, "site-1")
     job_id = submit(server, tmp_path, start_within_s=1000.0)
 
-    view = wait(server.jobs.view(job_id))
+    view = wait(server.jobs.board.view(job_id))
     assert view.state == "submitted"
     assert "2" in view.waiting_for
     assert view.waiting_until == pytest.approx(view.submitted_at + 1000)
@@ -578,7 +580,7 @@ def test_a_job_that_does_not_hold_is_refused_at_submission(
 
     with pytest.raises(JobInvalid, match=named):
         submit(server, tmp_path, **fields)
-    assert wait(server.jobs.views()) == []
+    assert wait(server.jobs.board.views()) == []
 
 
 def test_what_is_no_package_is_refused(start: StartServer, tmp_path: Path) -> None:
@@ -635,7 +637,7 @@ def test_stop_training_starts_no_further_job(
     site.send(answer(task, w(1)))
 
     assert outcome(server, first).state is JobState.COMPLETED
-    assert wait(server.jobs.view(second)).state == "submitted"
+    assert wait(server.jobs.board.view(second)).state == "submitted"
     assert len(recorder.of(EventType.BEFORE_JOB_LAUNCH)) == 1
 
 
@@ -716,7 +718,7 @@ def test_only_who_takes_part_may_report_a_failure(start: StartServer, dialler: D
     refused = outsider.wire.refused(Channel.SERVER, "job_failure", JobFailure(job_id, "exception", "boom"))
 
     assert "site-2 may not report on job" in refused.reason
-    assert wait(server.jobs.view(job_id)).state == "running"
+    assert wait(server.jobs.board.view(job_id)).state == "running"
 
 
 def test_a_jobs_process_reports_on_its_own_job_alone(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
@@ -731,7 +733,7 @@ def test_a_jobs_process_reports_on_its_own_job_alone(start: StartServer, dialler
     refused = other.refused(Channel.SERVER, "job_failure", JobFailure(job_id, "exception", "boom"))
 
     assert "may not report on job" in refused.reason
-    assert wait(server.jobs.view(job_id)).state == "running"
+    assert wait(server.jobs.board.view(job_id)).state == "running"
 
 
 # processes that die ---------------------------------------------------------------------------------------------------
@@ -867,7 +869,7 @@ def test_a_run_that_is_aborted_in_its_process_is_an_aborted_job(
     record = outcome(server, job_id)
     assert (record.state, record.code) == (JobState.ABORTED, "aborted")
     assert site.wire.told(Channel.JOB, "abort").job_id == job_id
-    assert [entry.round for entry in wait(server.jobs.view(job_id)).history] == [0]
+    assert [entry.round for entry in wait(server.jobs.board.view(job_id)).history] == [0]
 
 
 def test_a_run_told_to_stop_training_ends_with_the_round_that_it_is_in(
@@ -885,7 +887,7 @@ def test_a_run_told_to_stop_training_ends_with_the_round_that_it_is_in(
     record = outcome(server, job_id)
     assert record.state is not JobState.COMPLETED
     assert "stopped after round 1" in record.reason
-    assert [entry.round for entry in wait(server.jobs.view(job_id)).history] == [0, 1]
+    assert [entry.round for entry in wait(server.jobs.board.view(job_id)).history] == [0, 1]
 
 
 # clients that go ------------------------------------------------------------------------------------------------------
@@ -905,7 +907,7 @@ def test_a_client_that_is_lost_is_a_fault_and_the_round_goes_on_without_it(
     record = outcome(server, job_id)
     assert record.state is JobState.COMPLETED, record.reason
     assert other.outcome() is None
-    (last,) = [entry for entry in wait(server.jobs.view(job_id)).history if entry.round == 1]
+    (last,) = [entry for entry in wait(server.jobs.board.view(job_id)).history if entry.round == 1]
     assert last.answered == ("site-2",)
 
 
@@ -989,8 +991,8 @@ def test_a_server_started_again_goes_on_from_the_last_committed_round(
         assert not leaving.is_alive()
 
     second = start()
-    assert wait(second.jobs.view(job_id)).state == "running"
-    assert [entry.round for entry in wait(second.jobs.view(job_id)).history] == [0, 1]
+    assert wait(second.jobs.board.view(job_id)).state == "running"
+    assert [entry.round for entry in wait(second.jobs.board.view(job_id)).history] == [0, 1]
     jobs = []
     for site, known, job_known, tls in zip(sites, credentials, given, job_tls, strict=True):
         agent = dialler.site(second, site.name, credentials=known)
@@ -1059,15 +1061,15 @@ def test_jobs_are_found_by_the_beginning_of_their_id(start: StartServer, tmp_pat
     job_id = submit(server, tmp_path)
     other = submit(server, tmp_path, name="other")
 
-    assert wait(server.jobs.find("tiny")) == job_id
-    assert wait(server.jobs.find(other)) == other
+    assert wait(server.jobs.board.find("tiny")) == job_id
+    assert wait(server.jobs.board.find(other)) == other
     for prefix in ("", "no-such"):
         with pytest.raises(NotFound):
-            wait(server.jobs.find(prefix))
+            wait(server.jobs.board.find(prefix))
     another = submit(server, tmp_path)
     assert another != job_id
     with pytest.raises(NotFound, match="there are 2"):
-        wait(server.jobs.find("tiny"))
+        wait(server.jobs.board.find("tiny"))
 
 
 @pytest.mark.parametrize(

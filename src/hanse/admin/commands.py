@@ -44,7 +44,7 @@ from hanse.messages import (
 )
 from hanse.server.bounds import shortened
 from hanse.server.federated_server import FederatedServer
-from hanse.server.jobs import expect
+from hanse.server.payloads import expect
 from hanse.storage.packages import MAX_PACKAGE_BYTES
 from hanse.storage.records import AuditEntry
 from hanse.storage.tensors import TensorFiles
@@ -132,11 +132,11 @@ class _Desk:
         if request.state and request.state not in states:
             raise ProtocolError("ListJobs.state", got=request.state, expected=f"nothing, or one of {', '.join(states)}")
         limit = min(max(request.limit, 1), MAX_JOBS)
-        views = await self._server.jobs.views(state=request.state, limit=limit)
+        views = await self._server.jobs.board.views(state=request.state, limit=limit)
         return ok(JobList(_fitting(views, MAX_ANSWER_BYTES)))
 
     async def _show(self, message: Message) -> Message:
-        view = await self._server.jobs.view(await self._found(message))
+        view = await self._server.jobs.board.view(await self._found(message))
         bare = msgspec.structs.replace(view, history=())
         last_first = view.history[: -MAX_ROUNDS - 1 : -1]
         fitting = _fitting(last_first, MAX_ANSWER_BYTES - len(msgspec.msgpack.encode(bare)))
@@ -144,32 +144,32 @@ class _Desk:
 
     async def _watch(self, message: Message) -> Message:
         jobs, job_id = self._server.jobs, await self._found(message)
-        if (await jobs.view(job_id, history=False)).state not in ENDED:
-            jobs.watch(job_id, Fqcn(message.headers[Header.ORIGIN]))
+        if (await jobs.board.view(job_id, history=False)).state not in ENDED:
+            jobs.board.watch(job_id, Fqcn(message.headers[Header.ORIGIN]))
         # Looked up once more: what happened before it was watched must be in the answer, or its end might be missed.
-        return ok(await jobs.view(job_id, history=False))
+        return ok(await jobs.board.view(job_id, history=False))
 
     async def _abort(self, message: Message) -> Message:
         job_id, who = await self._found(message), _asker(message)
         await self._audited(who, "job.abort", job_id, self._aborted(job_id, who, _role(message)))
-        return ok(await self._server.jobs.view(job_id, history=False))
+        return ok(await self._server.jobs.board.view(job_id, history=False))
 
     async def _aborted(self, job_id: JobId, who: str, role: str) -> None:
         jobs = self._server.jobs
-        demand_abort((await jobs.view(job_id, history=False)).submitter, who=who, role=role)
+        demand_abort((await jobs.board.view(job_id, history=False)).submitter, who=who, role=role)
         await jobs.abort(job_id, reason=f"aborted by {who}")
 
     async def _job_log(self, message: Message) -> Message:
         query, jobs = expect(message, LogQuery), self._server.jobs
-        job_id = await jobs.find(query.job_id)
-        view = await jobs.view(job_id, history=False)
+        job_id = await jobs.board.find(query.job_id)
+        view = await jobs.board.view(job_id, history=False)
         if query.client and query.client not in {client.name for client in view.clients}:
             raise NotFound(f"client of job {job_id}", query.client)
         client = ClientName(query.client) if query.client else None
-        return ok(LogText(await jobs.log_of(job_id, client, lines=min(max(query.lines, 1), MAX_LOG_LINES))))
+        return ok(LogText(await jobs.board.log_of(job_id, client, lines=min(max(query.lines, 1), MAX_LOG_LINES))))
 
     async def _found(self, message: Message) -> JobId:
-        return await self._server.jobs.find(expect(message, JobQuery).job_id)
+        return await self._server.jobs.board.find(expect(message, JobQuery).job_id)
 
     # clients and the server
 

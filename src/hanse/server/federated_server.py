@@ -67,11 +67,13 @@ from hanse.server.admittance import Admittance
 from hanse.server.base_server import AdminServer, BaseServer
 from hanse.server.clients import Clients, Lifetimes
 from hanse.server.identities import identities_of
-from hanse.server.jobs import JobLimits, Jobs, answer_not_in_service, expect
+from hanse.server.jobs import JobLimits, Jobs
 from hanse.server.lifetime import only_user_of
 from hanse.server.listening import Place, server_tls
 from hanse.server.overseer import OverseerAgent
+from hanse.server.payloads import expect
 from hanse.server.primacy import Primacy
+from hanse.server.run_desk import answer_not_in_service
 from hanse.server.run_host import RunHost
 from hanse.server.run_manager import RunManager
 from hanse.server.tenure import Tenure, take_lease

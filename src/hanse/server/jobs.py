@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 
@@ -30,8 +30,6 @@ from hanse.errors import (
     HanseError,
     JobInvalid,
     NotFound,
-    NotInService,
-    ProtocolError,
     StaleEpoch,
     StoreFailed,
     Unauthorized,
@@ -42,53 +40,25 @@ from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.learning.workflow import WORKFLOWS, load_workflow
 from hanse.messages import (
     AbortJob,
-    CancelTasks,
     Channel,
-    ClientView,
-    CommitRound,
-    Header,
-    IssueTasks,
-    JobEnded,
     JobEvent,
     JobFailure,
-    JobView,
-    LogMetrics,
-    Message,
-    RunEnded,
-    TaskResult,
-    Topic,
-    ok,
 )
 from hanse.server.active_run import ActiveRun, RunFolder, RunServices, cause_of, deploy
 from hanse.server.bounds import MAX_CODE_CHARS, shortened
 from hanse.server.clients import Clients
+from hanse.server.job_board import JobBoard
 from hanse.server.lifetime import start_in
+from hanse.server.run_desk import RunDesk
 from hanse.storage.packages import unpack_package
 from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
 
-P = TypeVar("P", bound=msgspec.Struct)
-
-WATCHERS_PER_JOB: Final = 64
 MAX_ABORTS: Final = 1000
 """The most jobs that one heartbeat is answered with; a client that runs more hears of the rest at its next ones."""
 POSTPONED_S: Final = 5.0
 """A job that its clients could not take just now (a full disk, a broken line) is tried again after this long."""
-LOG_BYTES: Final = 256 * 1024
-"""The most that is read of a log's end to show its last lines."""
-TOPICS: Final[tuple[Topic, ...]] = (
-    (Channel.RUN, "attach"),
-    (Channel.RUN, "issue"),
-    (Channel.RUN, "cancel"),
-    (Channel.RUN, "commit"),
-    (Channel.RUN, "ended"),
-    (Channel.RUN, "heartbeat"),
-    (Channel.TASK, "result"),
-    (Channel.TASK, "metrics"),
-    (Channel.SERVER, "job_ended"),
-)
-"""What the jobs of a tenure answer, in the order of their handlers."""
 MAX_SLUG_CHARS: Final = 54
 """What of a job's name is in its id, which has 63 characters at most, eight of them random."""
 _NOT_IN_ID = re.compile(r"[^a-z0-9]+")
@@ -117,14 +87,20 @@ class Jobs:
         self._postponed: dict[JobId, tuple[float, str]] = {}
         self._waiting: dict[JobId, Wait] = {}
         self._known: dict[ClientName, frozenset[JobId]] = {}
-        self._watchers: dict[JobId, set[Fqcn]] = {}
         self._ended: dict[JobId, asyncio.Event] = {}
         self._changed = asyncio.Event()
         self._suspects = asyncio.Event()
         self._accepting = True
         self._knows_runs = False
         self._loop = asyncio.get_running_loop()
-        self._register_handlers()
+        self.board = JobBoard(
+            services.store,
+            services.cell,
+            runs=self._runs,
+            waiting_of=lambda job_id: self._waiting.get(job_id),
+            folder_of=self._folder,
+        )
+        RunDesk(services.cell, self._runs)
 
     @property
     def services(self) -> RunServices:
@@ -307,7 +283,7 @@ class Jobs:
         for client, error in refusals.items():
             if not isinstance(error, HanseError):
                 raise error
-            self.emit(
+            self.board.emit(
                 JobEvent(record.job_id, "client_refused", self._services.wall(), client=client, text=error.reason)
             )
         if len(remaining) < record.spec.min_clients or not set(record.spec.required_clients) <= set(remaining):
@@ -335,7 +311,7 @@ class Jobs:
 
     async def _run(self, record: JobRecord, run: Run, *, resumed: bool) -> None:
         active = ActiveRun(
-            record, run, self._folder(record.job_id), self._services, emit=self.emit, suspect=self._suspects.set
+            record, run, self._folder(record.job_id), self._services, emit=self.board.emit, suspect=self._suspects.set
         )
         self._runs[record.job_id] = active
         try:
@@ -366,7 +342,7 @@ class Jobs:
         _log.info("job ended", extra={"job": record.job_id, "state": record.state.value, "reason": record.reason})
         if (ended := self._ended.pop(record.job_id, None)) is not None:
             ended.set()
-        self._watchers.pop(record.job_id, None)
+        self.board.close(record.job_id)
         self.wake()
 
     def _live(self, record: JobRecord, life: Coroutine[Any, Any, None]) -> None:
@@ -543,8 +519,7 @@ class Jobs:
     def link_down(self, peer: Peer) -> None:
         """Take note that a peer can no longer be reached."""
         participant, job_id = split_cell(peer.fqcn)
-        for watchers in self._watchers.values():
-            watchers.discard(peer.fqcn)
+        self.board.leave(peer.fqcn)
         if job_id is not None and (run := self._runs.get(job_id)) is not None and participant in run.run.clients:
             run.cell_down(ClientName(participant), peer)
         elif job_id is None:
@@ -553,56 +528,7 @@ class Jobs:
         self._suspects.set()
         self.wake()
 
-    # what people ask
-
-    async def view(self, job_id: JobId, *, history: bool = True) -> JobView:
-        """Return a job, for people."""
-        return await self._view(await self._services.store.job(job_id), history=history)
-
-    async def views(self, *, state: str = "", limit: int = 100) -> list[JobView]:
-        """Return the jobs, newest first, without their rounds' history."""
-        states = (JobState(state),) if state else ()
-        records = await self._services.store.jobs(states=states, limit=limit)
-        return [await self._view(record, history=False) for record in records]
-
-    async def find(self, prefix: str) -> JobId:
-        """Return the id of the one job whose id is, or begins with, *prefix*.
-
-        Raises:
-            NotFound: no job, or several.
-        """
-        ids = [record.job_id for record in await self._services.store.jobs()]
-        if prefix in ids:
-            return JobId(prefix)
-        matching = [job_id for job_id in ids if prefix and job_id.startswith(prefix)]
-        if len(matching) != 1:
-            raise NotFound("job" if not matching else f"one job (there are {len(matching)}) with the prefix", prefix)
-        return matching[0]
-
-    def watch(self, job_id: JobId, watcher: Fqcn) -> None:
-        """Send *watcher* the job's events from now on, until it ends or the watcher leaves."""
-        watchers = self._watchers.setdefault(job_id, set())
-        if len(watchers) >= WATCHERS_PER_JOB and watcher not in watchers:
-            raise Conflict(
-                f"job {job_id}", state=f"watched by {WATCHERS_PER_JOB} already", wanted="watched by one more"
-            )
-        watchers.add(watcher)
-
-    def emit(self, event: JobEvent) -> None:
-        """Send *event* to whoever watches its job."""
-        for watcher in tuple(self._watchers.get(event.job_id, ())):
-            try:
-                self._services.cell.tell(watcher, Channel.ADMIN, "job.event", event)
-            except HanseError:
-                self._watchers[event.job_id].discard(watcher)
-
-    async def log_of(self, job_id: JobId, client: ClientName | None, *, lines: int) -> str:
-        """Return the last *lines* lines of the run's log here, or of what *client*'s process last left behind."""
-        if client is not None:
-            run = self._runs.get(job_id)
-            return run.log_tail(client) if run is not None else ""
-        path = self._folder(job_id).log
-        return await asyncio.to_thread(_last_lines, path, lines)
+    # where tensors lie
 
     def package_files(self, job_id: JobId) -> TensorFiles:
         """Return the files that hold the job's package."""
@@ -647,38 +573,6 @@ class Jobs:
         record = self._taking.get(job_id)
         return record is not None and client in record.clients
 
-    async def _view(self, record: JobRecord, *, history: bool) -> JobView:
-        if history:
-            rounds = await self._services.store.rounds(record.job_id)
-            last = rounds[-1] if rounds else None
-        else:
-            rounds, last = [], await self._services.store.last_round(record.job_id)
-        waiting = self._waiting.get(record.job_id)
-        run = self._runs.get(record.job_id)
-        total = record.spec.workflow.settings.get("rounds", 0)
-        parts = run.run.participants if run is not None else ()
-        return JobView(
-            job_id=record.job_id,
-            name=record.spec.name,
-            state=record.state.value,
-            submitter=record.submitter,
-            submitted_at=record.submitted_at,
-            started_at=record.started_at,
-            ended_at=record.ended_at,
-            code=record.code,
-            reason=record.reason,
-            waiting_for=waiting.reason if waiting else "",
-            waiting_until=waiting.until if waiting else 0.0,
-            round=last.round if last else 0,
-            rounds=total if isinstance(total, int) else 0,
-            metrics=last.metrics if last else {},
-            clients=tuple(ClientView(part.name, part.state.value, part.reason) for part in parts)
-            or tuple(ClientView(name, "") for name in record.clients),
-            history=tuple(rounds),
-            result=record.result,
-            result_bytes=record.result_bytes,
-        )
-
     # parts
 
     def _folder(self, job_id: JobId) -> RunFolder:
@@ -698,96 +592,7 @@ class Jobs:
     def _tell(self, notice: EventType, job_id: JobId, *, reason: str = "") -> None:
         context = FLContext("server", project=self._services.project, job_id=job_id, reason=reason)
         self._services.handlers.tell(notice, context)
-        self.emit(JobEvent(job_id, notice.value, self._services.wall(), text=reason))
-
-    def _register_handlers(self) -> None:
-        handlers = (
-            self._on_attach,
-            self._on_issue,
-            self._on_cancel,
-            self._on_commit,
-            self._on_ended,
-            self._on_run_heartbeat,
-            self._on_result,
-            self._on_metrics,
-            self._on_job_ended,
-        )
-        for (channel, topic), handler in zip(TOPICS, handlers, strict=True):
-            self._services.cell.on(channel, topic, handler)
-
-    async def _on_attach(self, message: Message) -> Message:
-        return ok(await self._sender_run(message)[0].attach())
-
-    async def _on_issue(self, message: Message) -> None:
-        await self._sender_run(message)[0].issue(expect(message, IssueTasks))
-
-    async def _on_cancel(self, message: Message) -> None:
-        await self._sender_run(message)[0].cancel(expect(message, CancelTasks).keys)
-
-    async def _on_commit(self, message: Message) -> None:
-        await self._sender_run(message)[0].commit(expect(message, CommitRound))
-
-    async def _on_ended(self, message: Message) -> None:
-        await self._sender_run(message)[0].ended(expect(message, RunEnded))
-
-    def _on_run_heartbeat(self, message: Message) -> None:
-        self._sender_run(message)
-
-    async def _on_result(self, message: Message) -> None:
-        run, client = self._sender_run(message)
-        await run.result(client, expect(message, TaskResult), message)
-
-    def _on_metrics(self, message: Message) -> None:
-        run, client = self._sender_run(message)
-        run.log_metrics(client, expect(message, LogMetrics))
-
-    def _on_job_ended(self, message: Message) -> None:
-        end = expect(message, JobEnded)
-        client = ClientName(message.headers.get(Header.ORIGIN, ""))
-        run = self._runs.get(end.job_id)
-        if run is not None and client in run.run.clients:
-            run.process_ended(client, end)
-
-    def _sender_run(self, message: Message) -> tuple[ActiveRun, ClientName]:
-        """Return the run that the sender's cell belongs to, and its participant's name."""
-        participant, job_id = split_cell(Fqcn(message.headers.get(Header.ORIGIN, "")))
-        return self._run_of(job_id or JobId("")), ClientName(participant)
-
-
-def answer_not_in_service(cell: Cell) -> None:
-    """Have *cell* answer what the jobs of a tenure answer, while there is no tenure: another time, or another server.
-
-    Without this a client's answer would be refused for good, as one to a run that there is not.
-    """
-    for channel, topic in TOPICS:
-        cell.on(channel, topic, _not_in_service)
-
-
-def _not_in_service(message: Message) -> None:
-    del message
-    raise NotInService
-
-
-def expect(message: Message, kind: type[P]) -> P:
-    """Return *message*'s payload, which must be a *kind*.
-
-    Raises:
-        ProtocolError: it is something else, or there is none.
-    """
-    if not isinstance(message.payload, kind):
-        got = None if message.payload is None else type(message.payload).__name__
-        raise ProtocolError("payload", got=got, expected=kind.__name__)
-    return message.payload
-
-
-def _last_lines(path: Path, lines: int) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(path.stat().st_size - LOG_BYTES, 0))
-            text = file.read().decode(errors="replace")
-    except FileNotFoundError:
-        return ""
-    return "\n".join(text.splitlines()[-lines:])
+        self.board.emit(JobEvent(job_id, notice.value, self._services.wall(), text=reason))
 
 
 def _tell_quietly(cell: Cell, destination: Fqcn, abort: AbortJob) -> None:

@@ -25,8 +25,8 @@ from hanse.coordination.service import (
 )
 from hanse.errors import NotInService
 from hanse.ids import Ssid
-from hanse.server.jobs import answer_not_in_service
 from hanse.server.overseer import OverseerAgent
+from hanse.server.run_desk import answer_not_in_service
 from hanse.server.tenure import Tenure
 
 TURN_TIMEOUT_S: Final = 60.0

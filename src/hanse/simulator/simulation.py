@@ -189,7 +189,7 @@ class Simulation:
         watcher.watch(record.job_id)  # before anything else gets to run, so that no event is missed
         await jobs.wait(record.job_id)
         await watcher.wait_end()
-        return await jobs.view(record.job_id)
+        return await jobs.board.view(record.job_id)
 
     @asynccontextmanager
     async def _server(self) -> AsyncIterator[FederatedServer]:

@@ -54,7 +54,7 @@ class _Listener:
             self._has_ended.set()
 
     def watch(self, job_id: JobId) -> None:
-        self._server.jobs.watch(job_id, WATCHER)
+        self._server.jobs.board.watch(job_id, WATCHER)
 
     async def wait_end(self) -> None:
         with suppress(TimeoutError):

@@ -1,0 +1,111 @@
+"""What runs' processes and clients' processes send, handed to the run that it is about."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from hanse.cell.cell import Cell
+from hanse.errors import NotFound, NotInService
+from hanse.ids import ClientName, Fqcn, JobId, split_cell
+from hanse.messages import (
+    CancelTasks,
+    Channel,
+    CommitRound,
+    Header,
+    IssueTasks,
+    JobEnded,
+    LogMetrics,
+    Message,
+    RunEnded,
+    TaskResult,
+    Topic,
+    ok,
+)
+from hanse.server.active_run import ActiveRun
+from hanse.server.payloads import expect
+
+TOPICS: Final[tuple[Topic, ...]] = (
+    (Channel.RUN, "attach"),
+    (Channel.RUN, "issue"),
+    (Channel.RUN, "cancel"),
+    (Channel.RUN, "commit"),
+    (Channel.RUN, "ended"),
+    (Channel.RUN, "heartbeat"),
+    (Channel.TASK, "result"),
+    (Channel.TASK, "metrics"),
+    (Channel.SERVER, "job_ended"),
+)
+"""What the jobs of a tenure answer, in the order of their handlers."""
+
+
+class RunDesk:
+    """Answers on *cell* what is about one of *runs*, which the sender's own address names."""
+
+    def __init__(self, cell: Cell, runs: Mapping[JobId, ActiveRun]) -> None:
+        self._runs = runs
+        handlers = (
+            self._on_attach,
+            self._on_issue,
+            self._on_cancel,
+            self._on_commit,
+            self._on_ended,
+            self._on_run_heartbeat,
+            self._on_result,
+            self._on_metrics,
+            self._on_job_ended,
+        )
+        for (channel, topic), handler in zip(TOPICS, handlers, strict=True):
+            cell.on(channel, topic, handler)
+
+    async def _on_attach(self, message: Message) -> Message:
+        return ok(await self._sender_run(message)[0].attach())
+
+    async def _on_issue(self, message: Message) -> None:
+        await self._sender_run(message)[0].issue(expect(message, IssueTasks))
+
+    async def _on_cancel(self, message: Message) -> None:
+        await self._sender_run(message)[0].cancel(expect(message, CancelTasks).keys)
+
+    async def _on_commit(self, message: Message) -> None:
+        await self._sender_run(message)[0].commit(expect(message, CommitRound))
+
+    async def _on_ended(self, message: Message) -> None:
+        await self._sender_run(message)[0].ended(expect(message, RunEnded))
+
+    def _on_run_heartbeat(self, message: Message) -> None:
+        self._sender_run(message)
+
+    async def _on_result(self, message: Message) -> None:
+        run, client = self._sender_run(message)
+        await run.result(client, expect(message, TaskResult), message)
+
+    def _on_metrics(self, message: Message) -> None:
+        run, client = self._sender_run(message)
+        run.log_metrics(client, expect(message, LogMetrics))
+
+    def _on_job_ended(self, message: Message) -> None:
+        end = expect(message, JobEnded)
+        client = ClientName(message.headers.get(Header.ORIGIN, ""))
+        run = self._runs.get(end.job_id)
+        if run is not None and client in run.run.clients:
+            run.process_ended(client, end)
+
+    def _sender_run(self, message: Message) -> tuple[ActiveRun, ClientName]:
+        """Return the run that the sender's cell belongs to, and its participant's name."""
+        participant, job_id = split_cell(Fqcn(message.headers.get(Header.ORIGIN, "")))
+        if job_id is None or (run := self._runs.get(job_id)) is None:
+            raise NotFound("running job", job_id or "")
+        return run, ClientName(participant)
+
+
+def answer_not_in_service(cell: Cell) -> None:
+    """Have *cell* answer what the jobs of a tenure answer, while there is no tenure: another time, or another server.
+
+    Without this a client's answer would be refused for good, as one to a run that there is not.
+    """
+    for channel, topic in TOPICS:
+        cell.on(channel, topic, _not_in_service)
+
+
+def _not_in_service(message: Message) -> None:
+    del message
+    raise NotInService
