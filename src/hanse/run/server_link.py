@@ -56,6 +56,7 @@ class ServerLink:
         self._rng = rng or random.Random()  # noqa: S311 - jitter between tries, not a secret
         self._on_abort = on_abort
         self._listener: RunListener | None = None
+        self._is_cut_off = False
         self._early: list[TaskResult | ClientChanged] = []
         cell.on(Channel.RUN, "answer", self._event)
         cell.on(Channel.RUN, "client", self._event)
@@ -67,6 +68,10 @@ class ServerLink:
         early, self._early = self._early, []
         for event in early:
             self._hand_over(event)
+
+    def cut_off(self) -> None:
+        """Want nothing cancelled any more: this process ends, and the run goes on in another."""
+        self._is_cut_off = True
 
     async def attach(self) -> RunSnapshot:
         """Return where the run stands. Events that come before ``listen`` are kept for it."""
@@ -80,7 +85,9 @@ class ServerLink:
         await self._ask("issue", tasks)
 
     async def cancel(self, keys: Sequence[TaskKey]) -> None:
-        """Have later answers to *keys* refused."""
+        """Have later answers to *keys* refused; nothing once the link is cut off, for another process wants them."""
+        if self._is_cut_off:
+            return
         await self._ask_once("cancel", CancelTasks(tuple(keys)))
 
     async def commit(self, state: StateRef, *, took_s: float, answered: Sequence[ClientName]) -> None:

@@ -103,6 +103,7 @@ class LocalRun:
     def cut_off(self) -> None:
         """End the run in this process alone: its server is not told, and has it go on in another."""
         self._is_cut_off = True
+        self._link.cut_off()
         self._stopping.set()
 
     async def drive(self) -> RunEnded:
