@@ -250,8 +250,9 @@ class ClientAgent:
             await self._uplink.wait_up()
             self._beat_now.clear()
             try:
-                await self._renew_if_due()
+                # Beating comes first: a renewal that is refused for now must not make a living client count as dead.
                 await self._beat_once()
+                await self._renew_if_due()
             except Unauthenticated as error:
                 # The connector dials again, and the client registers anew or is told why it may not.
                 self._session = None

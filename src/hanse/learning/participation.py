@@ -144,11 +144,11 @@ class Collection:
             return Taken.STRANGER
         if self.is_decided or answer.client in self._updates or answer.client in self._faults:
             return Taken.LATE
-        if answer.update is None:
-            assert answer.fault is not None  # noqa: S101 - Answer's own invariant, told to the type checker
+        if answer.fault is not None:
             self._faults[answer.client] = answer.fault
             return Taken.FAULTY
-        self._updates[answer.client] = answer.update
+        if answer.update is not None:  # as it is then, by what an Answer is
+            self._updates[answer.client] = answer.update
         return Taken.COUNTED
 
     @property
