@@ -398,6 +398,7 @@ class RunSnapshot(msgspec.Struct, frozen=True):
     """Where a run stands: the last committed state (``None`` before the first), and who takes part.
 
     Answers accepted since that state are not here: whoever issues an answered task again is handed its answer.
+    ``carried`` are the tasks of earlier rounds that the last commit kept; answers to them follow as events.
     """
 
     job_id: JobId
@@ -405,15 +406,21 @@ class RunSnapshot(msgspec.Struct, frozen=True):
     clients: tuple[ClientName, ...]
     state: StateRef | None = None
     lost_clients: tuple[ClientName, ...] = ()
+    carried: tuple[TaskKey, ...] = ()
 
 
 class IssueTasks(msgspec.Struct, frozen=True):
-    """Journal one task for each key and hand it to its client; a key that is answered already brings its answer."""
+    """Journal one task for each key and hand it to its client; a key that is answered already brings its answer.
+
+    For people: the run waits for the answers at most ``deadline_s`` seconds, and ``then`` says what happens after that.
+    """
 
     keys: tuple[TaskKey, ...]
     model: ModelRef | None
     config: Config = {}
     expects_model: bool = True
+    deadline_s: float = 0.0
+    then: str = ""
 
 
 class CancelTasks(msgspec.Struct, frozen=True):
@@ -423,11 +430,15 @@ class CancelTasks(msgspec.Struct, frozen=True):
 
 
 class CommitRound(msgspec.Struct, frozen=True):
-    """Commit this state as the run's newest; round 0 is the initial model."""
+    """Commit this state as the run's newest; round 0 is the initial model.
+
+    The tasks and answers of the round end with it, but for those that are ``carried`` into the following rounds.
+    """
 
     state: StateRef
     took_s: float = 0.0
     answered: tuple[ClientName, ...] = ()
+    carried: tuple[TaskKey, ...] = ()
 
 
 class RunEnded(msgspec.Struct, frozen=True):
