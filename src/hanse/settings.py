@@ -41,6 +41,15 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     workspace: str = "workspace"
     """The folder for the store, the tensor files and the logs of this server; made with mode 0700."""
 
+    store: str = ""
+    """TODO"""
+    runs: str = ""
+    """TODO"""
+    lease_s: float = 4.0
+    """TODO"""
+    address: str = ""
+    """TODO"""
+
     min_num_clients: int = 2
     """Below this many registered clients no job is scheduled."""
 

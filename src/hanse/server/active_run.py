@@ -412,9 +412,10 @@ class ActiveRun:
     async def _accept(self, sender: ClientName, result: TaskResult) -> None:
         if result.update is not None and result.update.model is not None:
             await asyncio.to_thread(self.files.sync, digests_of(result.update.model))
-        if not await self._services.store.accept_answer(self._services.epoch, self.job_id, result):
+        # What counts may be an earlier attempt of the same answer, of which the store could not tell how it went.
+        result = await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
+        if not isinstance(self.run.accept(result, sender=sender), Accepted):
             return
-        self.run.accept(result, sender=sender)
         self._tell_run("answer", result)
         metrics = result.update.metrics if result.update is not None else {}
         self._notify(

@@ -197,7 +197,8 @@ class LeaseOverseer:
         self._noted_at = now
 
     def _note(self, lease: Lease) -> None:
-        ttl_s = lease.ttl_s or (self._ttl_s if lease.successor not in ("", self._name) else 0.0)
+        is_anybodys = lease.holder == "" and lease.successor in ("", self._name)
+        ttl_s = 0.0 if is_anybodys else lease.ttl_s
         self._seen = lease
         self._watch = self._watch.observe(_sign(lease), ttl_s=ttl_s, now=self._clock())
 

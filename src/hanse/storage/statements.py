@@ -65,6 +65,7 @@ _NEXT_ACCEPTED: Final = (
 )
 ANSWER_TASK: Final = update(tasks).where(*_AT_KEY, tasks.c.answer.is_(None)).values(accepted=_NEXT_ACCEPTED)
 ANSWER: Final = select(tasks.c.answer).where(*_AT_KEY)
+RETRACT_ANSWER: Final = update(tasks).where(*_AT_KEY).values(answer=None, accepted=None)
 DELETE_TASKS: Final = delete(tasks).where(_OF_RUN)
 DELETE_TASK: Final = delete(tasks).where(*_AT_KEY)
 
