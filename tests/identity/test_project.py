@@ -90,7 +90,7 @@ def test_a_server_can_listen_on_one_address_only(tmp_path: Path):
 
     assert settings_of(server) == ServerSettings(project="demo", name="alpha", target="[::1]:6007")
     assert settings_of(site) == ClientSettings(
-        project="demo", name="site-1", servers=("[::1]:6007",), server_name="alpha"
+        project="demo", name="site-1", servers=("[::1]:6007",), server_names=("alpha",)
     )
 
 
@@ -108,8 +108,8 @@ def test_settings_text_is_made_for_people(tmp_path: Path):
         "# Where servers listen: host:port, tried in order.\n"
         'servers = ["fl.example.org:7000", "10.0.0.7:7000", "[::1]:7000"]\n'
         "\n"
-        "# The name that the server's certificate must prove.\n"
-        'server_name = "server"\n'
+        "# The names of the project's servers; a certificate must prove one of them.\n"
+        'server_names = ["server"]\n'
         "\n"
         "# What training code may read of this site, as ctx.site.\n"
         "[config]\n"

@@ -45,7 +45,7 @@ _COMMENTS: Final[Mapping[str, str]] = {
     "project": "The project, and the name under which you take part in it: as in the certificate.",
     "target": "Where the server listens: host:port.",
     "servers": "Where servers listen: host:port, tried in order.",
-    "server_name": "The name that the server's certificate must prove.",
+    "server_names": "The names of the project's servers; a certificate must prove one of them.",
     "config": "What training code may read of this site, as ctx.site.",
     "resources": "What jobs may use here.",
     "policy": "What jobs may do here; the site's word is the last.",
@@ -191,7 +191,7 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         """Yield the server, the clients and the administrators, each in the file's order."""
         house = self.organisation or self.name
         server = self.server
-        dialling = {"servers": self._addresses(), "server_name": server.name}
+        dialling = {"servers": self._addresses(), "server_names": (server.name,)}
         yield Participant(
             name=server.name,
             organisation=server.organisation or house,
