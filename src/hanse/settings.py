@@ -7,6 +7,7 @@ other. A relative path in a file is relative to the file.
 import difflib
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, TypeVar, get_args, get_type_hints
 from urllib.parse import parse_qs, urlsplit
@@ -250,6 +251,15 @@ def read(path: Path, kind: type[T]) -> T:
         raise ConfigError("settings file", got=str(path), expected=f"a readable file ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError("settings file", got=str(path), expected=f"TOML ({error})") from error
+    return checked(table, kind, where=str(path))
+
+
+def checked(table: Mapping[str, object], kind: type[T], *, where: str = "") -> T:
+    """Return the settings of *kind* that *table*, which stands in *where*, holds.
+
+    Raises:
+        ConfigError: a field is unknown, missing or out of range; it names the field.
+    """
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
@@ -258,16 +268,16 @@ def read(path: Path, kind: type[T]) -> T:
         if (match := _COMPLAINT.search(what)) is None:
             got = _found(table, place)
             raise ConfigError(
-                place or "settings", got=got, expected=what.removeprefix("Expected "), where=str(path)
+                place or "settings", got=got, expected=what.removeprefix("Expected "), where=where
             ) from None
         name = f"{place}.{match['field']}" if place else match["field"]
         expected = "a value; it has no default"
         if match["what"] != "missing required":
             near = difflib.get_close_matches(match["field"], _fields_at(kind, place), n=1)
             expected = f"no such field; perhaps {near[0]!r} is meant" if near else "no such field"
-        raise ConfigError(name, got=_found(table, name), expected=expected, where=str(path)) from None
+        raise ConfigError(name, got=_found(table, name), expected=expected, where=where) from None
     except ConfigError as error:
-        raise ConfigError(error.field, got=error.got, expected=error.expected, where=str(path)) from None
+        raise ConfigError(error.field, got=error.got, expected=error.expected, where=where) from None
 
 
 def _found(table: object, name: str) -> object:

@@ -136,7 +136,7 @@ def test_each_role_has_its_settings():
 @pytest.fixture
 def server_folder(tmp_path: Path, authority: Authority, server: Identity) -> Path:
     """The kit of a server that shares what it knows with others."""
-    ServersSecret.load_or_create(tmp_path / "servers.secret")
+    ServersSecret.new().save(tmp_path / "servers.secret")
     return write_kit(tmp_path, server, authority.certificate, SERVER)
 
 

@@ -37,22 +37,20 @@ def test_another_secret_derives_other_things():
     assert other.for_job_authority() != SECRET.for_job_authority()
 
 
-def test_a_secret_is_made_once_and_kept_in_a_private_file(tmp_path: Path):
-    path = tmp_path / "authority" / "servers.secret"
+def test_a_secret_is_32_bytes_that_do_not_repeat():
+    assert len(ServersSecret.new().value) == 32
+    assert ServersSecret.new() != ServersSecret.new()
+    assert ServersSecret.new(random_bytes=lambda count: SECRET.value[:count]) == SECRET
 
-    made = ServersSecret.load_or_create(path)
 
-    assert len(made.value) == 32
+def test_a_secret_is_kept_in_a_private_file_as_hexadecimal_digits(tmp_path: Path):
+    path = tmp_path / "servers.secret"
+
+    SECRET.save(path)
+
     assert path.stat().st_mode & 0o777 == 0o600
-    assert ServersSecret.load_or_create(path) == made
-    assert ServersSecret.load(path) == made
-    assert ServersSecret.load_or_create(tmp_path / "other") != made
-
-
-def test_the_file_holds_hexadecimal_digits(tmp_path: Path):
-    ServersSecret.load_or_create(tmp_path / "s", random_bytes=lambda count: SECRET.value[:count])
-
-    assert (tmp_path / "s").read_text() == "".join(f"{byte:02x}" for byte in range(32)) + "\n"
+    assert path.read_text() == "".join(f"{byte:02x}" for byte in range(32)) + "\n"
+    assert ServersSecret.load(path) == SECRET
 
 
 @pytest.mark.parametrize("content", [b"", b"short\n", SECRET.value, SECRET.text.upper(), SECRET.text + b"00\n"])
@@ -70,12 +68,11 @@ def test_a_secret_that_others_can_read_or_that_is_not_there_is_refused(tmp_path:
     with pytest.raises(ConfigError, match=r"servers' secret is .*No such file"):
         ServersSecret.load(path)
 
-    ServersSecret.load_or_create(path)
+    SECRET.save(path)
     path.chmod(0o640)
 
-    for load in (ServersSecret.load, ServersSecret.load_or_create):
-        with pytest.raises(ConfigError, match=r"servers.secret with mode 0640"):
-            load(path)
+    with pytest.raises(ConfigError, match=r"servers.secret with mode 0640"):
+        ServersSecret.load(path)
 
 
 def test_a_secret_is_never_shown():

@@ -20,7 +20,7 @@ Sharing = Callable[..., FederatedServer]
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    ServersSecret.load_or_create(tmp_path / "servers.secret")
+    ServersSecret.new().save(tmp_path / "servers.secret")
     return tmp_path / "servers.secret"
 
 

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from hanse.errors import ConfigError
-from hanse.identity.private_files import keep_or_create, read_file, require_private
+from hanse.identity.private_files import read_file, replace_file, require_private
 
 SERVERS_SECRET_FILE: Final = "servers.secret"  # noqa: S105 - a file's name
 
@@ -35,6 +35,11 @@ class ServersSecret:
     value: bytes = field(repr=False)
 
     @classmethod
+    def new(cls, *, random_bytes: Callable[[int], bytes] = secrets.token_bytes) -> "ServersSecret":
+        """Return a fresh secret."""
+        return cls(random_bytes(_SECRET_BYTES))
+
+    @classmethod
     def load(cls, path: Path) -> "ServersSecret":
         """Return the secret in the file at *path*.
 
@@ -42,25 +47,19 @@ class ServersSecret:
             ConfigError: it cannot be read, others can read it, or it holds something else.
         """
         require_private(path, what="servers' secret")
-        return cls._parse(read_file(path, what="servers' secret"), path)
-
-    @classmethod
-    def load_or_create(
-        cls, path: Path, *, random_bytes: Callable[[int], bytes] = secrets.token_bytes
-    ) -> "ServersSecret":
-        """Return the secret that the file at *path* keeps; made on first use, with mode 0600.
-
-        Raises:
-            ConfigError: the file cannot be made or read, others can read it, or it holds something else.
-        """
-        return cls._parse(keep_or_create(path, cls(random_bytes(_SECRET_BYTES)).text), path)
-
-    @classmethod
-    def _parse(cls, content: bytes, path: Path) -> "ServersSecret":
+        content = read_file(path, what="servers' secret")
         if not _FORM.fullmatch(content):
             expected = "64 hexadecimal digits; copy the file from the kit of another server"
             raise ConfigError("servers' secret", got=str(path), expected=expected)
         return cls(bytes.fromhex(content.decode()))
+
+    def save(self, path: Path) -> None:
+        """Write the secret to *path*, with mode 0600.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        replace_file(path, self.text)
 
     @property
     def text(self) -> bytes:
