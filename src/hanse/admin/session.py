@@ -111,7 +111,7 @@ class AdminSession:
         self._registrant = Registrant(
             kit.settings.project,
             kit.settings.name,
-            kit.settings.server_name,
+            kit.settings.server_names,
             kit.identity,
             kit.ca_pem,
             release=self._release,

@@ -102,6 +102,7 @@ def _grpc_args(kit: Kit[ServerSettings]) -> dict[str, Any]:
         "ssl_cert": kit.folder / CERTIFICATE_FILE,
         "ssl_private_key": kit.folder / KEY_FILE,
         "require_client_certificate": kit.settings.client_certificates,
+        "servers_secret": kit.servers_secret,
     }
 
 
