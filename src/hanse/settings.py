@@ -73,15 +73,6 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Seconds that a server which says nothing keeps the store's lease. A standby takes over about this long after the
     serving server has died; while the store is slower than this, nobody serves."""
 
-    store: str = ""
-    """TODO"""
-    runs: str = ""
-    """TODO"""
-    lease_s: float = 4.0
-    """TODO"""
-    address: str = ""
-    """TODO"""
-
     min_num_clients: int = 2
     """Below this many registered clients no job is scheduled."""
 

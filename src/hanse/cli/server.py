@@ -75,7 +75,7 @@ def _overseer(settings: ServerSettings, workspace: Path, store: Store) -> Overse
         store,
         holder=holder_of(workspace, settings.name),
         name=settings.name,
-        target=settings.address or settings.target,
+        target=settings.reached_at(settings.target),
         ttl_s=settings.lease_s,
     )
 
