@@ -9,6 +9,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any, Final
 
+import msgspec
 from cyclopts import Parameter
 
 from hanse.admin.commands import AdminCommands
@@ -40,6 +41,8 @@ def start(kit: Annotated[Path, Parameter(help="The folder of the server's kit.")
     show_logs(logging.INFO, as_json=output.is_json, verbose=output.verbose)
     loaded = Kit.load(kit, ServerSettings)
     settings = loaded.settings
+    if settings.runs:
+        settings = msgspec.structs.replace(settings, runs=str(loaded.resolve(settings.runs).absolute()))
     workspace = make_private_folder(workspace_of(loaded))
     stops: SimpleQueue[str] = SimpleQueue()  # whose put may be called where a signal has interrupted anything
     store = SqlStore(settings.store) if settings.store else None

@@ -124,7 +124,7 @@ class LocalRun:
                 end = RunEnded(completed=False, code=ABORTED, reason=self._aborted or "the run was aborted")
                 if not self._is_cut_off:
                     with contextlib.suppress(HanseError):  # the server knows, where it was the one that said so
-                        await self._link.ended(end)
+                        await self._link.given_up(end)
                 return end
             end = work.result()
             await self._link.ended(end)
