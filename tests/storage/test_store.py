@@ -333,6 +333,16 @@ async def test_an_unknown_job_is_not_found(store: Store) -> None:
     assert await store.last_round(missing) is None
 
 
+@pytest.mark.parametrize("text", ["", "digits\0", "\ud800", "Digits-1"])
+async def test_what_can_be_no_jobs_id_is_not_found_either(running: Store, text: str) -> None:
+    strange = JobId(text)
+    for call in (running.job(strange), running.snapshot(strange), running.accept_answer(EPOCH, strange, answer())):
+        with pytest.raises(NotFound):
+            await call
+    assert await running.rounds(strange) == []
+    assert await running.last_round(strange) is None
+
+
 async def test_jobs_come_newest_first_by_state_and_number(store: Store) -> None:
     await store.add_job(EPOCH, record("a", state=JobState.SUBMITTED))
     await store.add_job(EPOCH, record("b", state=JobState.RUNNING))
@@ -706,8 +716,12 @@ async def test_what_is_not_valid_is_refused_before_anything_is_written(running: 
         running.issue_tasks(EPOCH, JOB, [task("site-2"), task("site-3", of=bad)]),
         running.accept_answer(EPOCH, JOB, changed(answer(), update=None)),
         running.commit_round(EPOCH, JOB, changed(commit(1), state=changed(commit(1).state, model=bad)), now_s=1.0),
+        running.issue_tasks(EPOCH, JOB, [task(name="tra\0in")]),
         running.set_disabled(EPOCH, "no.name", True),
+        running.set_disabled(EPOCH, "site-1", True, reason="\0"),
         running.audit(EPOCH, changed(AuditEntry(1.0, "a", "b", "c", "ok"), actor=3)),
+        running.audit(EPOCH, AuditEntry(1.0, "a\0", "b", "c", "ok")),
+        running.release_lease(EPOCH, successor="no.name"),
     ):
         with pytest.raises(ProtocolError):
             await write
