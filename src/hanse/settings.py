@@ -73,15 +73,6 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Seconds that a server which says nothing keeps the store's lease. A standby takes over about this long after the
     serving server has died; while the store is slower than this, nobody serves."""
 
-    store: str = ""
-    """TODO"""
-    runs: str = ""
-    """TODO"""
-    lease_s: float = 4.0
-    """TODO"""
-    address: str = ""
-    """TODO"""
-
     min_num_clients: int = 2
     """Below this many registered clients no job is scheduled."""
 
@@ -152,9 +143,10 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         url = urlsplit(self.store)
         return ":" in url.netloc.rpartition("@")[0] or "password" in parse_qs(url.query)
 
-    def reached_at(self, listens_at: str) -> str:
-        """Return where clients reach the server that listens at *listens_at*; empty where that cannot be told."""
-        return self.address or (listens_at if is_dialable(listens_at) else "")
+    @property
+    def reached_at(self) -> str:
+        """Where clients reach the server; empty where that cannot be told."""
+        return self.address or (self.target if is_target(self.target) and is_dialable(self.target) else "")
 
 
 class SitePolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
