@@ -67,7 +67,7 @@ def test_a_store_that_cannot_be_is_refused_without_showing_its_password(file: Pa
 
 
 @pytest.mark.parametrize(
-    ("address", "target", "reached_at"),
+    ("address", "listens_at", "reached_at"),
     [
         ("fl.example.org:443", "0.0.0.0:6007", "fl.example.org:443"),
         ("", "10.0.0.7:6007", "10.0.0.7:6007"),
@@ -78,8 +78,8 @@ def test_a_store_that_cannot_be_is_refused_without_showing_its_password(file: Pa
         ("", "nowhere", ""),
     ],
 )
-def test_clients_reach_a_server_where_it_says_or_listens(address: str, target: str, reached_at: str) -> None:
-    assert ServerSettings(project="demo", address=address, target=target).reached_at == reached_at
+def test_clients_reach_a_server_where_it_says_or_listens(address: str, listens_at: str, reached_at: str) -> None:
+    assert ServerSettings(project="demo", address=address).reached_at(listens_at) == reached_at
 
 
 def test_a_clients_file_can_say_everything(file: Path) -> None:

@@ -82,7 +82,7 @@ def _overseer(settings: ServerSettings, workspace: Path, store: Store) -> Overse
         store,
         holder=holder_of(workspace, settings.name),
         name=settings.name,
-        target=settings.reached_at,
+        target=settings.reached_at(settings.target),
         ttl_s=settings.lease_s,
     )
 

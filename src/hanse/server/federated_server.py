@@ -520,7 +520,7 @@ class FederatedServer(BaseServer):
         return await deployed.store.take_lease(
             await asyncio.to_thread(holder_of, deployed.workspace, settings.name),
             name=settings.name,
-            target=settings.reached_at,
+            target=settings.reached_at(settings.target),
             ttl_s=settings.lease_s,
             force=True,
         )

@@ -163,9 +163,15 @@ class LeaseOverseer:
             except Exception:  # noqa: BLE001 - who no longer watches would stand by for ever
                 _log.exception("watching the lease failed")
                 await asyncio.sleep(self._ttl_s)
-            before, self._primary = self._primary, self._judged()
-            if self._primary != before:
+            before, after = self._primary, self._judged()
+            if after == before:
+                continue
+            if after is not None and after.held is not None and before is not None and before.held is not None:
+                # From one tenure of its own to the next leads through the cold, with a word for each move.
+                self._primary = None
                 await asyncio.to_thread(self._call)
+            self._primary = after
+            await asyncio.to_thread(self._call)
 
     async def _follow(self) -> None:
         """Wait until the lease moves or something is due, and take it if it may be taken."""
