@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 
 from hanse.errors import ConfigError
-from hanse.ids import NAME_RULE, SERVER, is_dialable, is_name, is_target
+from hanse.ids import NAME_RULE, SERVER, is_dialable, is_name
 from hanse.job import Config, Resources
 
 SETTINGS_FILE: Final = "settings.toml"
@@ -118,7 +118,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             _expect(getattr(self, field) > 0, field, getattr(self, field), "more than 0 seconds")
         _expect(self.lost_after_s >= 0, "lost_after_s", self.lost_after_s, "0 or more seconds")
         _expect(
-            not self.address or (is_target(self.address) and is_dialable(self.address)),
+            not self.address or is_dialable(self.address),
             "address",
             self.address,
             "'host:port' that clients can dial (an IPv6 host in brackets), or nothing",
