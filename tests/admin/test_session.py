@@ -90,8 +90,9 @@ def test_a_submitted_folder_is_a_job_that_says_what_it_waits_for(deployment: Dep
         submitted = session.submit(tmp_path)
         view = session.show(submitted.job_id)
     assert (view.name, view.state, view.submitter) == ("mine", "submitted", "lee@demo")
-    assert "registered" in view.waiting_for
-    assert view.waiting_until > view.submitted_at
+    (waiting,) = view.waiting
+    assert "registered" in waiting.what
+    assert waiting.until > view.submitted_at
     assert deployment.uploads() == []
 
 

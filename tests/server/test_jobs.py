@@ -520,8 +520,10 @@ def test_a_job_says_what_it_waits_for_and_until_when(start: StartServer, dialler
 
     view = wait(server.jobs.board.view(job_id))
     assert view.state == "submitted"
-    assert "2" in view.waiting_for
-    assert view.waiting_until == pytest.approx(view.submitted_at + 1000)
+    (waiting,) = view.waiting
+    assert waiting.what == "1 of the 2 clients that the job needs can take it"
+    assert (waiting.since, waiting.until) == (view.submitted_at, pytest.approx(view.submitted_at + 1000))
+    assert waiting.then == "the job is given up (no-clients)"
 
 
 def test_a_job_starts_when_its_clients_have_come(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
