@@ -83,7 +83,7 @@ SENTENCES = {
         "they need a protocol in common"
     ),
     errors.NoSpace("writing x", disk="/data", folder="/data/ws", why="No space left on device"): (
-        "no space was left on disk /data, which holds /data/ws, while writing x: No space left on device"
+        "writing x failed: the disk mounted at /data, which holds /data/ws, is full (No space left on device)"
     ),
     errors.StoreFailed("committing", "disk full"): "the store failed while committing: disk full",
     errors.StaleEpoch(ours=1, current=2): ("epoch 1 has ended (the store is at 2); this server may not write any more"),

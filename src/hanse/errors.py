@@ -185,10 +185,12 @@ class ImportFailed(TrainingFailed):
 
     code = "import-failed"
 
-    def __init__(self, client: str, why: str, *, python: str) -> None:
-        super(TrainingFailed, self).__init__(f"the job's code cannot be imported by Python {python} at {client}: {why}")
-        self.client, self.task = client, "import"
-        self.why, self.python = f"the job's code cannot be imported by Python {python}: {why}", python
+    def __init__(self, client: str, error: str, *, python: str) -> None:
+        super(TrainingFailed, self).__init__(
+            f"the job's code cannot be imported by Python {python} at {client}: {error}"
+        )
+        self.client, self.task, self.error, self.python = client, "import", error, python
+        self.why = f"the job's code cannot be imported by Python {python}: {error}"
 
 
 class MissingDependency(TrainingFailed):
@@ -338,7 +340,7 @@ class NoSpace(StoreFailed):
 
     def __init__(self, doing: str, *, disk: str, folder: str, why: str) -> None:
         super(StoreFailed, self).__init__(
-            f"no space was left on disk {disk}, which holds {folder}, while {doing}: {why}"
+            f"{doing} failed: the disk mounted at {disk}, which holds {folder}, is full ({why})"
         )
         self.doing, self.disk, self.folder, self.why = doing, disk, folder, why
 

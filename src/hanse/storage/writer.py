@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from hanse.errors import StoreFailed
+from hanse.storage.disk import database_failure
 
 T = TypeVar("T")
 
@@ -119,7 +120,9 @@ class Writer:
         return group
 
     def _translated(self, error: Exception) -> Exception:
-        return StoreFailed(f"using {self._name}", str(error.orig)) if isinstance(error, DBAPIError) else error
+        if isinstance(error, DBAPIError):
+            return database_failure(error.orig or error, self._name)
+        return error
 
 
 def _run_group(engine: Engine, group: list[_Request]) -> list[_Outcome]:
