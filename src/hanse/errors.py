@@ -363,4 +363,4 @@ def _shown(value: object) -> str:
 
 def _spoken(release: str, versions: Collection[int]) -> str:
     listed = ", ".join(str(version) for version in sorted(set(versions))[:8]) or "none"
-    return f"Hanse {release or 'of an unknown release'} (protocol {listed})"
+    return f"Hanse {release[:64] or 'of an unknown release'} (protocol {listed})"

@@ -3,6 +3,7 @@ import dataclasses
 import random
 import threading
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -407,7 +408,11 @@ async def take_part(deployment: Deployment, workspace: Path) -> tuple[ClientAgen
         release="9.9",
     )
     running = asyncio.create_task(agent.run())
-    await agent.wait_registered()
+    registered = asyncio.ensure_future(agent.wait_registered())
+    await asyncio.wait({running, registered}, return_when=asyncio.FIRST_COMPLETED)
+    if running.done():
+        registered.cancel()
+        running.result()
     return agent, running
 
 
@@ -443,6 +448,29 @@ def test_clients_are_listed_and_a_disabled_one_stays_out_until_enabled(kits: Pat
         assert wait(after.server.jobs.services.store.disabled_clients()) == {"site-1": "disabled by ada@demo"}
         wait(enable(after))
         assert [(entry.action, entry.outcome) for entry in after.audited(1)] == [("client.enable", "done")]
+
+
+def test_a_site_of_another_protocol_is_shown_as_refused_with_both_releases_until_it_comes_as_it_should(
+    kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(deployment: Deployment) -> None:
+        async with deployment.async_session() as session:
+            with monkeypatch.context() as patched:
+                patched.setattr("hanse.client.agent.PROTOCOL_VERSIONS", (99,))
+                with pytest.raises(RemoteError, match=r"site-1 runs Hanse 9\.9 \(protocol 99\)"):
+                    await take_part(deployment, tmp_path / "site")
+            (refused,) = await session.refused_clients()
+            assert (refused.name, refused.code) == ("site-1", "version-mismatch")
+            assert f"this side runs Hanse {version('hanse')} (protocol 1)" in refused.reason
+            assert 0 <= refused.ago_s < 20
+
+            agent, running = await take_part(deployment, tmp_path / "site")
+            assert await session.refused_clients() == ()
+            agent.stop()
+            await running
+
+    with deployed(kits, tmp_path / "ws") as deployment:
+        wait(scene(deployment))
 
 
 def test_what_cannot_be_a_client_is_not_disabled(deployment: Deployment) -> None:
