@@ -55,6 +55,7 @@ from hanse.messages import (
     LogText,
     Message,
     PromoteServer,
+    RefusedClient,
     Register,
     Registered,
     RegisteredClient,
@@ -239,6 +240,10 @@ class AdminSession:
     async def disabled_clients(self) -> dict[str, str]:
         """Return the names of the clients that are refused, each with the reason."""
         return (await self._ask("client.list", ListClients(), ClientList)).disabled
+
+    async def refused_clients(self) -> tuple[RefusedClient, ...]:
+        """Return who was refused lately, by the names that they gave, and why; none that is disabled."""
+        return (await self._ask("client.list", ListClients(), ClientList)).refused
 
     async def disable(self, client: str) -> None:
         """Refuse *client* from now on."""
@@ -495,6 +500,10 @@ class BlockingAdminSession:
     def disabled_clients(self) -> dict[str, str]:
         """Return the names of the clients that are refused, each with the reason."""
         return run(self._session.disabled_clients())
+
+    def refused_clients(self) -> tuple[RefusedClient, ...]:
+        """Return who was refused lately, by the names that they gave, and why."""
+        return run(self._session.refused_clients())
 
     def disable(self, client: str) -> None:
         """Refuse *client* from now on."""

@@ -35,7 +35,7 @@ COMMANDS: Final = {
     "client enable": ("hanse.cli.clients:enable", "Refuse a client no longer."),
     "job submit": ("hanse.cli.submit:submit", "Submit a job; prints its id."),
     "job list": ("hanse.cli.job:list_jobs", "List all jobs, newest first."),
-    "job show": ("hanse.cli.job:show", "Show one job: state, reason, clients, rounds."),
+    "job show": ("hanse.cli.job:show", "Show one job: state, what it waits for or how it ended, clients, rounds."),
     "job wait": (
         "hanse.cli.job:wait",
         "Follow a job to its end; ends with 0 (completed), 20 (failed) or 21 (aborted).",
@@ -43,6 +43,7 @@ COMMANDS: Final = {
     "job log": ("hanse.cli.job:log", "Show the last lines of a job's log, at the server or as a client reported it."),
     "job abort": ("hanse.cli.job:abort", "End a job; what is committed stays."),
     "job download": ("hanse.cli.job:download", "Fetch the model that a job resulted in."),
+    "explain": ("hanse.cli.explain:explain", "Say what a code means, as errors and jobs have it, and what to do."),
     "version": ("hanse.cli.version:version", "Print the release."),
 }
 """Each command, the function behind it, and what it does."""

@@ -8,13 +8,16 @@ from hanse.messages import JobCredentials
 from hanse.settings import SitePolicy
 
 PROCESS_MODULE = "hanse.client.job_process"
+TAIL_CHARS = 8 * 1024
+"""The most that leaves the site of the log's last lines, however many the site lets go."""
 
 
 class JobProcessSpec(msgspec.Struct, frozen=True):
     """All that a job's process needs: the job, its folders, where the server listens, and what proves it there.
 
     ``code`` is the folder of the job's own code; empty where the site lets none run, so that nothing of it can be
-    imported in place of what is installed. ``roots`` is what TLS is checked against, in PEM; empty without TLS.
+    imported in place of what is installed. ``roots`` is what TLS is checked against, in PEM; empty without TLS. ``log``
+    is the file that the process's output goes to; empty where it goes to none.
     """
 
     job_id: JobId
@@ -26,5 +29,6 @@ class JobProcessSpec(msgspec.Struct, frozen=True):
     roots: bytes
     code: str
     tensors: str
+    log: str = ""
     site: Config = {}
     policy: SitePolicy = SitePolicy()

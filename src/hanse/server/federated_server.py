@@ -49,6 +49,7 @@ from hanse.messages import (
     Header,
     Heartbeat,
     HeartbeatReply,
+    Hello,
     JobFailure,
     Message,
     Payload,
@@ -73,6 +74,7 @@ from hanse.server.listening import Place, server_tls
 from hanse.server.overseer import HeldFor, OverseerAgent
 from hanse.server.payloads import expect
 from hanse.server.primacy import Primacy
+from hanse.server.refused import RefusedPeers
 from hanse.server.run_desk import answer_not_in_service
 from hanse.server.run_host import RunHost
 from hanse.server.run_manager import RunManager
@@ -161,6 +163,7 @@ class FederatedServer(BaseServer):
             session=lambda: self._primacy.service.ssid,
             clock=lambda: self.clock(),
         )
+        self._refused = RefusedPeers(lambda: self.clock())
         self._is_leaving = False
         self._tokens: set[str] = set()
         self._deployed: _Deployed | None = None
@@ -173,7 +176,7 @@ class FederatedServer(BaseServer):
 
         Not in service: COMM_ERROR. Not secure, another project, a bad certificate: UNAUTHENTICATED.
         """
-        return _answered(self._challenge, request)
+        return self._noting_refusal(request, _answered(self._challenge, request))
 
     def register_client(self, request: Message) -> Message:
         """Second half: verify who the client is, register it, and reply with token, token signature and SSID.
@@ -182,7 +185,7 @@ class FederatedServer(BaseServer):
         handler's refusal: UNAUTHENTICATED with the reason. An administrator is identified in the same way and gets a
         token of its role; it is no client, and is not counted as one.
         """
-        reply = _answered(self._register, request)
+        reply = self._noting_refusal(request, _answered(self._register, request))
         self._fire(EventType.CLIENT_REGISTER_PROCESSED, request, reason=reply.reason)
         return reply
 
@@ -340,6 +343,11 @@ class FederatedServer(BaseServer):
         return self._clients
 
     @property
+    def refused(self) -> RefusedPeers:
+        """Who was refused lately, and why."""
+        return self._refused
+
+    @property
     def reception(self) -> Reception:
         """Where cells of the same process dial in.
 
@@ -410,6 +418,7 @@ class FederatedServer(BaseServer):
                     wait_turn=self._primacy.wait_turn,
                     server=self._settings.name,
                     release=version("hanse"),
+                    on_refused=self._note_refused_hello,
                 ),
                 workspace=where.workspace,
                 runs=Path(self._settings.runs or where.workspace / "runs"),
@@ -634,10 +643,29 @@ class FederatedServer(BaseServer):
         if refused is not None:
             raise Unauthenticated(refused)
 
+    # who is refused
+
+    def _noting_refusal(self, request: Message, reply: Message) -> Message:
+        """Return *reply*, having noted whom it lets in or refuses for good."""
+        payload = request.payload
+        if isinstance(payload, Challenge | Register) and reply.return_code is not ReturnCode.COMM_ERROR:
+            if reply.return_code is not ReturnCode.OK:
+                code = reply.get_header(Header.ERROR_CODE) or ""
+                self._refused.note(payload.client, code=code, reason=reply.reason)
+            elif isinstance(payload, Register):
+                self._refused.forget(payload.client)
+        return reply
+
+    def _note_refused_hello(self, hello: Hello, error: HanseError) -> None:
+        name, job_id = split_cell(hello.fqcn)
+        if job_id is None and not error.retryable:
+            self._refused.note(name, code=error.code, reason=error.reason)
+
     # streams
 
     def _link_up(self, peer: Peer) -> None:
         if peer.kind == PeerKind.CLIENT:
+            self._refused.forget(peer.fqcn)
             self._note_stream(peer.fqcn)
         if self._primacy.tenure is not None:
             self._primacy.tenure.jobs.link_up(peer)

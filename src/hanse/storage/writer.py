@@ -23,6 +23,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from hanse.errors import StoreFailed
+from hanse.storage.disk import database_failure
 
 T = TypeVar("T")
 
@@ -128,7 +129,7 @@ class Writer:
 
     def _translated(self, error: Exception) -> Exception:
         if isinstance(error, DBAPIError):
-            return StoreFailed(f"using {self._name}", " ".join(str(error.orig).split()))
+            return database_failure(error.orig or error, self._name)
         return error
 
 
