@@ -268,7 +268,7 @@ async def test_straggler_misses_the_deadline_and_the_round_goes_on_with_its_quor
 
 async def test_deadline_without_a_quorum_fails_and_names_the_stragglers() -> None:
     fed = federation({client: adding(1.0) for client in sites(3)}, taking(site_2=61.0, site_3=math.inf))
-    with pytest.raises(TooFewClients, match=r"site-2 \(did not answer within 60 s\); site-3 \(did not"):
+    with pytest.raises(TooFewClients, match=r"site-2 did not answer within 60 s; site-3 was lost"):
         await collect(fed, TRAIN, Participation(deadline_s=60.0, quorum=2))
 
 
@@ -279,7 +279,7 @@ async def test_lost_client_does_not_hold_up_a_round_that_can_do_without() -> Non
 
 async def test_lost_client_fails_a_round_that_needs_all() -> None:
     fed = federation({client: adding(1.0) for client in sites(3)}, taking(site_1=math.inf))
-    with pytest.raises(TooFewClients, match=r"only 2 of the 3 .*site-1 \(was lost"):
+    with pytest.raises(TooFewClients, match=r"only 2 of the 3 .*: site-1 was lost"):
         await collect(fed, TRAIN, Participation(quorum=1.0))
 
 

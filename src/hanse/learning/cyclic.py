@@ -10,7 +10,7 @@ from hanse.job import Config
 from hanse.learning.aggregate import with_metadata
 from hanse.learning.participation import Collection, Participation, Verdict, ask_checked
 from hanse.learning.training import TRAIN, round_metrics
-from hanse.learning.workflow import Federation, State, Task
+from hanse.learning.workflow import LONGEST_WAIT_S, Federation, State, Task
 from hanse.model import Model
 
 
@@ -34,8 +34,8 @@ class Cyclic:
     min_clients: int = 1
     """The fewest clients that must have trained for a lap to count."""
 
-    deadline_s: float | None = None
-    """Seconds that each client has before it is passed over; by default as long as it lives."""
+    deadline_s: float = LONGEST_WAIT_S
+    """Seconds that each client has before it is passed over; by default a day."""
 
     config: Config = field(default_factory=dict)
     """What clients' training code reads in ``ctx.config``, over the job's own."""

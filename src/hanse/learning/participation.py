@@ -21,7 +21,7 @@ import numpy as np
 from hanse.errors import JobInvalid, TooFewClients, UpdateRejected
 from hanse.ids import ClientName
 from hanse.learning.aggregate import BLOCK
-from hanse.learning.workflow import Answer, Federation, Task
+from hanse.learning.workflow import LONGEST_WAIT_S, Answer, Federation, Task
 from hanse.messages import TaskFault
 from hanse.model import Array, Model, TensorMismatch, Update, check
 
@@ -60,8 +60,8 @@ class Participation:
     (``1.0`` too) is a share of the aim, rounded up. By default ``min_clients``: a run outlives the loss of clients as
     long as it would have started without them."""
 
-    deadline_s: float | None = None
-    """Seconds from asking until those that have not answered are given up; by default never."""
+    deadline_s: float = LONGEST_WAIT_S
+    """Seconds from the beginning until those that have not answered are given up; by default a day."""
 
     over_selection: float = 0.0
     """How many more clients than the aim are asked, as a share of the aim, rounded up: 0.3 asks 13 for 10."""
@@ -73,8 +73,7 @@ class Participation:
             _expect(0 < self.quorum <= 1, "quorum", self.quorum, "a share above 0 and at most 1, or a whole number")
         elif self.quorum is not None:
             _expect(self.quorum >= 1, "quorum", self.quorum, "1 or more, or a share such as 0.8")
-        if self.deadline_s is not None:
-            _expect(0 < self.deadline_s < math.inf, "deadline_s", self.deadline_s, "more than 0 seconds, or none")
+        _expect(0 < self.deadline_s < math.inf, "deadline_s", self.deadline_s, "more than 0 seconds, and an end")
         _expect(0 <= self.over_selection < math.inf, "over_selection", self.over_selection, "0 or more")
 
     def aim(self, clients: int) -> int:
@@ -186,7 +185,7 @@ class Collection:
             case Verdict.OPEN:
                 raise ValueError(f"the round is still open: {_listed(self.outstanding)} may answer")
             case Verdict.FAILED:
-                why = _listed([f"{client} ({fault.reason})" for client, fault in self.faults.items()], separator="; ")
+                why = _listed([_told(client, fault) for client, fault in self.faults.items()], separator="; ")
                 raise TooFewClients(got=len(self._asked) - len(self._faults), needed=self._needed, why=why)
             case Verdict.ENOUGH:
                 return dict(sorted(self._updates.items()))
@@ -212,7 +211,7 @@ async def collect(federation: Federation, task: Task, participation: Participati
 
 
 async def ask_checked(
-    federation: Federation, task: Task, clients: Sequence[ClientName], *, deadline_s: float | None = None
+    federation: Federation, task: Task, clients: Sequence[ClientName], *, deadline_s: float = LONGEST_WAIT_S
 ) -> AsyncGenerator[Answer, None]:
     """Ask as ``federation.ask`` does, and yield a fault in place of each update that is not what *task* asks for.
 
@@ -263,6 +262,10 @@ def _share(share: float, of: int) -> int:
 def _expect(holds: bool, name: str, got: object, expected: str) -> None:
     if not holds:
         raise JobInvalid(f"workflow.{name}", got=got, expected=expected)
+
+
+def _told(client: ClientName, fault: TaskFault) -> str:
+    return fault.reason if fault.reason.startswith(f"{client} ") else f"{client} ({fault.reason})"
 
 
 def _listed(items: Sequence[str], *, separator: str = ", ") -> str:
