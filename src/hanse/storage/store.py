@@ -5,36 +5,45 @@ re-exported here; ``memory`` has the same store without a database. Each method'
 so that it is one transaction, or one savepoint of a shared one (``writer``).
 """
 
+import asyncio
 import os
 import secrets
 import sqlite3
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, Select, create_engine, event
 
-from hanse.errors import Conflict, NotFound, StaleEpoch, StoreFailed
+from hanse.errors import Conflict, NotFound, StoreFailed
 from hanse.ids import JobId
 from hanse.job import JobRecord, JobState
-from hanse.messages import CommitRound, RoundView, StateRef, TaskAssignment, TaskResult
+from hanse.messages import CommitRound, RoundView, StateRef, TaskAssignment, TaskKey, TaskResult
 from hanse.storage import statements as sql
 from hanse.storage import tables
 from hanse.storage.records import (
     AuditEntry,
     Lease,
     RunState,
+    Standby,
     Store,
+    check_carried,
     check_client,
     check_commit,
+    check_epoch,
     check_job,
+    check_lease,
     check_move,
     check_next_round,
     check_result,
     check_running,
+    check_standby,
+    check_taking,
     check_tasks,
+    has_moved,
     pack,
     session_id,
     task_title,
@@ -43,7 +52,7 @@ from hanse.storage.records import (
 )
 from hanse.storage.writer import BEGIN, Writer
 
-__all__ = ["AuditEntry", "Lease", "RunState", "SqlStore", "Store"]
+__all__ = ["AuditEntry", "Lease", "RunState", "SqlStore", "Standby", "Store"]
 
 T = TypeVar("T")
 
@@ -58,6 +67,7 @@ class SqlStore:
         self._path, self._new_id = path, new_id
         self._writer: Writer | None = None
         self._store_id = ""
+        self._moved = asyncio.Event()
 
     async def open(self) -> None:
         """Open the database, and create its tables if it is new."""
@@ -89,34 +99,74 @@ class SqlStore:
 
     # The lease ----------------------------------------------------------------------------------------------------
 
-    async def take_lease(self, holder: str, *, ttl_s: float, now_s: float, force: bool = False) -> Lease:
+    async def lease(self) -> Lease:
         """See ``Store``."""
+        return await self._read(lambda connection: self._lease(connection, sql.LEASE))
+
+    async def lease_moved(self, seen: Lease, *, within_s: float) -> Lease:
+        """See ``Store``.
+
+        Another process's change of the file is seen when the holder's next beat is due, a third of ``ttl_s`` later.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + within_s
+        while True:
+            moved = self._moved
+            lease, now = await self.lease(), loop.time()
+            if has_moved(lease, seen) or now >= deadline:
+                return lease
+            next_look = min(deadline, now + seen.ttl_s / 3) if seen.ttl_s else deadline
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(next_look):
+                    await moved.wait()
+
+    async def take_lease(
+        self, holder: str, *, name: str, target: str, ttl_s: float, seen: Lease | None = None, force: bool = False
+    ) -> Lease:
+        """See ``Store``."""
+        taken = Lease(0, holder, session_id(self._store_id, 0), ttl_s=ttl_s, name=name, target=target)
+        check_lease(taken)
 
         def take(connection: Connection) -> Lease:
-            epoch, held_by, expires_at = connection.execute(sql.LEASE).one()
-            if held_by not in ("", holder) and expires_at > now_s and not force:
-                raise Conflict("the store's lease", state=f"held by {held_by}", wanted=f"taken by {holder}")
-            return self._set_lease(connection, epoch + 1, holder, expires_at=now_s + ttl_s)
+            lease = self._lease(connection, sql.LEASE_TO_CHANGE)
+            check_taking(lease, holder, name=name, seen=seen, force=force)
+            connection.execute(sql.DELETE_STANDBY, {"of_name": name})
+            return self._set_lease(connection, taken, epoch=lease.epoch + 1)
 
-        return await self._write(take)
+        return await self._move_lease(take)
 
-    async def renew_lease(self, epoch: int, *, ttl_s: float, now_s: float) -> Lease:
+    async def renew_lease(self, epoch: int) -> Lease:
         """See ``Store``."""
 
         def renew(connection: Connection) -> Lease:
-            holder = _fence(connection, epoch)
-            return self._set_lease(connection, epoch, holder, expires_at=now_s + ttl_s)
+            lease = self._held_lease(connection, epoch)
+            return self._set_lease(connection, msgspec.structs.replace(lease, beat=lease.beat + 1), epoch=epoch)
 
-        return await self._write(renew)
+        return await self._move_lease(renew)
 
-    async def release_lease(self, epoch: int) -> None:
+    async def release_lease(self, epoch: int, *, successor: str = "") -> None:
         """See ``Store``."""
 
-        def release(connection: Connection) -> None:
-            _fence(connection, epoch)
-            self._set_lease(connection, epoch + 1, "", expires_at=0.0)
+        def release(connection: Connection) -> Lease:
+            lease = self._held_lease(connection, epoch)
+            free = Lease(0, "", lease.ssid, ttl_s=lease.ttl_s, successor=successor)
+            return self._set_lease(connection, free, epoch=epoch + 1)
 
-        await self._write(release)
+        await self._move_lease(release)
+
+    async def note_standby(self, standby: Standby) -> None:
+        """See ``Store``."""
+        check_standby(standby)
+
+        def note(connection: Connection) -> None:
+            connection.execute(sql.DELETE_STANDBY, {"of_name": standby.name})
+            connection.execute(sql.ADD_STANDBY, msgspec.structs.asdict(standby))
+
+        await self._write(note)
+
+    async def standbys(self) -> list[Standby]:
+        """See ``Store``."""
+        return await self._read(lambda connection: [Standby(*row) for row in connection.execute(sql.STANDBYS)])
 
     # Jobs ---------------------------------------------------------------------------------------------------------
 
@@ -126,10 +176,12 @@ class SqlStore:
 
         def add(connection: Connection) -> None:
             _fence(connection, epoch)
-            if connection.execute(sql.JOB_STATE, {"of_job_id": record.job_id}).one_or_none() is not None:
+            stored = connection.scalar(sql.JOB, {"of_job_id": record.job_id})
+            if stored is None:
+                row = {"job_id": record.job_id, "state": record.state.value, "last_round": -1, "record": blob}
+                connection.execute(sql.ADD_JOB, row)
+            elif stored != blob:
                 raise Conflict(f"job {record.job_id}", state="stored already", wanted="added")
-            row = {"job_id": record.job_id, "state": record.state.value, "last_round": -1, "record": blob}
-            connection.execute(sql.ADD_JOB, row)
 
         await self._write(add)
 
@@ -150,7 +202,7 @@ class SqlStore:
         def end(connection: Connection) -> None:
             _fence(connection, epoch)
             _replace_job(connection, record, blob, was=was)
-            _delete_tasks(connection, record.job_id)
+            _keep_tasks(connection, record.job_id, ())
 
         await self._write(end)
 
@@ -193,20 +245,32 @@ class SqlStore:
 
         await self._write(issue)
 
-    async def accept_answer(self, epoch: int, job_id: JobId, result: TaskResult) -> bool:
+    async def accept_answer(self, epoch: int, job_id: JobId, result: TaskResult) -> TaskResult:
         """See ``Store``."""
         blob = check_result(result)
-        at_key = {"of_job_id": job_id} | {f"of_{k}": v for k, v in msgspec.structs.asdict(result.key).items()}
+        at_key = _at_key(job_id, result.key)
 
-        def accept(connection: Connection) -> bool:
+        def accept(connection: Connection) -> TaskResult:
             _fence(connection, epoch)
             if connection.execute(sql.ANSWER_TASK, {**at_key, "answer": blob}).rowcount:
-                return True
-            if connection.scalar(sql.TASK_EXISTS, at_key) is None:
+                return result
+            accepted = connection.scalar(sql.ANSWER, at_key)
+            if accepted is None:
                 raise NotFound("task", task_title(result.key))
-            return False
+            return unpack(accepted, TaskResult)
 
         return await self._write(accept)
+
+    async def retract_answers(self, epoch: int, job_id: JobId, keys: Sequence[TaskKey]) -> None:
+        """See ``Store``."""
+        rows = [_at_key(job_id, key) for key in keys]
+
+        def retract(connection: Connection) -> None:
+            _fence(connection, epoch)
+            if rows:
+                connection.execute(sql.RETRACT_ANSWER, rows)
+
+        await self._write(retract)
 
     async def commit_round(self, epoch: int, job_id: JobId, commit: CommitRound, *, now_s: float) -> None:
         """See ``Store``."""
@@ -224,7 +288,7 @@ class SqlStore:
             connection.execute(sql.DELETE_RUN_STATE, at_job)
             connection.execute(sql.ADD_RUN_STATE, {"job_id": job_id, "state": state})
             connection.execute(sql.ADD_ROUND, {"job_id": job_id, "round": number, "record": view})
-            _delete_tasks(connection, job_id)
+            _keep_tasks(connection, job_id, commit.carried)
 
         await self._write(commit_it)
 
@@ -310,9 +374,28 @@ class SqlStore:
         tables.create(connection, store_id=self._new_id())
         return str(connection.scalar(sql.STORE_ID))
 
-    def _set_lease(self, connection: Connection, epoch: int, holder: str, *, expires_at: float) -> Lease:
-        connection.execute(sql.SET_LEASE, {"epoch": epoch, "holder": holder, "expires_at": expires_at})
-        return Lease(epoch, holder, session_id(self._store_id, epoch), expires_at)
+    async def _move_lease(self, operation: Callable[[Connection], Lease]) -> Lease:
+        lease = await self._write(operation)
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+        return lease
+
+    def _lease(self, connection: Connection, query: Select[Any]) -> Lease:
+        row = connection.execute(query).one()
+        return Lease(ssid=session_id(self._store_id, row.epoch), **row._mapping)
+
+    def _held_lease(self, connection: Connection, epoch: int) -> Lease:
+        """Return the lease, locked, having made sure that it is of *epoch*."""
+        lease = self._lease(connection, sql.LEASE_TO_CHANGE)
+        check_epoch(epoch, lease.epoch)
+        return lease
+
+    def _set_lease(self, connection: Connection, lease: Lease, *, epoch: int) -> Lease:
+        lease = msgspec.structs.replace(lease, epoch=epoch, ssid=session_id(self._store_id, epoch))
+        row = msgspec.structs.asdict(lease)
+        del row["ssid"]
+        connection.execute(sql.SET_LEASE, row)
+        return lease
 
 
 def sqlite_engine(path: Path) -> Engine:
@@ -334,19 +417,18 @@ def sqlite_engine(path: Path) -> Engine:
     return engine
 
 
-def _fence(connection: Connection, epoch: int) -> str:
-    """Return the lease's holder, having made sure that *epoch* is the lease's."""
-    current, holder, _ = connection.execute(sql.LEASE).one()
-    if current != epoch:
-        raise StaleEpoch(ours=epoch, current=current)
-    return str(holder)
+def _fence(connection: Connection, epoch: int) -> None:
+    """Make sure that the lease is of *epoch*, and stays so until this transaction ends."""
+    check_epoch(epoch, connection.execute(sql.EPOCH).scalar_one())
 
 
 def _replace_job(connection: Connection, record: JobRecord, blob: bytes, *, was: JobState) -> None:
     at_job = {"of_job_id": record.job_id}
-    row = connection.execute(sql.JOB_STATE, at_job).one_or_none()
+    row = connection.execute(sql.JOB_TO_CHANGE, at_job).one_or_none()
     if row is None:
         raise NotFound("job", record.job_id)
+    if row.record == blob:
+        return
     check_move(JobState(row.state), record, was=was)
     connection.execute(sql.SET_JOB, {**at_job, "state": record.state.value, "record": blob})
 
@@ -360,23 +442,33 @@ def _last_round(connection: Connection, job_id: JobId, *, doing: str) -> int:
     return int(row.last_round)
 
 
-def _delete_tasks(connection: Connection, job_id: JobId) -> None:
-    """Delete the run's tasks, answers and the models handed out: all are of the round that is over."""
-    connection.execute(sql.DELETE_TASKS, {"of_job_id": job_id})
-    connection.execute(sql.DELETE_MODELS, {"of_job_id": job_id})
+def _keep_tasks(connection: Connection, job_id: JobId, kept: Collection[TaskKey]) -> None:
+    """Delete the run's tasks but those *kept*, with their answers and the models that they hand out."""
+    at_job = {"of_job_id": job_id}
+    if not kept:
+        connection.execute(sql.DELETE_TASKS, at_job)
+        connection.execute(sql.DELETE_MODELS, at_job)
+        return
+    journalled = {TaskKey(*row) for row in connection.execute(sql.TASK_KEYS, at_job)}
+    check_carried(kept, journalled)
+    if doomed := [_at_key(job_id, key) for key in journalled.difference(kept)]:
+        connection.execute(sql.DELETE_TASK, doomed)
+    connection.execute(sql.DELETE_UNUSED_MODELS, at_job)
 
 
 def _snapshot(connection: Connection, job_id: JobId) -> RunState:
     at_job = {"of_job_id": job_id}
-    if connection.execute(sql.JOB_STATE, at_job).one_or_none() is None:
+    if connection.scalar(sql.JOB, at_job) is None:
         raise NotFound("job", job_id)
     state = connection.scalar(sql.RUN_STATE, at_job)
     models = {row.digest: row.model for row in connection.execute(sql.MODELS, at_job)}
-    unanswered: list[TaskAssignment] = []
-    answers: list[TaskResult] = []
-    for row in connection.execute(sql.TASKS, at_job):
-        if row.answer is None:
-            unanswered.append(unpack_task(row.task, models.get(row.model)))
-        else:
-            answers.append(unpack(row.answer, TaskResult))
-    return RunState(None if state is None else unpack(state, StateRef), tuple(unanswered), tuple(answers))
+    return RunState(
+        None if state is None else unpack(state, StateRef),
+        tuple(unpack_task(row.task, models.get(row.model)) for row in connection.execute(sql.TASKS, at_job)),
+        tuple(unpack(answer, TaskResult) for answer in connection.scalars(sql.ANSWERS, at_job)),
+    )
+
+
+def _at_key(job_id: JobId, key: TaskKey) -> dict[str, Any]:
+    """Return the parameters that find the task of *key*."""
+    return {"of_job_id": job_id} | {f"of_{name}": value for name, value in msgspec.structs.asdict(key).items()}

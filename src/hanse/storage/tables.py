@@ -25,7 +25,7 @@ from sqlalchemy import (
 
 from hanse.errors import StoreFailed
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 metadata = MetaData()
 
@@ -45,9 +45,22 @@ lease = Table(
     Column("id", Integer, primary_key=True),
     Column("epoch", BigInteger, nullable=False),
     Column("holder", String, nullable=False),
-    Column("expires_at", Double, nullable=False),
+    Column("beat", BigInteger, nullable=False),
+    Column("ttl_s", Double, nullable=False),
+    Column("name", String, nullable=False),
+    Column("target", String, nullable=False),
+    Column("successor", String, nullable=False),
 )
 """One row, from the start, so that taking the lease is an update of it."""
+
+standbys = Table(
+    "standbys",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("holder", String, nullable=False),
+    Column("target", String, nullable=False),
+    Column("seen_at", Double, nullable=False),
+)
 
 jobs = Table(
     "jobs",
@@ -84,9 +97,11 @@ tasks = Table(
     Column("task", LargeBinary, nullable=False),
     Column("model", LargeBinary),
     Column("answer", LargeBinary),
+    Column("accepted", BigInteger),
 )
-"""The tasks of each run's present round: a ``TaskAssignment`` without its model, the model's key in ``models``, and the
-``TaskResult`` once there is one."""
+"""The tasks of each run's present round, and those carried on: a ``TaskAssignment`` without its model, the model's key
+in ``models``, and the ``TaskResult`` once there is one. ``accepted`` gives the order of a run's answers."""
+Index("tasks_by_acceptance", tasks.c.job_id, tasks.c.accepted)
 
 models = Table(
     "models",
@@ -128,7 +143,8 @@ def create(connection: Connection, *, store_id: str) -> None:
         meta.insert(),
         [{"key": "schema_version", "value": str(SCHEMA_VERSION)}, {"key": "store_id", "value": store_id}],
     )
-    connection.execute(lease.insert(), {"id": 1, "epoch": 0, "holder": "", "expires_at": 0.0})
+    free = {"holder": "", "name": "", "target": "", "successor": ""}
+    connection.execute(lease.insert(), {"id": 1, "epoch": 0, "beat": 0, "ttl_s": 0.0, **free})
 
 
 def _check_version(connection: Connection) -> None:
