@@ -65,7 +65,7 @@ def client(
     workspace = workspace_of(Kit.load(kit, ClientSettings))
     pid = stop(workspace / CLIENT_FILE, what="the client", timeout_s=CLIENT_TIMEOUT_S, force=force)
     orphans = end_orphans(workspace, grace_s=ORPHAN_GRACE_S) if workspace.is_dir() else []
-    _tell("client", pid, output, orphans=orphans)
+    _tell("client", pid, output, left=orphans)
     if orphans and not output.is_json:
         output.say(f"the jobs' processes that it had left have ended: {', '.join(map(str, orphans))}")
 

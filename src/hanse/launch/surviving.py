@@ -160,6 +160,15 @@ def survivor_at(log_path: Path, *, name: str) -> Survivor | None:
     return Survivor(held, log_path=log_path, log_start=note.log_start, name=name)
 
 
+def pid_at(folder: Path) -> int | None:
+    """Return the number of the process that goes on in *folder*; ``None`` when none does."""
+    found = _living(folder)
+    if found is None:
+        return None
+    found[0].close()
+    return found[0].pid
+
+
 def end_survivor(folder: Path, *, grace_s: float) -> int | None:
     """End the process that goes on in *folder*, and return its number; ``None`` when none does. Blocks.
 
