@@ -16,6 +16,9 @@ from typing import IO, Any
 
 import psutil
 
+from hanse.client.workspace import job_folders
+from hanse.launch.surviving import pid_at
+
 HANSE = [str(Path(sys.executable).with_name("hanse"))]
 ADMIN = "admin@bench"
 PROJECT = """
@@ -102,9 +105,13 @@ class Deployment:
         return psutil.Process(self.processes[name].pid)
 
     def job_process(self, name: str) -> psutil.Process:
-        """Return the one job process of a participant."""
-        (process,) = self.process(name).children()
-        return process
+        """Return the one job process of a participant; a client's may be one that an earlier agent has started."""
+        if name not in self.names:
+            (process,) = self.process(name).children()
+            return process
+        folders = job_folders(self.root / "kits" / name / "workspace")
+        (pid,) = [pid for folder in folders if (pid := pid_at(folder.path)) is not None]
+        return psutil.Process(pid)
 
     def hanse(self, *arguments: str) -> Any:
         """Return what ``hanse ARGUMENTS --format json`` prints, run with the administrator's kit."""
