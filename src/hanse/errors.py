@@ -359,8 +359,8 @@ class TensorsLost(EnvironmentFault):
 
     def __init__(self, job_id: str, round_number: int, digest: str) -> None:
         super().__init__(
-            f"tensor {digest} of round {round_number} of job {job_id} is missing or damaged on the server's disk, so the "
-            "run cannot go on; check the disk, and submit the job again"
+            f"tensor {digest} of round {round_number} of job {job_id} is missing or damaged on the server's disk, so "
+            "the run cannot go on; check the disk, and submit the job again"
         )
         self.job_id, self.round_number, self.digest = job_id, round_number, digest
 

@@ -334,7 +334,7 @@ class FederatedServer(BaseServer):
 
     @property
     def name(self) -> str:
-        """The server's name, as in its settings and its certificate."""
+        """What its settings and its certificate call the server."""
         return self._settings.name
 
     @property
@@ -402,8 +402,6 @@ class FederatedServer(BaseServer):
             stack.enter_context(only_user_of(where.workspace))
             self._clients.identities = identities_of(where, self.project_name, max_reg_duration_s=self.max_reg_duration)
             store = await stack.enter_async_context(self._store or _embedded_store(where.workspace))
-            for name, reason in (await store.disabled_clients()).items():
-                self._clients.set_disabled(ClientName(name), reason)
             admittance = self._admittance()
             cell = Cell(Fqcn(SERVER), gate=lambda *arrival: self._gate(admittance, *arrival))
             stack.push_async_callback(cell.close)
@@ -505,6 +503,8 @@ class FederatedServer(BaseServer):
         is_contended = held is not None
         if held is None:
             held = HeldFor(await self._taken_lease(deployed), boot_time())
+        for name, reason in (await deployed.store.disabled_clients()).items():  # another server may have disabled them
+            self._clients.set_disabled(ClientName(name), reason)
         lease = HeldLease(deployed.store, held.lease, is_contended=is_contended, taken_at=held.taken_at)
         services = RunServices(
             project=self.project_name,
