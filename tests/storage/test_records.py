@@ -150,6 +150,11 @@ def test_a_commit_is_refused_for_a_bad_tensor_anywhere_in_its_state() -> None:
             check_commit(changed(commit(1), state=state), now_s=1.0)
 
 
+def test_a_commit_is_refused_for_a_bad_key_among_the_carried() -> None:
+    with pytest.raises(ProtocolError, match=r"TaskKey\.client"):
+        check_commit(changed(commit(1), carried=(key("../x"),)), now_s=1.0)
+
+
 def test_tasks_that_share_a_model_share_it_when_packed() -> None:
     tasks = [task(f"site-{n}", of=model("a", "b")) for n in range(3)] + [task("site-3", of=model("c"))]
 

@@ -8,7 +8,7 @@ long, so that nobody can sit on the port's places without a name.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeAlias
 
 from hanse.cell.cell import Cell
@@ -99,8 +99,8 @@ def choose_version(theirs: Sequence[int], ours: Sequence[int] = PROTOCOL_VERSION
 class Reception:
     """Opens the streams that others dial to *cell*, over any transport, and serves each until it ends.
 
-    A welcome names *server*, *release* and the SSID that *session* tells. ``dial`` is the way in for cells of the same
-    process. After ``close`` nobody is let in any more.
+    A welcome names *server*, *release* and the SSID that *session* tells. *wait_turn* is awaited before a caller is
+    judged. ``dial`` is the way in for cells of the same process. After ``close`` nobody is let in any more.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class Reception:
         *,
         authorize: Authorize,
         session: Callable[[], Ssid] = lambda: Ssid(""),
+        wait_turn: Callable[[], Awaitable[None]] | None = None,
         server: str = SERVER,
         release: str = "",
         versions: Sequence[int] = PROTOCOL_VERSIONS,
@@ -119,6 +120,7 @@ class Reception:
         max_queued_bytes: int = MAX_QUEUED_BYTES,
     ) -> None:
         self._cell, self._authorize, self._session = cell, authorize, session
+        self._wait_turn = wait_turn
         self._server, self._release, self._versions = server, release, tuple(versions)
         self._hello_timeout_s, self._prove_timeout_s = hello_timeout_s, prove_timeout_s
         self._max_streams, self._max_frames, self._max_bytes = max_streams, max_queued_frames, max_queued_bytes
@@ -173,6 +175,8 @@ class Reception:
             raise NotInService(f"{self._cell.fqcn} has all of its {self._max_streams} streams in use")
         hello = await self._hear_hello(pipe)
         version = choose_version(hello.versions, self._versions)
+        if self._wait_turn is not None:
+            await self._wait_turn()
         try:
             peer = self._authorize(hello, certificate, transport)
         except HanseError:

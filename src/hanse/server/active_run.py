@@ -15,7 +15,6 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -63,6 +62,7 @@ from hanse.model import TensorMismatch
 from hanse.server.bounds import MAX_CODE_CHARS, MAX_TAIL_CHARS, check_metrics, shortened
 from hanse.server.inbox import Inbox
 from hanse.server.lifetime import start_in
+from hanse.server.run_folder import RunFolder
 from hanse.server.run_spec import RunProcessSpec
 from hanse.storage.models import check_ref, digests_of
 from hanse.storage.records import Store
@@ -109,38 +109,6 @@ class RunServices:
     wall: Callable[[], float]
     run_url: str
     check_frequency_s: float = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class RunFolder:
-    """Where a run keeps its things on the server: ``runs/<job>`` of the workspace."""
-
-    path: Path
-
-    @property
-    def package(self) -> Path:
-        """The job's package, under its digest."""
-        return self.path / "package"
-
-    @property
-    def code(self) -> Path:
-        """The job's code, unpacked."""
-        return self.path / "code"
-
-    @property
-    def tensors(self) -> Path:
-        """The run's tensor files."""
-        return self.path / "tensors"
-
-    @property
-    def result(self) -> Path:
-        """The final model, under its digest."""
-        return self.path / "result"
-
-    @property
-    def log(self) -> Path:
-        """What the run's process says."""
-        return self.path / "server.log"
 
 
 class ActiveRun:
@@ -235,7 +203,7 @@ class ActiveRun:
 
     def _delete_tensors(self) -> None:
         try:
-            self.files.delete_all()
+            self.folder.delete_tensors()
         except StoreFailed as failed:  # the job has ended all the same
             self._log.warning("tensors left behind", extra={"reason": failed.reason})
 
@@ -287,6 +255,7 @@ class ActiveRun:
             project=self._services.project,
             spec=self.record.spec,
             folder=str(self.folder.path),
+            epoch=self.folder.epoch,
             parent_url=self._services.run_url,
             credentials=self._services.credentials(fqcn, self.job_id).credentials,
             check_frequency_s=self._services.check_frequency_s,
@@ -344,16 +313,16 @@ class ActiveRun:
         carried = commit.carried if commit.state.round == self.run.round else ()
         if unknown := self.run.unknown(carried):
             raise ProtocolError("CommitRound.carried", got=unknown[0], expected="tasks that are out or answered")
-        needed = _digests(commit.state) | self._needed_by(carried)
+        needed, kept = state_digests(commit.state), self._needed_by(carried)
         missing = self.files.missing(needed)
         if missing:
             raise ProtocolError("state", got=f"digest {missing[0]} without a file", expected="tensors that are stored")
-        await asyncio.to_thread(self.files.sync, needed)
+        await asyncio.to_thread(self.files.sync, needed | (kept - set(self.files.missing(kept))))
         await self._services.store.commit_round(self._services.epoch, self.job_id, commit, now_s=self._services.wall())
         self._progress += 1
         for key in self.run.committed(commit.state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
-        await self._clear(_digests(commit.state))
+        await self._clear(needed)
         self._notify(EventType.ROUND_DONE, round_number=commit.state.round, metrics=commit.state.metrics)
 
     async def _clear(self, needed: set[Digest]) -> None:
@@ -490,9 +459,10 @@ class ActiveRun:
     async def _accept(self, sender: ClientName, result: TaskResult) -> None:
         if result.update is not None and result.update.model is not None:
             await asyncio.to_thread(self.files.sync, digests_of(result.update.model))
-        if not await self._services.store.accept_answer(self._services.epoch, self.job_id, result):
+        # What counts may be an earlier attempt of the same answer, of which the store could not tell how it went.
+        result = await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
+        if not isinstance(self.run.accept(result, sender=sender), Accepted):
             return
-        self.run.accept(result, sender=sender)
         self._inboxes.pop(sender, None)
         self._tell_run("answer", result)
         metrics = result.update.metrics if result.update is not None else {}
@@ -694,7 +664,8 @@ def cause_of(error: Exception, *, doing: str) -> HanseError:
     return error if isinstance(error, HanseError) else InternalError(doing)
 
 
-def _digests(state: StateRef) -> set[Digest]:
+def state_digests(state: StateRef) -> set[Digest]:
+    """Return the tensors that *state* names."""
     return digests_of(state.model).union(*(digests_of(model) for model in state.extra.values()))
 
 
