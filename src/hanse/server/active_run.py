@@ -380,12 +380,12 @@ class ActiveRun:
         carried = commit.carried if commit.state.round == self.run.round else ()
         if unknown := self.run.unknown(carried):
             raise ProtocolError("CommitRound.carried", got=unknown[0], expected="tasks that are out or answered")
-        needed = state_digests(commit.state) | self._needed_by(carried)
+        needed, kept = state_digests(commit.state), self._needed_by(carried)
         missing = self.files.missing(needed)
         if missing:
             raise ProtocolError("state", got=f"digest {missing[0]} without a file", expected="tensors that are stored")
         with self._storing():
-            await asyncio.to_thread(self.files.sync, needed)
+            await asyncio.to_thread(self.files.sync, needed | (kept - set(self.files.missing(kept))))
             await self._services.store.commit_round(
                 self._services.epoch, self.job_id, commit, now_s=self._services.wall()
             )
@@ -393,7 +393,7 @@ class ActiveRun:
         self._works()
         for key in self.run.committed(commit.state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
-        await self._clear(state_digests(commit.state))
+        await self._clear(needed)
         self._notify(EventType.ROUND_DONE, round_number=commit.state.round, metrics=commit.state.metrics)
 
     async def _clear(self, needed: set[Digest]) -> None:
