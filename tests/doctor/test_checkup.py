@@ -2,12 +2,13 @@
 
 import asyncio
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import trustme
@@ -22,6 +23,8 @@ from hanse.doctor.findings import Check, Finding, Verdict, first_failure
 from ..admin.world import Deployment, deployed, wait
 from ..cell.world import serving
 from .conftest import Copy, certified_anew
+
+Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 DAY_S = 86400.0
 SOON_S = 0.3
@@ -317,66 +320,128 @@ def test_another_release_is_a_warning(server: Deployment, kits: Path, copy_of: C
 # Through a proxy ------------------------------------------------------------------------------------------------------
 
 
-class ConnectProxy:
-    """A proxy that passes on what it is asked to; ``asked`` holds to where."""
+class Relay:
+    """Passes on what it hears to somebody else, and back; how it begins is its subclass's."""
 
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
+        self._talks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
-        server = await asyncio.start_server(self._meet, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._meet, "127.0.0.1", 0, ssl=self._tls)
         try:
             yield server.sockets[0].getsockname()[1]
         finally:
             server.close()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for talk in self._talks:
+                talk.cancel()
+            await asyncio.gather(*self._talks, return_exceptions=True)
 
     def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._tasks.add(asyncio.create_task(self._pass_on(reader, writer)))
+        self._talks.add(asyncio.create_task(self._pass_on(reader, writer)))
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        target = (await reader.readuntil(b"\r\n\r\n")).split(b" ")[1].decode()
-        self.asked.append(target)
-        host, _, port = target.rpartition(":")
-        back_reader, back_writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        back_reader, back_writer = await self.opened(reader, writer)
         try:
             await asyncio.gather(pump(reader, back_writer), pump(back_reader, writer))
         finally:
             back_writer.transport.abort()
             writer.transport.abort()
 
+    async def opened(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
+        raise NotImplementedError
+
+
+class ConnectProxy(Relay):
+    """A proxy that passes on to whom it is asked for; ``asked`` holds whom."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    async def opened(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
+        target = (await reader.readuntil(b"\r\n\r\n")).split(b" ")[1].decode()
+        self.asked.append(target)
+        host, _, port = target.rpartition(":")
+        streams = await asyncio.open_connection(host, int(port))
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        return streams
+
+
+class TlsEndingProxy(Relay):
+    """A proxy that ends TLS with a certificate of its own, and opens TLS to *target*, whose certificate it ignores."""
+
+    def __init__(self, tls: ssl.SSLContext, target: str) -> None:
+        super().__init__(tls)
+        self._target = target
+        self._inner = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._inner.check_hostname, self._inner.verify_mode = False, ssl.CERT_NONE
+        self._inner.set_alpn_protocols(["h2"])
+
+    async def opened(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
+        host, _, port = self._target.rpartition(":")
+        return await asyncio.open_connection(host, int(port), ssl=self._inner)
+
 
 async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
     while data := await source.read(65536):
         sink.write(data)
         await sink.drain()
-    sink.write_eof()
+    if sink.can_write_eof():
+        sink.write_eof()
+
+
+@contextmanager
+def on_the_loop(relay: Relay) -> Iterator[int]:
+    """Have *relay* serve on the background loop while the block lasts; gives its port."""
+    life = relay.serving()
+    port = run(life.__aenter__())
+    try:
+        yield port
+    finally:
+        run(life.__aexit__(None, None, None))
 
 
 def test_the_way_through_a_proxy_is_the_one_that_is_checked(
     server: Deployment, kits: Path, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kit = copy_of(kits / "site-1", target=server.target)
     proxy = ConnectProxy()
-    serving_proxy = proxy.serving()
-    port = run(serving_proxy.__aenter__())
-    try:
-        monkeypatch.setenv("grpc_proxy", f"http://127.0.0.1:{port}")
+    with on_the_loop(proxy) as port:
         monkeypatch.delenv("no_grpc_proxy", raising=False)
         monkeypatch.delenv("no_proxy", raising=False)
-        kit = copy_of(kits / "site-1", target=server.target)
+        monkeypatch.setenv("grpc_proxy", f"http://127.0.0.1:{port}")  # for gRPC itself
         found = findings(kit, environ={"grpc_proxy": f"http://127.0.0.1:{port}"})
-    finally:
-        run(serving_proxy.__aexit__(None, None, None))
 
     assert [finding.check for finding in found if finding.verdict is not Verdict.OK] == [Check.PROXY]
     assert of(Check.PROXY, found).verdict is Verdict.WARN
     assert f"through http://127.0.0.1:{port}" in of(Check.PORT, found).text
     assert proxy.asked == [server.target] * 3, "to see the port, for TLS, and for gRPC's own stream"
+
+
+def test_a_proxy_that_ends_tls_is_taken_where_the_settings_name_its_authority(
+    kits: Path, copy_of: Copy, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    tls.set_alpn_protocols(["h2"])
+    with (
+        deployed(kits, tmp_path / "ws", client_certificates=False) as behind,
+        on_the_loop(TlsEndingProxy(tls, behind.target)) as port,
+    ):
+        kit = copy_of(kits / "site-1", target=f"127.0.0.1:{port}")
+        assert "a proxy ends TLS on the way" in assert_fails_at(Check.TLS, findings(kit), 5)
+
+        authority.cert_pem.write_to_path(str(kit / "proxy.pem"))
+        with (kit / "settings.toml").open("a") as settings:
+            settings.write('tls_roots = "proxy.pem"\n')
+        found = findings(kit)
+
+    assert {finding.verdict for finding in found} == {Verdict.OK}
+    assert of(Check.TLS, found).text.endswith("a proxy ends TLS here, as tls_roots says")
+    assert of(Check.IDENTITY, found).text == "the server has proven who it is; nothing was registered"
 
 
 # A server's own kit ---------------------------------------------------------------------------------------------------
