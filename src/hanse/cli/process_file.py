@@ -40,6 +40,23 @@ def announced(path: Path, *, what: str) -> Iterator[None]:
             os.ftruncate(descriptor, 0)
 
 
+def holder(path: Path) -> int | None:
+    """Return the number of the process that holds the file at *path*, 0 if it does not tell; ``None``: none does."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        # A lock that others may share: of two that ask this at once, neither takes the other for the holder.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _number(descriptor)
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
 def stop(path: Path, *, what: str, timeout_s: float, force: bool = False) -> int | None:
     """End the process that the file at *path* tells of, and return its number when it has ended; ``None``: none runs.
 

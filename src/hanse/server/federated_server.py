@@ -70,7 +70,7 @@ from hanse.server.clients import Clients, Lifetimes
 from hanse.server.identities import identities_of
 from hanse.server.jobs import JobLimits, Jobs
 from hanse.server.lifetime import holder_of, only_user_of
-from hanse.server.listening import Place, server_tls
+from hanse.server.listening import SOCKET_FILE, Place, server_tls
 from hanse.server.overseer import HeldFor, OverseerAgent
 from hanse.server.payloads import expect
 from hanse.server.primacy import Primacy
@@ -804,12 +804,12 @@ def _from_stream(request: Message) -> Message:
 @contextmanager
 def _socket_of(where: Place) -> Iterator[Path]:
     """Give the path of the socket for runs' processes: in the workspace, or where that is too deep, apart."""
-    path = (where.workspace / "jobs.sock").absolute()
+    path = (where.workspace / SOCKET_FILE).absolute()
     if where.scheme != "grpc" or len(str(path)) <= MAX_SOCKET_PATH:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="hanse-") as folder:
-        yield Path(folder) / "jobs.sock"
+        yield Path(folder) / SOCKET_FILE
 
 
 def _embedded_store(workspace: Path) -> Store:
