@@ -17,6 +17,7 @@ from typing import IO, Any
 import psutil
 
 HANSE = [str(Path(sys.executable).with_name("hanse"))]
+ADMIN = "admin@bench"
 PROJECT = """
 name = "bench"
 organisation = "Bench"
@@ -35,12 +36,18 @@ role = "admin"
 
 
 class Deployment:
-    """A provisioned project and its running processes; ``processes`` maps participants' names to theirs."""
+    """A provisioned project and its running processes; ``processes`` maps participants' names to theirs.
+
+    By name of a participant, ``environments`` holds what its environment has besides this one's, and ``programs`` what
+    is started in place of ``hanse``.
+    """
 
     def __init__(self, root: Path, *, clients: int, settings: str = "") -> None:
         self.root = root
         self.names = [f"site-{number}" for number in range(1, clients + 1)]
         self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.environments: dict[str, dict[str, str]] = {}
+        self.programs: dict[str, list[str]] = {}
         sections = "".join(f'[[clients]]\nname = "{name}"\n\n' for name in self.names)
         project = root / "project.toml"
         project.write_text(PROJECT.format(port=_free_port(), clients=sections, settings=settings))
@@ -53,8 +60,10 @@ class Deployment:
         for name in names:
             kind = "server" if name == "server" else "client"
             with (self.root / f"{name}.log").open("a") as log:
-                command = [*HANSE, kind, "start", str(self.root / "kits" / name)]
-                self.processes[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+                command = [*self.programs.get(name, HANSE), kind, "start", str(self.root / "kits" / name)]
+                self.processes[name] = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=log, text=True, env=self._environment_of(name)
+                )
         for name in names:
             if not _pipe_of(self.processes[name]).readline():
                 raise RuntimeError(f"{name} did not start: {(self.root / f'{name}.log').read_text()[-2000:]}")
@@ -99,7 +108,7 @@ class Deployment:
 
     def hanse(self, *arguments: str) -> Any:
         """Return what ``hanse ARGUMENTS --format json`` prints, run with the administrator's kit."""
-        environment = {**os.environ, "HANSE_KIT": str(self.root / "kits" / "admin@bench")}
+        environment = {**self._environment_of(ADMIN), "HANSE_KIT": str(self.root / "kits" / ADMIN)}
         done = subprocess.run(
             [*HANSE, *arguments, "--format", "json"], env=environment, capture_output=True, text=True, check=False
         )
@@ -114,6 +123,9 @@ class Deployment:
         if ended["state"] != "completed":
             raise RuntimeError(f"job {ended['job_id']} {ended['state']}: {ended['reason']}")
         return ended
+
+    def _environment_of(self, name: str) -> dict[str, str]:
+        return {**os.environ, **self.environments.get(name, {})}
 
     def server_processes(self) -> list[psutil.Process]:
         """Return the server and its job processes."""

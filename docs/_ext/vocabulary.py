@@ -61,12 +61,14 @@ def settings() -> str:
 
 def project_file() -> str:
     """Return the fields of a project's file, table by table."""
-    tables = {"": "Project", "[server]": "ServerEntry", "[[clients]]": "ClientEntry", "[[admins]]": "AdminEntry"}
+    tables = {
+        "At the top": "Project",
+        "`[server]` and `[[standbys]]`": "ServerEntry",
+        "`[[clients]]`": "ClientEntry",
+        "`[[admins]]`": "AdminEntry",
+    }
     classes = class_definitions(hanse.identity.project)
-    return "\n\n".join(
-        f"### {f'`{table}`' if table else 'At the top'}\n\n{_fields_of(classes[name])}"
-        for table, name in tables.items()
-    )
+    return "\n\n".join(f"### {table}\n\n{_fields_of(classes[name])}" for table, name in tables.items())
 
 
 def class_definitions(module: ModuleType) -> dict[str, ast.ClassDef]:

@@ -31,6 +31,7 @@
         ├── VersionMismatch      two sides that share no protocol
         ├── StoreFailed          the database or the disk
         │   └── NoSpace          ... which is full
+        ├── TensorsLost          a run's tensors are missing or damaged
         └── StaleEpoch           this server's tenure has ended; nothing was written
 
 A class carries the data of what happened and builds its sentence from it; whoever raises passes data. The sentence says
@@ -343,6 +344,20 @@ class NoSpace(StoreFailed):
             f"{doing} failed: the disk mounted at {disk}, which holds {folder}, is full ({why})"
         )
         self.doing, self.disk, self.folder, self.why = doing, disk, folder, why
+
+
+class TensorsLost(EnvironmentFault):
+    """Tensors of a run's last committed state are not on the disk any more, or not with the bytes they had."""
+
+    code = "tensors-lost"
+    retryable = False
+
+    def __init__(self, job_id: str, round_number: int, digest: str) -> None:
+        super().__init__(
+            f"tensor {digest} of round {round_number} of job {job_id} is missing or damaged on the server's disk, so the "
+            "run cannot go on; check the disk, and submit the job again"
+        )
+        self.job_id, self.round_number, self.digest = job_id, round_number, digest
 
 
 class StaleEpoch(EnvironmentFault):

@@ -652,8 +652,22 @@ class ServerStop(msgspec.Struct, frozen=True):
     """Shut the server down in order; running jobs stay resumable."""
 
 
+class PromoteServer(msgspec.Struct, frozen=True):
+    """Leave the primacy to the server called *name*, which stands by."""
+
+    name: str
+
+
+class StandbyView(msgspec.Struct, frozen=True):
+    """A server that stands by, for people: where clients would reach it, and when it last said so (POSIX seconds)."""
+
+    name: str
+    target: str
+    seen_at: float
+
+
 class ServerStatus(msgspec.Struct, frozen=True):
-    """How the server is."""
+    """How the server is that serves, and which ones stand by."""
 
     state: str
     ssid: Ssid
@@ -662,6 +676,8 @@ class ServerStatus(msgspec.Struct, frozen=True):
     clients: int
     jobs_running: int
     since: float
+    name: str = ""
+    standbys: tuple[StandbyView, ...] = ()
 
 
 class StatusQuery(msgspec.Struct, frozen=True):
@@ -721,5 +737,6 @@ CATALOGUE: Final[Mapping[Topic, tuple[type[msgspec.Struct] | None, type[msgspec.
     (Channel.ADMIN, "client.disable"): (DisableClient, None),
     (Channel.ADMIN, "server.status"): (StatusQuery, ServerStatus),
     (Channel.ADMIN, "server.stop"): (ServerStop, None),
+    (Channel.ADMIN, "server.promote"): (PromoteServer, None),
 }
 """For each topic, the type of a request's payload and of its reply's (``None``: it has none)."""

@@ -3,6 +3,8 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from hanse.errors import Conflict, HanseError, StoreFailed, Unauthorized
 
 from .conftest import Hanse
 
+RELEASE = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["version"]
 HEAVY = {"numpy", "grpc", "sqlalchemy", "cryptography", "msgspec", "asyncio"}
 
 
@@ -35,7 +38,7 @@ def test_help_loads_nothing_that_help_does_not_need() -> None:
 def test_the_installed_command_runs() -> None:
     command = [os.path.join(os.path.dirname(sys.executable), "hanse"), "version"]  # noqa: PTH118, PTH120 - the link itself
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    assert (ended.returncode, ended.stdout) == (0, "0.1.0\n")
+    assert (ended.returncode, ended.stdout) == (0, f"{RELEASE}\n")
 
 
 @pytest.mark.parametrize("command", hanse.cli.COMMANDS)
@@ -48,7 +51,7 @@ def test_every_command_has_help_and_prints_json(command: str, hanse: Hanse) -> N
 
 def test_version_as_json_is_one_document(hanse: Hanse) -> None:
     ended = hanse("version", "--format", "json")
-    assert json.loads(ended.out)["release"] == "0.1.0"
+    assert json.loads(ended.out)["release"] == RELEASE
     assert ended.err == ""
 
 

@@ -8,7 +8,7 @@ long, so that nobody can sit on the port's places without a name.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeAlias
 
 from hanse.cell.cell import Cell
@@ -116,9 +116,9 @@ def choose_version(hello: Hello, ours: Sequence[int] = PROTOCOL_VERSIONS, *, rel
 class Reception:
     """Opens the streams that others dial to *cell*, over any transport, and serves each until it ends.
 
-    A welcome names *server*, *release* and the SSID that *session* tells. *on_refused* hears who was not let in, by its
-    own word, and why. ``dial`` is the way in for cells of the same
-    process. After ``close`` nobody is let in any more.
+    A welcome names *server*, *release* and the SSID that *session* tells. *wait_turn* is awaited before a caller is
+    judged; *on_refused* hears who was not let in, by its own word, and why. ``dial`` is the way in for cells of the
+    same process. After ``close`` nobody is let in any more.
     """
 
     def __init__(
@@ -127,6 +127,7 @@ class Reception:
         *,
         authorize: Authorize,
         session: Callable[[], Ssid] = lambda: Ssid(""),
+        wait_turn: Callable[[], Awaitable[None]] | None = None,
         server: str = SERVER,
         release: str = "",
         on_refused: Callable[[Hello, HanseError], None] = lambda *_: None,
@@ -138,6 +139,7 @@ class Reception:
         max_queued_bytes: int = MAX_QUEUED_BYTES,
     ) -> None:
         self._cell, self._authorize, self._session = cell, authorize, session
+        self._wait_turn = wait_turn
         self._server, self._release, self._versions = server, release, tuple(versions)
         self._on_refused = on_refused
         self._hello_timeout_s, self._prove_timeout_s = hello_timeout_s, prove_timeout_s
@@ -192,6 +194,8 @@ class Reception:
         if len(self._links) + len(self._opening) >= self._max_streams:
             raise NotInService(f"{self._cell.fqcn} has all of its {self._max_streams} streams in use")
         hello = await self._hear_hello(pipe)
+        if self._wait_turn is not None:
+            await self._wait_turn()
         try:
             version = choose_version(hello, self._versions, release=self._release)
             peer = self._authorize(hello, certificate, transport)

@@ -27,6 +27,7 @@ COMMANDS: Final = {
         "hanse.cli.stop:server",
         "Stop the server in order, by its kit, here, or by an administrator's (--kit).",
     ),
+    "server promote": ("hanse.cli.promote:promote", "Have a server that stands by take over."),
     "client start": ("hanse.cli.client:start", "Run a site's agent until it is stopped."),
     "client stop": ("hanse.cli.stop:client", "Stop a site's agent."),
     "client list": ("hanse.cli.clients:list_clients", "List the clients that the server knows."),

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from hanse.cell.backoff import Backoff
-from hanse.cell.cell import Cell, RemoteFault
-from hanse.errors import InternalError
+from hanse.cell.cell import Cell
+from hanse.errors import HanseError, InternalError
 from hanse.ids import SERVER, ClientName
 from hanse.messages import (
     AbortRun,
@@ -98,22 +98,26 @@ class ServerLink:
         """Tell that the run's process has nothing more to do."""
         await self._ask("ended", end)
 
+    async def given_up(self, end: RunEnded) -> None:
+        """Tell, once, that the run's process ends without having reached its end: whoever wanted that may be away."""
+        await self._ask_once("ended", end)
+
     def heartbeat(self) -> None:
         """Tell that the run's process is alive."""
         self._cell.tell(SERVER, Channel.RUN, "heartbeat", RunHeartbeat())
 
     async def _ask(self, topic: str, payload: Attach | IssueTasks | CommitRound | RunEnded) -> Message:
-        """Return the server's reply; ask again while it could not, this time: whatever is asked may be asked twice."""
+        """Return the server's reply; ask again while trying again may help: whatever is asked may be asked twice."""
         loop, backoff = asyncio.get_running_loop(), Backoff(self._rng)
         give_up_at = loop.time() + JOURNAL_TIMEOUT_S
         while True:
             try:
                 return await self._ask_once(topic, payload)
-            except RemoteFault as fault:
+            except HanseError as error:
                 pause_s = backoff.next_s()
-                if loop.time() + pause_s > give_up_at:
+                if not error.retryable or loop.time() + pause_s > give_up_at:
                     raise
-                _log.warning("the server did not take it", extra={"topic": topic, "reason": fault.reason})
+                _log.warning("the server did not take it", extra={"topic": topic, "reason": error.reason})
             await asyncio.sleep(pause_s)
 
     async def _ask_once(

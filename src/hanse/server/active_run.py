@@ -15,7 +15,6 @@ import logging
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -78,6 +77,7 @@ from hanse.model import TensorMismatch
 from hanse.server.bounds import MAX_CODE_CHARS, TAIL_LINES, check_metrics, ending, shortened
 from hanse.server.inbox import Inbox
 from hanse.server.lifetime import start_in
+from hanse.server.run_folder import RunFolder
 from hanse.server.run_spec import RunProcessSpec
 from hanse.storage.models import check_ref, digests_of
 from hanse.storage.records import Store
@@ -122,38 +122,6 @@ class RunServices:
     wall: Callable[[], float]
     run_url: str
     check_frequency_s: float = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class RunFolder:
-    """Where a run keeps its things on the server: ``runs/<job>`` of the workspace."""
-
-    path: Path
-
-    @property
-    def package(self) -> Path:
-        """The job's package, under its digest."""
-        return self.path / "package"
-
-    @property
-    def code(self) -> Path:
-        """The job's code, unpacked."""
-        return self.path / "code"
-
-    @property
-    def tensors(self) -> Path:
-        """The run's tensor files."""
-        return self.path / "tensors"
-
-    @property
-    def result(self) -> Path:
-        """The final model, under its digest."""
-        return self.path / "result"
-
-    @property
-    def log(self) -> Path:
-        """What the run's process says."""
-        return self.path / "server.log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +251,7 @@ class ActiveRun:
 
     def _delete_tensors(self) -> None:
         try:
-            self.files.delete_all()
+            self.folder.delete_tensors()
         except StoreFailed as failed:  # the job has ended all the same
             self._log.warning("tensors left behind", extra={"reason": failed.reason})
 
@@ -345,6 +313,7 @@ class ActiveRun:
             project=self._services.project,
             spec=self.record.spec,
             folder=str(self.folder.path),
+            epoch=self.folder.epoch,
             parent_url=self._services.run_url,
             credentials=self._services.credentials(fqcn, self.job_id).credentials,
             check_frequency_s=self._services.check_frequency_s,
@@ -393,7 +362,7 @@ class ActiveRun:
         check_metrics(commit.state.metrics)
         if strangers := set(commit.answered) - set(self.run.clients):
             raise ProtocolError("CommitRound.answered", got=min(strangers), expected="clients of the run")
-        needed = _digests(commit.state)
+        needed = state_digests(commit.state)
         missing = self.files.missing(needed)
         if missing:
             raise ProtocolError("state", got=f"digest {missing[0]} without a file", expected="tensors that are stored")
@@ -529,9 +498,10 @@ class ActiveRun:
         with self._storing():
             if result.update is not None and result.update.model is not None:
                 await asyncio.to_thread(self.files.sync, digests_of(result.update.model))
-            if not await self._services.store.accept_answer(self._services.epoch, self.job_id, result):
-                return
-        self.run.accept(result, sender=sender)
+            # What counts may be an earlier attempt of the same answer, of which the store could not tell how it went.
+            result = await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
+        if not isinstance(self.run.accept(result, sender=sender), Accepted):
+            return
         self._works()
         if result.fault is not None:
             self._troubles[sender] = Trouble(result.fault.code, result.fault.log_tail)
@@ -786,7 +756,8 @@ def cause_of(error: Exception, *, doing: str) -> HanseError:
     return error if isinstance(error, HanseError) else InternalError(doing)
 
 
-def _digests(state: StateRef) -> set[Digest]:
+def state_digests(state: StateRef) -> set[Digest]:
+    """Return the tensors that *state* names."""
     return digests_of(state.model).union(*(digests_of(model) for model in state.extra.values()))
 
 

@@ -13,7 +13,8 @@ from hanse.errors import Conflict, HanseError, NotFound, StoreFailed
 from hanse.ids import ClientName, Fqcn, JobId
 from hanse.job import ENDED, JobRecord, JobState
 from hanse.messages import Channel, ClientView, JobEvent, JobView, RoundView, Waiting
-from hanse.server.active_run import ActiveRun, RunFolder
+from hanse.server.active_run import ActiveRun
+from hanse.server.run_folder import RunFolder
 from hanse.storage.records import Store
 
 WATCHERS_PER_JOB: Final = 64

@@ -33,10 +33,11 @@ from hanse.errors import (
     NotFound,
     StaleEpoch,
     StoreFailed,
+    TensorsLost,
     Unauthorized,
 )
 from hanse.events import EventType, FLContext
-from hanse.ids import ClientName, Fqcn, JobId, job_cell, split_cell
+from hanse.ids import ClientName, Digest, Fqcn, JobId, job_cell, split_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.learning.workflow import WORKFLOWS, load_workflow
 from hanse.messages import (
@@ -44,15 +45,27 @@ from hanse.messages import (
     Channel,
     JobEvent,
     JobFailure,
+    TaskResult,
     Waiting,
 )
-from hanse.server.active_run import DEPLOY_TIMEOUT_S, ActiveRun, RunFolder, RunServices, cause_of, code_of, deploy
+from hanse.server.active_run import (
+    DEPLOY_TIMEOUT_S,
+    ActiveRun,
+    RunServices,
+    cause_of,
+    code_of,
+    deploy,
+    state_digests,
+)
 from hanse.server.bounds import MAX_CODE_CHARS, shortened
 from hanse.server.clients import Clients
 from hanse.server.job_board import JobBoard
 from hanse.server.lifetime import start_in
 from hanse.server.run_desk import RunDesk
+from hanse.server.run_folder import RunFolder
+from hanse.storage.models import digests_of
 from hanse.storage.packages import unpack_package
+from hanse.storage.records import RunState
 from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
@@ -63,6 +76,8 @@ POSTPONED_S: Final = 5.0
 """A job that its clients could not take just now (a full disk, a broken line) is tried again after this long."""
 MAX_SLUG_CHARS: Final = 54
 """What of a job's name is in its id, which has 63 characters at most, eight of them random."""
+_INCOMING: Final = ".incoming-"
+"""What the folder of a job is called that is being submitted; the epoch follows, so that leftovers can be told."""
 _NOT_IN_ID = re.compile(r"[^a-z0-9]+")
 
 
@@ -76,11 +91,17 @@ class JobLimits:
 
 
 class Jobs:
-    """The jobs of one server during one tenure; ``serve`` is its life."""
+    """The jobs of one server during one tenure; ``serve`` is its life.
 
-    def __init__(self, services: RunServices, *, workspace: Path, clients: Clients, limits: JobLimits) -> None:
+    What belongs to a run is in the folder *runs*, which a project's servers share; *workspace* is this server's alone.
+    """
+
+    def __init__(
+        self, services: RunServices, *, workspace: Path, runs: Path, clients: Clients, limits: JobLimits
+    ) -> None:
         self._services = services
         self._workspace = workspace
+        self._folders = runs
         self._clients = clients
         self._limits = limits
         self._runs: dict[JobId, ActiveRun] = {}
@@ -101,7 +122,7 @@ class Jobs:
             services.cell,
             runs=self._runs,
             waiting_of=self._waiting_of,
-            folder_of=self._folder,
+            folder_of=self.run_folder,
         )
         RunDesk(services.cell, self._runs)
 
@@ -129,11 +150,19 @@ class Jobs:
 
     async def _take_up(self) -> None:
         store, epoch = self._services.store, self._services.epoch
+        await asyncio.to_thread(self._clear_leftovers)
         for record in await store.jobs(states=(JobState.SCHEDULED,)):
             again = move(record, JobState.SUBMITTED, at=self._services.wall())
             await store.replace_job(epoch, again, was=record.state)
         for record in await store.jobs(states=(JobState.RUNNING,)):
             state = await store.snapshot(record.job_id)
+            missing = await asyncio.to_thread(self.run_folder(record.job_id).take_over, _digests_of(state))
+            if missing:
+                _log.error("tensors are lost", extra={"job": record.job_id, "digests": missing})
+                remaining = await self._without(record, state, missing)
+                if remaining is None:
+                    continue
+                state = remaining
             run = Run.resumed(
                 record.job_id,
                 record.clients,
@@ -145,6 +174,27 @@ class Jobs:
             )
             _log.info("run taken up", extra={"job": record.job_id, "round": run.round})
             self._live(record, self._run(record, run, resumed=True))
+
+    async def _without(self, record: JobRecord, state: RunState, missing: Collection[Digest]) -> RunState | None:
+        """Return *state* without the answers whose tensors are *missing*, whose clients are to be asked again.
+
+        ``None`` when the run cannot go on without them: it has ended then.
+        """
+        gone = set(missing)
+        if state.state is not None and (lost := gone & state_digests(state.state)):
+            error = TensorsLost(record.job_id, state.state.round, min(lost))
+            self._live(record, self._fail(record, error.code, error.reason))
+            return None
+        spoilt = [answer.key for answer in state.answers if _answer_digests(answer) & gone]
+        await self._services.store.retract_answers(self._services.epoch, record.job_id, spoilt)
+        return await self._services.store.snapshot(record.job_id)
+
+    def _clear_leftovers(self) -> None:
+        """Delete what submissions that broke off in earlier tenures have left."""
+        for path in self._folders.glob(f"{_INCOMING}*"):
+            number = path.name.removeprefix(_INCOMING).partition("-")[0]
+            if number.isdigit() and int(number) < self._services.epoch:
+                shutil.rmtree(path, ignore_errors=True)
 
     async def _schedule(self) -> None:
         while True:
@@ -245,7 +295,7 @@ class Jobs:
 
     def _receive(self, package: Path, submitter: str) -> tuple[RunFolder, JobRecord]:
         data = package.read_bytes()
-        spec_folder = RunFolder(self._workspace / "runs" / f".incoming-{secrets.token_hex(8)}")
+        spec_folder = RunFolder(self._folders / f"{_INCOMING}{self._services.epoch}-{secrets.token_hex(8)}")
         try:
             spec = unpack_package(data, spec_folder.code)
             if spec.workflow.name in WORKFLOWS:
@@ -256,7 +306,7 @@ class Jobs:
         slug = _NOT_IN_ID.sub("-", spec.name.lower())[:MAX_SLUG_CHARS].strip("-") or "job"
         job_id = JobId(f"{slug}-{secrets.token_hex(4)}")
         digest = TensorFiles(spec_folder.package).put(memoryview(data))
-        folder = RunFolder(self._workspace / "runs" / job_id)
+        folder = self.run_folder(job_id)
         spec_folder.path.rename(folder.path)
         record = JobRecord(
             job_id=job_id,
@@ -331,7 +381,12 @@ class Jobs:
 
     async def _run(self, record: JobRecord, run: Run, *, resumed: bool) -> None:
         active = ActiveRun(
-            record, run, self._folder(record.job_id), self._services, emit=self.board.emit, suspect=self._suspects.set
+            record,
+            run,
+            self.run_folder(record.job_id),
+            self._services,
+            emit=self.board.emit,
+            suspect=self._suspects.set,
         )
         self._runs[record.job_id] = active
         try:
@@ -411,7 +466,7 @@ class Jobs:
             self._announce_end(record)
             return
         await self._fail(record, code_of(error), error.reason)
-        await asyncio.to_thread(shutil.rmtree, self._folder(job_id).tensors, ignore_errors=True)
+        await asyncio.to_thread(self.run_folder(job_id).delete_tensors)
 
     async def abort(self, job_id: JobId, *, reason: str) -> JobRecord:
         """Abort a job that has not ended, and return its record.
@@ -556,7 +611,7 @@ class Jobs:
 
     def package_files(self, job_id: JobId) -> TensorFiles:
         """Return the files that hold the job's package."""
-        return TensorFiles(self._folder(job_id).package)
+        return TensorFiles(self.run_folder(job_id).package)
 
     def result_files(self, job_id: JobId) -> TensorFiles:
         """Return the files that hold the job's result.
@@ -564,9 +619,9 @@ class Jobs:
         Raises:
             NotFound: there is no such job.
         """
-        if not self._folder(job_id).path.is_dir():
+        if not self.run_folder(job_id).path.is_dir():
             raise NotFound("job", job_id)
-        return TensorFiles(self._folder(job_id).result)
+        return TensorFiles(self.run_folder(job_id).result)
 
     def upload_files(self, submitter: str) -> TensorFiles:
         """Return the files into which *submitter* uploads packages."""
@@ -608,8 +663,9 @@ class Jobs:
         wait = self._waiting.get(record.job_id)
         return waiting_of_submitted(record, wait) if wait is not None else ()
 
-    def _folder(self, job_id: JobId) -> RunFolder:
-        return RunFolder(self._workspace / "runs" / job_id)
+    def run_folder(self, job_id: JobId) -> RunFolder:
+        """Return where the job's run keeps its things."""
+        return RunFolder(self._folders / job_id, self._services.epoch)
 
     def _run_of(self, job_id: JobId) -> ActiveRun:
         if (run := self._runs.get(job_id)) is None:
@@ -632,6 +688,19 @@ def said_of(client: ClientName, reason: str) -> str:
     """Return *reason* with *client*, the one that it is about, named in it."""
     is_named = re.search(rf"(?<![\w-]){re.escape(client)}(?![\w-])", reason) is not None
     return reason if is_named else f"{reason} (at {client})"
+
+
+def _answer_digests(answer: TaskResult) -> set[Digest]:
+    model = answer.update.model if answer.update is not None else None
+    return set() if model is None else digests_of(model)
+
+
+def _digests_of(state: RunState) -> set[Digest]:
+    """Return the tensors that a run which goes on from *state* needs."""
+    needed = set() if state.state is None else state_digests(state.state)
+    for task in state.tasks:
+        needed |= set() if task.model is None else digests_of(task.model)
+    return needed.union(*map(_answer_digests, state.answers))
 
 
 def _tell_quietly(cell: Cell, destination: Fqcn, abort: AbortJob) -> None:

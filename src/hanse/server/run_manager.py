@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hanse.errors import HanseError, InternalError, TooFewClients
@@ -23,7 +23,8 @@ from hanse.run.federation import RunFederation
 from hanse.run.loading import importing_from, initial_model_of, workflow_of
 from hanse.run.runner import drive
 from hanse.run.server_link import ServerLink
-from hanse.server.active_run import ABORTED, RunFolder
+from hanse.server.active_run import ABORTED
+from hanse.server.run_folder import RunFolder
 from hanse.storage.models import write_safetensors
 from hanse.storage.tensors import TensorFiles
 
@@ -34,13 +35,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunManager:
-    """A run's components and handlers, in the order in which they hear of events, and its context."""
+    """A run's components and handlers, in the order in which they hear of events, and its context.
+
+    ``workspace`` is the run's folder, ``epoch`` the tenure whose tensors it works with.
+    """
 
     job_id: JobId
     workspace: Path
     project: str
     handlers: Handlers
     components: dict[str, FLComponent] = field(default_factory=dict)
+    epoch: int = 0
 
     @property
     def context(self) -> FLContext:
@@ -49,12 +54,10 @@ class RunManager:
 
     def add(self, name: str, component: FLComponent) -> "RunManager":
         """Return this manager with *component* under *name*, last among the handlers."""
-        return RunManager(
-            self.job_id,
-            self.workspace,
-            self.project,
-            self.handlers.extended([component]),
-            {**self.components, name: component},
+        return replace(
+            self,
+            handlers=self.handlers.extended([component]),
+            components={**self.components, name: component},
         )
 
     def fire(self, notice: EventType) -> None:
@@ -121,7 +124,7 @@ class LocalRun:
                 end = RunEnded(completed=False, code=ABORTED, reason=self._aborted or "the run was aborted")
                 if not self._is_cut_off:
                     with contextlib.suppress(HanseError):  # the server knows, where it was the one that said so
-                        await self._link.ended(end)
+                        await self._link.given_up(end)
                 return end
             end = work.result()
             await self._link.ended(end)
@@ -133,7 +136,7 @@ class LocalRun:
             manager.fire(EventType.END_RUN)
 
     async def _work(self) -> RunEnded:
-        folder = RunFolder(self._manager.workspace)
+        folder = RunFolder(self._manager.workspace, self._manager.epoch)
         try:
             with self._importing(folder.code):
                 return await self._run(folder)
@@ -183,7 +186,7 @@ class LocalRun:
 
 def _write_result(state: State, folder: RunFolder) -> tuple[Digest, int]:
     """Write the final model as one safetensors file into the run's results; return its digest and size."""
-    draft = folder.path / RESULT_FILE
+    draft = folder.tensors / RESULT_FILE  # this tenure's own: another may be writing the same result
     write_safetensors(state.model, draft)
     results = TensorFiles(folder.result)
     digest = results.put_file(draft)

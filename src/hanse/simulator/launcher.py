@@ -40,8 +40,8 @@ from hanse.learning.workflow import WORKFLOWS
 from hanse.model import Model, Update
 from hanse.run.loading import initial_model_of
 from hanse.server.active_run import PROCESS_MODULE as RUN_MODULE
-from hanse.server.active_run import RunFolder
 from hanse.server.job_cell import connect
+from hanse.server.run_folder import RunFolder
 from hanse.server.run_manager import LocalRun, RunManager
 from hanse.server.run_spec import RunProcessSpec
 from hanse.simulator.code import turn
@@ -176,7 +176,7 @@ class _RunProcess:
         try:
             async with self._code() as initial_model:
                 self._run = LocalRun(
-                    RunManager(spec.job_id, Path(spec.folder), spec.project, Handlers()),
+                    RunManager(spec.job_id, Path(spec.folder), spec.project, Handlers(), epoch=spec.epoch),
                     spec.spec,
                     job_cell.link,
                     heartbeat_s=spec.check_frequency_s,

@@ -128,6 +128,23 @@ class TensorFiles:
                 return self.put(b"")
             return self.put(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
 
+    def take_in(self, path: Path) -> bool:
+        """Have the tensor file at *path*, of another folder, here too; return whether there was one to be had.
+
+        It is one file with two names where the file system can do that, and else a copy.
+        """
+        final = self.path(Digest(path.name))
+        with _disk(f"taking over {path}", self.root):
+            try:
+                final.hardlink_to(path)
+            except FileExistsError:
+                return True
+            except FileNotFoundError:
+                return False
+            except OSError:
+                self.put_file(path)
+        return final.exists()
+
     def map(self, digest: Digest) -> memoryview:
         """Return the tensor's bytes, mapped read-only; the mapping ends with the last view of it.
 
