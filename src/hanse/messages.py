@@ -142,14 +142,18 @@ class Hello(msgspec.Struct, frozen=True):
     credentials: Credentials | None = None
 
 
-class Welcome(msgspec.Struct, frozen=True):
-    """The server's answer: the version that both speak from here on, and where the limits are."""
+class Welcome(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The server's answer: the version that both speak from here on, and where the limits are.
+
+    ``sent_at`` is the server's time of day (POSIX), for whoever compares clocks; 0 where it does not tell.
+    """
 
     version: int
     server: str
     ssid: Ssid
     release: str = ""
     max_payload_bytes: int = 0
+    sent_at: float = 0.0
 
 
 # Registration ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import dataclasses
 import random
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hanse.cell.transfer import Transfers
 from hanse.client.agent import ClientAgent
 from hanse.coordination.policy import ADMIN_RIGHTS
 from hanse.errors import ConfigError, Conflict, HanseError, JobInvalid, NotInService, Unauthenticated, Unreachable
+from hanse.identity.authorities import Authority
 from hanse.identity.kits import Kit
 from hanse.ids import SERVER, Digest, Fqcn, JobId
 from hanse.job import JobRecord, JobSpec, JobState, Resources, WorkflowSpec
@@ -559,6 +561,18 @@ def test_a_server_of_another_authority_is_not_talked_to(deployment: Deployment, 
     )
     with pytest.raises((Unauthenticated, Unreachable)), BlockingAdminSession(kit, patience_s=1.0):
         raise AssertionError("it is another project's server")
+
+
+def test_an_expired_certificate_is_said_to_be_that(deployment: Deployment) -> None:
+    kit = deployment.kit("ada@demo")
+    authority = Authority.load(deployment.kits / "authority")
+    assert kit.identity is not None
+    made = datetime.now(UTC) - timedelta(days=400)
+    key = kit.identity.key.public_key()
+    old = authority.issue(name="ada@demo", organisation="demo", role="admin:admin", public_key=key, now=made)
+    late = dataclasses.replace(kit, identity=dataclasses.replace(kit.identity, certificate=old))
+    with pytest.raises(Unauthenticated, match="the certificate of 'ada@demo' expired on"), BlockingAdminSession(late):
+        raise AssertionError("it cannot have been let in")
 
 
 def test_another_projects_kit_is_refused_by_name(deployment: Deployment) -> None:

@@ -3,12 +3,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hanse.cell.cell import Cell
-from hanse.cell.frames import Frame, FrameKind, decode, encode, encode_struct
+from hanse.cell.frames import Frame, FrameKind, decode, decode_struct, encode, encode_struct
 from hanse.cell.handshake import Reception, choose_version, say_hello
 from hanse.cell.link import Peer, Pipe, memory_pipe_pair
 from hanse.cell.refusals import RemoteError, error_from
@@ -51,6 +52,16 @@ async def test_a_hello_is_answered_with_a_welcome_that_names_version_server_and_
         welcome = await say_hello(await desk.dial("memory"), hello())
     assert (welcome.version, welcome.server, welcome.ssid, welcome.release) == (1, "server", "7", "0.1.0")
     assert welcome.max_payload_bytes > 0
+
+
+async def test_a_welcome_tells_the_servers_time_of_day() -> None:
+    async with reception(wall=lambda: 1893456000.5) as desk:
+        assert (await say_hello(await desk.dial("memory"), hello())).sent_at == 1893456000.5
+
+
+def test_a_welcome_without_a_time_is_one_of_a_server_that_does_not_tell() -> None:
+    older = msgspec.msgpack.encode({"version": 1, "server": "server", "ssid": "7"})
+    assert decode_struct(Welcome, older).sent_at == 0.0
 
 
 async def test_both_take_the_highest_version_that_they_share() -> None:

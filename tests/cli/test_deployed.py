@@ -2,18 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hanse.cli.job_text import JOB_ABORTED, JOB_FAILED
+from hanse.identity.authorities import Authority
+from hanse.identity.certificates import Identity
 from hanse.storage.models import read_safetensors
 
 HANSE = str(Path(sys.executable).with_name("hanse"))
@@ -171,6 +175,43 @@ def test_ctrl_c_ends_waiting_and_leaves_the_job_alone_and_ends_a_server_in_order
         assert server.process.wait(10) == 0
 
 
+def certified_anew(kit: Path, authority: Path, copy: Path, made: datetime, *hosts: str) -> Path:
+    """A copy of *kit* whose certificate, for the same key and by the same authority, was made at *made*."""
+    shutil.copytree(kit, copy, ignore=shutil.ignore_patterns("workspace"))
+    identity = Identity.load(kit / "cert.pem", kit / "key.pem")
+    certificate = Authority.load(authority).issue(
+        name=identity.name,
+        organisation=identity.organisation,
+        role=identity.role,
+        public_key=identity.key.public_key(),
+        now=made,
+        hosts=hosts,
+    )
+    (copy / "cert.pem").write_bytes(certificate)
+    return copy
+
+
+def test_a_certificate_that_is_not_valid_now_is_said_to_be_that(kits: Path, tmp_path: Path) -> None:
+    now, authority = datetime.now(UTC), kits / "authority"
+    old = certified_anew(kits / "site-1", authority, tmp_path / "old", now - timedelta(days=400))
+    early = certified_anew(kits / "site-1", authority, tmp_path / "early", now + timedelta(days=40))
+    with running("server", "start", kits / "server", log=tmp_path / "server.log"):
+        ended = hanse("client", "start", old, status=5)["error"]
+        assert ended["code"] == "unauthenticated"
+        since = f"{now - timedelta(days=40):%Y-%m-%d %H:%M} UTC"
+        assert ended["reason"] == f"the certificate of 'site-1' expired on {since}; ask the project for a new one"
+        ended = hanse("client", "start", early, status=5)["error"]
+        assert ended["reason"].startswith("the certificate of 'site-1' is not valid before")
+
+
+def test_a_servers_certificate_that_is_not_valid_now_keeps_it_from_starting(kits: Path, tmp_path: Path) -> None:
+    made = datetime.now(UTC) - timedelta(days=400)
+    old = certified_anew(kits / "server", kits / "authority", tmp_path / "old", made, "127.0.0.1")
+    ended = hanse("server", "start", old, status=5)["error"]
+    assert ended["reason"].startswith("the certificate of 'server' expired on")
+    assert not (old / "workspace").exists()
+
+
 def test_a_server_is_stopped_by_an_administrator_and_takes_no_strangers(kits: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -179,6 +220,7 @@ def test_a_server_is_stopped_by_an_administrator_and_takes_no_strangers(kits: Pa
     with running("server", "start", kits / "server", log=tmp_path / "server.log") as server:
         ended = hanse("client", "start", other / "kits" / "site-1", status=5)
         assert ended["error"]["code"] == "unauthenticated"
+        assert "is not one that the project's CA issued; another project's server is there" in ended["error"]["reason"]
         asked = hanse("server", "stop", "--kit", kits / "ada@demo")
         assert asked == {"server": "asked to stop", "process": None}
         assert server.process.wait(10) == 0

@@ -294,7 +294,7 @@ class AdminSession:
         self._connector = Connector(
             self._uplink.cell,
             targets=settings.servers,
-            hello=lambda: Hello(PROTOCOL_VERSIONS, self._fqcn, settings.project, self._release),
+            hello=self._hello,
             tls=tls,
             rng=self._rng,
             on_welcome=self._on_welcome,
@@ -317,6 +317,11 @@ class AdminSession:
 
     async def _ready(self) -> None:
         await self._connector.wait_ready(self._patience_s)
+
+    def _hello(self) -> Hello:
+        """Return what opens a stream; raise ``Unauthenticated`` if the certificate that goes with it is not valid."""
+        self._registrant.require_valid()
+        return Hello(PROTOCOL_VERSIONS, self._fqcn, self._kit.settings.project, self._release)
 
     async def _on_welcome(self, link: Link, welcome: Welcome) -> None:
         def trust() -> None:

@@ -8,6 +8,7 @@ long, so that nobody can sit on the port's places without a name.
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeAlias
 
@@ -116,9 +117,9 @@ def choose_version(hello: Hello, ours: Sequence[int] = PROTOCOL_VERSIONS, *, rel
 class Reception:
     """Opens the streams that others dial to *cell*, over any transport, and serves each until it ends.
 
-    A welcome names *server*, *release* and the SSID that *session* tells. *wait_turn* is awaited before a caller is
-    judged; *on_refused* hears who was not let in, by its own word, and why. ``dial`` is the way in for cells of the
-    same process. After ``close`` nobody is let in any more.
+    A welcome names *server*, *release*, the SSID that *session* tells, and the time of *wall*. *wait_turn* is awaited
+    before a caller is judged; *on_refused* hears who was not let in, by its own word, and why. ``dial`` is the way in
+    for cells of the same process. After ``close`` nobody is let in any more.
     """
 
     def __init__(
@@ -137,10 +138,12 @@ class Reception:
         max_streams: int = MAX_STREAMS,
         max_queued_frames: int = MAX_QUEUED_FRAMES,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._cell, self._authorize, self._session = cell, authorize, session
         self._wait_turn = wait_turn
         self._server, self._release, self._versions = server, release, tuple(versions)
+        self._wall = wall
         self._on_refused = on_refused
         self._hello_timeout_s, self._prove_timeout_s = hello_timeout_s, prove_timeout_s
         self._max_streams, self._max_frames, self._max_bytes = max_streams, max_queued_frames, max_queued_bytes
@@ -206,7 +209,7 @@ class Reception:
             _log.exception("authorization failed", extra={"peer": hello.fqcn})
             raise InternalError(f"authorizing {hello.fqcn}") from error
         link = StreamLink(peer, pipe, max_frames=self._max_frames, max_bytes=self._max_bytes)
-        welcome = Welcome(version, self._server, self._session(), self._release, MAX_PAYLOAD_BYTES)
+        welcome = Welcome(version, self._server, self._session(), self._release, MAX_PAYLOAD_BYTES, self._wall())
         link.send_nowait(Frame(FrameKind.WELCOME, origin=self._cell.fqcn, payload=encode_struct(welcome)))
         self._cell.attach(link)
         return link

@@ -5,6 +5,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any, Final
@@ -40,6 +41,7 @@ def start(kit: Annotated[Path, Parameter(help="The folder of the server's kit.")
     """
     show_logs(logging.INFO, as_json=output.is_json, verbose=output.verbose)
     loaded = Kit.load(kit, ServerSettings)
+    loaded.require_valid_at(datetime.now(UTC))
     settings = _with_absolute_runs(loaded)
     workspace = make_private_folder(workspace_of(loaded))
     stops: SimpleQueue[str] = SimpleQueue()  # whose put may be called where a signal has interrupted anything

@@ -6,7 +6,8 @@ writes the journal, and then calls ``accept``: in between other things may happe
 is the last.
 
 Rounds: round 0 is the initial model. Tasks carry the number of the round that they work for, one more than the last
-committed; committing that round ends them.
+committed; committing that round ends them, but for those that the commit carries on. A task that is carried may be
+answered in a later round; it and its answer stay until a commit no longer carries it.
 
 A client's part in the run::
 
@@ -162,8 +163,9 @@ def after_death(
 class Run:
     """One job while it runs: see the module.
 
-    *committed* is the last committed round, and *tasks* and *answers* are what the journal holds since; a run that
-    begins has none. Clients begin as deployed at monotonic time *now*; ``resumed`` gives a run that had begun before.
+    *committed* is the last committed round, and *tasks* and *answers* are what the journal holds since, the answers in
+    the order in which they were accepted; a run that begins has none. Clients begin as deployed at monotonic time
+    *now*; ``resumed`` gives a run that had begun before.
     """
 
     def __init__(
@@ -238,8 +240,18 @@ class Run:
 
     @property
     def answers(self) -> tuple[TaskResult, ...]:
-        """The answers accepted since the last committed round, in the order in which they came."""
+        """The answers accepted since the last committed round, or carried on by it, in the order in which they came."""
         return tuple(self._answers.values())
+
+    @property
+    def tasks(self) -> tuple[TaskAssignment, ...]:
+        """The tasks that are out, oldest first, whatever became of their clients."""
+        return tuple(self._tasks.values())
+
+    @property
+    def carried(self) -> tuple[TaskKey, ...]:
+        """The tasks of committed rounds that live on, answered or not."""
+        return tuple(key for key in (*self._tasks, *self._answers) if key.round < self.round)
 
     @property
     def lost_clients(self) -> tuple[ClientName, ...]:
@@ -321,11 +333,11 @@ class Run:
             return Stale("the run has ended")
         if key in self._cancelled:
             return Stale(f"{_shown(key)} is no longer wanted")
+        if key in self._tasks:
+            return Accepted()
         if key.round < self.round:
             return Stale(f"{_shown(key)} is over: round {self._committed} is committed")
-        if key not in self._tasks:
-            return Stale(f"{_shown(key)} was not issued to {key.client}")
-        return Accepted()
+        return Stale(f"{_shown(key)} was not issued to {key.client}")
 
     def accept(self, result: TaskResult, *, sender: ClientName) -> Reception:
         """Take *result* as the answer to its task, unless it is a duplicate or stale; ``judge`` says what it raises."""
@@ -343,20 +355,27 @@ class Run:
         self._cancelled.update(out)
         return out
 
-    def committed(self, round_number: int) -> tuple[TaskKey, ...]:
-        """Take *round_number* as committed and forget its answers; return the tasks still out, which are over.
+    def unknown(self, keys: Iterable[TaskKey]) -> tuple[TaskKey, ...]:
+        """Return those of *keys* that name no task that is out or answered: a commit cannot carry them."""
+        return tuple(key for key in keys if key not in self._tasks and key not in self._answers)
 
-        The round last committed, again, changes nothing.
+    def committed(self, round_number: int, *, carried: Collection[TaskKey] = ()) -> tuple[TaskKey, ...]:
+        """Take *round_number* as committed, and of its tasks and answers keep only those that are *carried* on.
+
+        Return the tasks still out that are over. The round last committed, again, changes nothing.
 
         Raises:
             Conflict: the round is not the next one.
+            NotFound: there is no such task to carry.
         """
         if round_number == self._committed:
             return ()
         if round_number != self.round:
             raise Conflict(f"run {self.job_id}", state=f"in round {self.round}", wanted=f"at round {round_number}")
+        for key in self.unknown(carried):
+            raise NotFound(f"task of job {self.job_id}", _shown(key))
         self._committed = round_number
-        return self._forget_tasks()
+        return self._forget_tasks(but=frozenset(carried))
 
     def end(self, *, now: float) -> tuple[TaskKey, ...]:
         """End the run: every client that has not failed is done; return the tasks still out. Twice is once."""
@@ -458,12 +477,12 @@ class Run:
     def _suspects(self) -> list[Participant]:
         return [part for part in self._participants.values() if part.state is ClientState.SUSPECT]
 
-    def _forget_tasks(self) -> tuple[TaskKey, ...]:
-        out = tuple(self._tasks)
-        self._tasks.clear()
-        self._answers.clear()
+    def _forget_tasks(self, *, but: frozenset[TaskKey] = frozenset()) -> tuple[TaskKey, ...]:
+        over = tuple(key for key in self._tasks if key not in but)
+        self._tasks = {key: task for key, task in self._tasks.items() if key in but}
+        self._answers = {key: answer for key, answer in self._answers.items() if key in but}
         self._cancelled.clear()
-        return out
+        return over
 
     def _is_known(self, key: TaskKey) -> bool:
         return key in self._tasks or key in self._answers or key in self._cancelled

@@ -8,6 +8,7 @@ was made and not as a refusal by somebody else. ``provision`` makes kits.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
@@ -72,7 +73,8 @@ class Kit(Generic[S]):
     def load(cls, folder: Path, kind: type[S]) -> "Kit[S]":
         """Return the kit in *folder*, whose settings are of *kind*.
 
-        Whether its certificate is valid today is not asked: who verifies it has the clock that counts.
+        Whether its certificate is valid today is ``require_valid_at``'s question: a kit that is only looked at, as
+        when it is made or its process is stopped, may be any age.
 
         Raises:
             ConfigError: the kit is another kind of participant's, a file is missing or not what it should be, others
@@ -104,6 +106,18 @@ class Kit(Generic[S]):
         """The file with what this server shares with the project's others; ``None`` where there is none."""
         path = self.folder / SERVERS_SECRET_FILE
         return path if path.exists() else None
+
+    def require_valid_at(self, now: datetime) -> None:
+        """Return if the kit's certificate, where it has one, is valid at *now*, which is aware.
+
+        A server asks this before it serves; whoever dials with an identity asks it of that each time, because over TLS
+        the other side's refusal says no more than that the connection was closed.
+
+        Raises:
+            Unauthenticated: it has expired, or is not valid yet; the sentence says whose it is and since when.
+        """
+        if self.identity is not None:
+            self.identity.require_valid_at(now)
 
     def resolve(self, path: str) -> Path:
         """Return the place that *path* in the settings means: relative ones start at the kit's folder."""

@@ -12,7 +12,8 @@ agent comes back without one. The run's own process is started again when it die
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Coroutine, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -88,6 +89,8 @@ _log = logging.getLogger(__name__)
 DEPLOY_TIMEOUT_S: Final = 120.0
 """How long a client may take to fetch and unpack a job's package: 64 MiB over a slow line."""
 START_TIMEOUT_S: Final = 30.0
+HAND_OVER_TIMEOUT_S: Final = 30.0
+"""How long a run's process may take to hear of an answer; it has a loop of its own for that."""
 CONNECT_WITHIN_S: Final = 120.0
 """How long a client's process that was started may take to connect before the run counts its client as suspect."""
 RESTART_PAUSE_S: Final = 1.0
@@ -171,6 +174,8 @@ class ActiveRun:
         self._asks: tuple[Ask, ...] = ()
         self._store_trouble: StoreTrouble | None = None
         self._inboxes: dict[ClientName, Inbox] = {}
+        self._arriving: Counter[Digest] = Counter()
+        self._clearing = asyncio.Lock()
         self._logged: dict[ClientName, tuple[int, int]] = {}
         self._progress = 0
         self._round_announced = -1
@@ -323,13 +328,19 @@ class ActiveRun:
     # what the run's process asks
 
     async def attach(self) -> RunSnapshot:
-        """Return where the run stands: its process is there, and begins or goes on."""
+        """Return where the run stands, having handed over its answers: its process is there, and begins or goes on."""
         self._services.handlers.tell(EventType.START_RUN, self._context(round_number=self.run.round))
         with self._storing():
             state = await self._services.store.snapshot(self.job_id)
         self._works()
+        await self._hand_over(self.run.answers)
         return RunSnapshot(
-            self.job_id, self.record.spec, self.run.clients, state.state, lost_clients=self.run.lost_clients
+            self.job_id,
+            self.record.spec,
+            self.run.clients,
+            state.state,
+            lost_clients=self.run.lost_clients,
+            carried=self.run.carried,
         )
 
     async def issue(self, issue: IssueTasks) -> None:
@@ -342,12 +353,16 @@ class ActiveRun:
         if new and self.run.round != self._round_announced:
             self._round_announced = self.run.round
             self._notify(EventType.ROUND_STARTED, round_number=self.run.round)
-        answered = {answer.key: answer for answer in self.run.answers}
-        for key in issue.keys:
-            if key in answered:
-                self._tell_run("answer", answered[key])
+        await self._hand_over([answer for answer in self.run.answers if answer.key in issue.keys])
         for task in new:
             await self._send(task)
+
+    async def _hand_over(self, answers: Sequence[TaskResult]) -> None:
+        """Hand *answers* to the run's process, which may know them; asked and not told, as many would fill the link."""
+        for answer in answers:
+            await self._services.cell.ask(
+                job_cell(SERVER, self.job_id), Channel.RUN, "answer", answer, timeout_s=HAND_OVER_TIMEOUT_S
+            )
 
     async def cancel(self, keys: Collection[TaskKey]) -> None:
         """Refuse later answers to *keys*, and tell the clients."""
@@ -362,7 +377,10 @@ class ActiveRun:
         check_metrics(commit.state.metrics)
         if strangers := set(commit.answered) - set(self.run.clients):
             raise ProtocolError("CommitRound.answered", got=min(strangers), expected="clients of the run")
-        needed = state_digests(commit.state)
+        carried = commit.carried if commit.state.round == self.run.round else ()
+        if unknown := self.run.unknown(carried):
+            raise ProtocolError("CommitRound.carried", got=unknown[0], expected="tasks that are out or answered")
+        needed = state_digests(commit.state) | self._needed_by(carried)
         missing = self.files.missing(needed)
         if missing:
             raise ProtocolError("state", got=f"digest {missing[0]} without a file", expected="tensors that are stored")
@@ -373,12 +391,25 @@ class ActiveRun:
             )
         self._progress += 1
         self._works()
-        self._inboxes.clear()
-        for key in self.run.committed(commit.state.round):
+        for key in self.run.committed(commit.state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
-        doomed = await asyncio.to_thread(self.files.set_aside, needed)
-        self._spawn(asyncio.to_thread(self.files.delete_files, doomed), f"delete tensors of {self.job_id}")
+        await self._clear(state_digests(commit.state))
         self._notify(EventType.ROUND_DONE, round_number=commit.state.round, metrics=commit.state.metrics)
+
+    async def _clear(self, needed: set[Digest]) -> None:
+        """Delete all tensors but those *needed*, and those of tasks that live on: models, answers, what is coming."""
+        self._inboxes = {client: inbox for client, inbox in self._inboxes.items() if self.run.tasks_for(client)}
+        async with self._clearing:
+            begun = [inbox.begun for inbox in self._inboxes.values()]
+            kept = needed.union(self._needed_by(self.run.carried), *begun, +self._arriving)
+            doomed = await asyncio.to_thread(self.files.set_aside, kept)
+        self._spawn(asyncio.to_thread(self.files.delete_files, doomed), f"delete tensors of {self.job_id}")
+
+    def _needed_by(self, keys: Collection[TaskKey]) -> set[Digest]:
+        """Return the tensors of these tasks' models, and of their answers."""
+        models = [task.model for task in self.run.tasks if task.key in keys]
+        models += [answer.update.model for answer in self.run.answers if answer.update and answer.key in keys]
+        return set().union(*(digests_of(model) for model in models if model is not None))
 
     async def ended(self, end: RunEnded) -> None:
         """Take the run's process's word that it has reached its end."""
@@ -415,6 +446,10 @@ class ActiveRun:
             UpdateRejected: nobody waits for it, or it is not what the job expects; the sentence names the tensor.
             ProtocolError: it names a tensor that was not uploaded: upload it and send the answer again.
         """
+        async with self._keeping(result):
+            await self._judged(sender, result, message)
+
+    async def _judged(self, sender: ClientName, result: TaskResult, message: Message) -> None:
         match self.run.judge(result, sender=sender):
             case Duplicate():
                 return
@@ -437,8 +472,20 @@ class ActiveRun:
         if rejected is not None:
             raise rejected
 
+    @contextlib.asynccontextmanager
+    async def _keeping(self, result: TaskResult) -> AsyncIterator[None]:
+        """Have no commit delete the answer's tensors within the block: a carried task is answered at any time."""
+        model = None if result.update is None else result.update.model
+        digests = set() if model is None else digests_of(model)
+        async with self._clearing:
+            self._arriving.update(digests)
+        try:
+            yield
+        finally:
+            self._arriving.subtract(digests)
+
     def inbox(self, client: ClientName) -> Inbox:
-        """Return what *client* may add to the run's tensors now."""
+        """Return what *client* may add to the run's tensors, until its next answer is accepted or it has no task."""
         inbox = self._inboxes.setdefault(client, Inbox(self.files, client, on_trouble=self.store_failed))
         inbox.expect(self.run.tasks_for(client))
         return inbox
@@ -498,10 +545,11 @@ class ActiveRun:
         with self._storing():
             if result.update is not None and result.update.model is not None:
                 await asyncio.to_thread(self.files.sync, digests_of(result.update.model))
-            # What counts may be an earlier attempt of the same answer, of which the store could not tell how it went.
+            # What counts may be an earlier attempt of this answer, of which the store could not tell how it went.
             result = await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
         if not isinstance(self.run.accept(result, sender=sender), Accepted):
             return
+        self._inboxes.pop(sender, None)
         self._works()
         if result.fault is not None:
             self._troubles[sender] = Trouble(result.fault.code, result.fault.log_tail)

@@ -334,7 +334,7 @@ class FederatedServer(BaseServer):
 
     @property
     def name(self) -> str:
-        """This server's name, as in its settings and its certificate."""
+        """The server's name, as in its settings and its certificate."""
         return self._settings.name
 
     @property
@@ -732,8 +732,8 @@ class FederatedServer(BaseServer):
     ) -> RunEnded:
         """Run a job in this process and return when it has ended; with a snapshot it continues from there.
 
-        *run_root* is the run's folder, *conf* the job; ``args.epoch`` says whose tenure the run is of. Without *snapshot*
-        the parent is asked where the run stands.
+        *run_root* is the run's folder, *conf* the job; ``args.epoch`` says whose tenure the run is of. Without
+        *snapshot* the parent is asked where the run stands.
 
         Raises:
             Conflict: there is no job cell (``create_job_cell`` makes it), or a run already.

@@ -18,7 +18,7 @@ MAX_ANSWERS_PER_TASK: Final = 8
 
 
 class Inbox:
-    """The tensor files of a run, as *client* may use them in one round. ``expect`` comes before ``begin``.
+    """The tensor files of a run, as *client* may use them for its next answer. ``expect`` comes before ``begin``.
 
     *on_trouble* hears, in any thread, of what the disk does not take.
     """
@@ -43,6 +43,12 @@ class Inbox:
             self._tasks, self._sizes = expecting, frozenset(sizes)
             self._most = MAX_ANSWERS_PER_TASK * sum(sizes)
 
+    @property
+    def begun(self) -> frozenset[Digest]:
+        """The tensors that the client has begun to send."""
+        with self._lock:
+            return frozenset(self._begun)
+
     def has(self, digest: Digest) -> bool:
         """See ``TensorFiles``."""
         return self._files.has(digest)
@@ -59,7 +65,7 @@ class Inbox:
         """Begin to take a tensor, or go on with one begun before; from any thread.
 
         Raises:
-            UpdateRejected: no task of the client asks for such a tensor, or it has sent enough for this round.
+            UpdateRejected: no task of the client asks for such a tensor, or it has sent enough for its answer.
             StoreFailed: the disk has no place for it.
         """
         with self._lock:

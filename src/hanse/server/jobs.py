@@ -654,6 +654,10 @@ class Jobs:
 
     # parts
 
+    def run_folder(self, job_id: JobId) -> RunFolder:
+        """Return where the job's run keeps its things."""
+        return RunFolder(self._folders / job_id, self._services.epoch)
+
     def _waiting_of(self, record: JobRecord) -> tuple[Waiting, ...]:
         """Return what a job that has not ended waits for."""
         if (run := self._runs.get(record.job_id)) is not None:
@@ -662,10 +666,6 @@ class Jobs:
             return waiting_of_scheduled(deployment)
         wait = self._waiting.get(record.job_id)
         return waiting_of_submitted(record, wait) if wait is not None else ()
-
-    def run_folder(self, job_id: JobId) -> RunFolder:
-        """Return where the job's run keeps its things."""
-        return RunFolder(self._folders / job_id, self._services.epoch)
 
     def _run_of(self, job_id: JobId) -> ActiveRun:
         if (run := self._runs.get(job_id)) is None:
@@ -684,12 +684,6 @@ class Jobs:
         self.board.emit(JobEvent(job_id, notice.value, self._services.wall(), text=reason))
 
 
-def said_of(client: ClientName, reason: str) -> str:
-    """Return *reason* with *client*, the one that it is about, named in it."""
-    is_named = re.search(rf"(?<![\w-]){re.escape(client)}(?![\w-])", reason) is not None
-    return reason if is_named else f"{reason} (at {client})"
-
-
 def _answer_digests(answer: TaskResult) -> set[Digest]:
     model = answer.update.model if answer.update is not None else None
     return set() if model is None else digests_of(model)
@@ -701,6 +695,12 @@ def _digests_of(state: RunState) -> set[Digest]:
     for task in state.tasks:
         needed |= set() if task.model is None else digests_of(task.model)
     return needed.union(*map(_answer_digests, state.answers))
+
+
+def said_of(client: ClientName, reason: str) -> str:
+    """Return *reason* with *client*, the one that it is about, named in it."""
+    is_named = re.search(rf"(?<![\w-]){re.escape(client)}(?![\w-])", reason) is not None
+    return reason if is_named else f"{reason} (at {client})"
 
 
 def _tell_quietly(cell: Cell, destination: Fqcn, abort: AbortJob) -> None:

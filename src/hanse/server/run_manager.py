@@ -154,7 +154,12 @@ class LocalRun:
         files = TensorFiles(folder.tensors)
         snapshot = self._snapshot or await self._link.attach()
         federation = RunFederation(
-            self._link, files, clients=snapshot.clients, seed=self._spec.seed, lost=snapshot.lost_clients
+            self._link,
+            files,
+            clients=snapshot.clients,
+            seed=self._spec.seed,
+            lost=snapshot.lost_clients,
+            carried=snapshot.carried,
         )
         self._link.listen(federation)
         workflow = workflow_of(self._spec)
