@@ -18,7 +18,7 @@ def disk_failure(doing: str, error: OSError, folder: Path) -> StoreFailed:
     why = error.strerror or str(error)
     if error.errno in _FULL:
         return NoSpace(doing, disk=str(mount_point(folder)), folder=str(folder), why=why)
-    return StoreFailed(doing, f"{why} (in {folder})")
+    return StoreFailed(doing, why if str(folder) in doing else f"{why} (in {folder})")
 
 
 def database_failure(error: BaseException, name: str) -> StoreFailed:
