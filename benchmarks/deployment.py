@@ -224,9 +224,7 @@ def two_servers(store: str = "", *, clients: int = 2) -> Iterator[Deployment]:
     shared = Path(tempfile.mkdtemp(prefix="hanse-shared-"))
     settings = {"store": store or f"sqlite:///{shared}/store.db", "runs": f"{shared}/runs", "shutdown_period_s": 5.0}
     lines = ", ".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
-    standby = (
-        f'[[standbys]]\nname = "standby"\nhosts = ["localhost"]\nlisten = "127.0.0.1"\nport = {free_port()}\n'
-    )
+    standby = f'[[standbys]]\nname = "standby"\nhosts = ["localhost"]\nlisten = "127.0.0.1"\nport = {free_port()}\n'
     try:
         with deployment(
             clients=clients, settings=f"settings = {{ {lines} }}", more=standby, servers=("server", "standby")

@@ -45,8 +45,8 @@ NO_ERRORS: Final = {
 }
 """Exit statuses that stand for no error's class."""
 
-ENTERED_ELSEWHERE: Final = re.compile(r"_pb2(_grpc)?$|__main__$|\.migrations\.")
-"""What is generated, or only runs where somebody else starts it: it has no errors of its own."""
+NOT_IMPORTED: Final = re.compile(r"_pb2(_grpc)?$|__main__$|\.migrations\.")
+"""Generated modules, programs, and the steps of migrations, which Alembic runs."""
 
 
 class Undocumented(Exception):
@@ -111,7 +111,7 @@ def errors() -> str:
 def error_classes() -> list[type[HanseError]]:
     """Return every error class of the package, each after the class that it derives from."""
     for module in pkgutil.walk_packages(hanse.__path__, "hanse."):
-        if not ENTERED_ELSEWHERE.search(module.name):
+        if not NOT_IMPORTED.search(module.name):
             importlib.import_module(module.name)
 
     def derived(cls: type[HanseError]) -> Iterator[type[HanseError]]:

@@ -200,13 +200,14 @@ def test_tasks_asked_one_by_one_are_told_together_and_different_ones_apart() -> 
 
 
 def test_what_is_issued_again_is_waited_for_since_it_was_issued_first() -> None:
-    run = run_in_round_1(ONE)
-    issue = IssueTasks((key(ONE),), None, deadline_s=10.0)
-    (first,) = issued(run, key(ONE), deadline_s=10.0)
+    run = run_in_round_1(ONE, TWO)
+    (first,) = issued(run, key(ONE), key(TWO), deadline_s=10.0)
+    answer(run, key(TWO))
 
-    (again,) = with_issue((first,), issue, run=run, now=70.0)
+    (again,) = with_issue((first,), IssueTasks((key(ONE),), None, deadline_s=10.0), run=run, now=70.0)
 
-    assert (again.since, again.until) == (first.since, 80.0)
+    assert (again.keys, again.since, again.until) == (first.keys, first.since, 80.0)
+    assert with_issue((again,), IssueTasks((), None), run=run, now=75.0) == (again,)
 
 
 @pytest.mark.parametrize("how", ["answered", "committed"])

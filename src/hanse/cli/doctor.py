@@ -11,7 +11,8 @@ from cyclopts import Parameter
 from hanse.cli.failures import failure_of
 from hanse.cli.logs import show_logs
 from hanse.cli.output import TEXT, Output
-from hanse.cli.process_file import CLIENT_FILE, SERVER_FILE, holder
+from hanse.cli.process_file import SERVER_FILE, holder
+from hanse.client.workspace import CLIENT_FILE
 from hanse.doctor.checkup import Surroundings, examine
 from hanse.doctor.findings import Check, Finding, Verdict, first_failure
 

@@ -4,6 +4,7 @@ The process holds a lock on the file for as long as it lives, however it ends, s
 never taken for a running process, and never is another process stopped that has got the number since.
 """
 
+import fcntl
 import os
 import signal
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def holder(path: Path) -> int | None:
         # A lock that others may share: of two that ask this at once, neither takes the other for the holder.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _number(descriptor)
+        return number_in(descriptor) or 0
     else:
         return None
     finally:

@@ -75,10 +75,15 @@ def with_issue(asks: Iterable[Ask], issue: IssueTasks, *, run: Run, now: float) 
 
     What a run's process that was started again issues again is waited for since it was issued first.
     """
-    again = {ask.keys: ask for ask in asks}.get(issue.keys)
+    asks = [ask for ask in asks if _open_keys(ask, run)]
+    if not issue.keys:
+        return tuple(asks)
+    issued = frozenset(issue.keys)
+    before = [ask for ask in asks if not issued.isdisjoint(ask.keys)]
+    keys = dict.fromkeys((*(key for ask in before for key in ask.keys), *issue.keys))
+    since = min((ask.since for ask in before), default=now)
     until = now + issue.deadline_s if issue.deadline_s > 0 else None
-    new = Ask(issue.keys, again.since if again is not None else now, until, issue.then)
-    return (*(ask for ask in asks if ask.keys != issue.keys and _open_keys(ask, run)), new)
+    return (*(ask for ask in asks if ask not in before), Ask(tuple(keys), since, until, issue.then))
 
 
 def waiting_of_submitted(job: JobRecord, wait: Wait) -> tuple[Waiting, ...]:

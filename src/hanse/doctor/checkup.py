@@ -164,7 +164,7 @@ async def _along_the_way(
         hello=_hello(settings.name, settings.project, around),
         tls=_tls_of(kit),
         registrant=Registrant(
-            settings.project, settings.name, settings.server_name, kit.identity, kit.ca_pem, wall=around.now
+            settings.project, settings.name, settings.server_names, kit.identity, kit.ca_pem, wall=around.now
         ),
         wall=around.wall,
         deadline=deadline,
@@ -234,7 +234,7 @@ async def _serving(
         here,
         hello=_hello("doctor", settings.project, around),
         tls=None,
-        registrant=Registrant(settings.project, "doctor", settings.name, kit.identity, kit.ca_pem, wall=around.now),
+        registrant=Registrant(settings.project, "doctor", (settings.name,), kit.identity, kit.ca_pem, wall=around.now),
         wall=around.wall,
         deadline=deadline,
     )
