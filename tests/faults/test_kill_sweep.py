@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-
 from _pytest.mark import ParameterSet
 
 from hanse.cell.loop import run
