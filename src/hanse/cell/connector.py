@@ -21,7 +21,7 @@ from hanse.cell.backoff import LONGEST_S, Backoff
 from hanse.cell.cell import Cell
 from hanse.cell.handshake import say_hello
 from hanse.cell.link import Link, Peer, Pipe, StreamLink, Transport
-from hanse.cell.rpc import CONNECT, ClientTls, error_of, open_channel
+from hanse.cell.rpc import CONNECT, CONTROL_OPTIONS, ClientTls, error_of, open_channel
 from hanse.errors import HanseError, InternalError, TimedOut, Unreachable
 from hanse.ids import SERVER
 from hanse.messages import Hello, Welcome
@@ -214,7 +214,7 @@ class GrpcDial:
 
     async def __call__(self, target: str) -> Pipe:
         """Return a pipe to *target*; whether anybody is there shows at the first read or write."""
-        channel = open_channel(target, self._tls)
+        channel = open_channel(target, self._tls, CONTROL_OPTIONS)
         return _ClientPipe(target, channel, channel.stream_stream(CONNECT)())
 
 
