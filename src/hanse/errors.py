@@ -41,7 +41,10 @@ with.
 """
 
 from collections.abc import Collection
-from typing import ClassVar
+from typing import ClassVar, Final
+
+UNKNOWN_STATUS: Final = 256
+"""Stands for the status of a process of which nobody knows how it ended: real ones are less, negative for a signal."""
 
 
 class HanseError(Exception):
@@ -213,6 +216,8 @@ class ProcessDied(SiteError):
 
     def __init__(self, where: str, status: int, last_line: str = "") -> None:
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        if status == UNKNOWN_STATUS:
+            how = "ended, and its agent, which had not started it, cannot tell how"
         tail = f"; its log ends with: {last_line}" if last_line else ""
         super().__init__(f"the job's process at {where} {how}{tail}")
         self.where, self.status, self.last_line = where, status, last_line
@@ -354,8 +359,8 @@ class TensorsLost(EnvironmentFault):
 
     def __init__(self, job_id: str, round_number: int, digest: str) -> None:
         super().__init__(
-            f"tensor {digest} of round {round_number} of job {job_id} is missing or damaged on the server's disk, so the "
-            "run cannot go on; check the disk, and submit the job again"
+            f"tensor {digest} of round {round_number} of job {job_id} is missing or damaged on the server's disk, so "
+            "the run cannot go on; check the disk, and submit the job again"
         )
         self.job_id, self.round_number, self.digest = job_id, round_number, digest
 

@@ -175,7 +175,7 @@ def test_ctrl_c_ends_waiting_and_leaves_the_job_alone_and_ends_a_server_in_order
         assert server.process.wait(10) == 0
 
 
-def certified_anew(kit: Path, authority: Path, copy: Path, made: datetime, *hosts: str) -> Path:
+def certified_anew(kit: Path, authority: Path, copy: Path, made: datetime, *hosts: str, **more: timedelta) -> Path:
     """A copy of *kit* whose certificate, for the same key and by the same authority, was made at *made*."""
     shutil.copytree(kit, copy, ignore=shutil.ignore_patterns("workspace"))
     identity = Identity.load(kit / "cert.pem", kit / "key.pem")
@@ -186,6 +186,7 @@ def certified_anew(kit: Path, authority: Path, copy: Path, made: datetime, *host
         public_key=identity.key.public_key(),
         now=made,
         hosts=hosts,
+        **more,
     )
     (copy / "cert.pem").write_bytes(certificate)
     return copy
@@ -202,6 +203,23 @@ def test_a_certificate_that_is_not_valid_now_is_said_to_be_that(kits: Path, tmp_
         assert ended["reason"] == f"the certificate of 'site-1' expired on {since}; ask the project for a new one"
         ended = hanse("client", "start", early, status=5)["error"]
         assert ended["reason"].startswith("the certificate of 'site-1' is not valid before")
+
+
+@pytest.mark.slow
+def test_a_certificate_that_expires_while_a_client_runs_ends_it_when_it_has_to_connect_again(
+    kits: Path, tmp_path: Path
+) -> None:
+    lifetime = timedelta(seconds=25)  # time enough to register on a busy machine
+    kit = certified_anew(kits / "site-1", kits / "authority", tmp_path / "kit", datetime.now(UTC), lifetime=lifetime)
+    with (
+        running("server", "start", kits / "server", log=tmp_path / "server.log") as server,
+        running("client", "start", kit, log=tmp_path / "client.log") as client,
+    ):
+        server.process.kill()
+        assert client.process.wait(WITHIN_S) == 5
+    told = json.loads((tmp_path / "client.log").read_text().splitlines()[-1])["error"]
+    assert told["code"] == "unauthenticated"
+    assert told["reason"].startswith("the certificate of 'site-1' expired on")
 
 
 def test_a_servers_certificate_that_is_not_valid_now_keeps_it_from_starting(kits: Path, tmp_path: Path) -> None:

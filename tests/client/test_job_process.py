@@ -14,11 +14,13 @@ import pytest
 
 from hanse.cell.listener import Listener
 from hanse.cell.rpc import ServerTls
+from hanse.client.job_process import TERMINATED
 from hanse.client.process_spec import PROCESS_MODULE, JobProcessSpec
 from hanse.errors import Unreachable
 from hanse.identity.authorities import Authority, JobAuthority
 from hanse.ids import Fqcn
-from hanse.launch.process import ProcessLauncher, RunningProcess
+from hanse.launch.process import RunningProcess
+from hanse.launch.surviving import SurvivingLauncher
 from hanse.messages import (
     Channel,
     JobCredentials,
@@ -102,7 +104,7 @@ class Place:
                 **changes,
             }
         )
-        return await ProcessLauncher().launch(
+        return await SurvivingLauncher().launch(
             PROCESS_MODULE, spec=msgspec.msgpack.encode(spec), log_path=self.folder / "log", env={}, name="job"
         )
 
@@ -143,7 +145,7 @@ async def test_functions_and_script_run_the_same_job_end_to_end(
         assert (result.update.num_examples, result.update.metrics) == (5, {"seen": 1.0})
         assert (await here.server.next(LogMetrics)).metrics == {"loss": 0.5}
 
-        assert await process.stop() == 0
+        assert await process.stop() == TERMINATED
         if client == "train.py":
             assert "the script has ended" in process.log_tail(), "the run's end ends its loop"
 
@@ -162,26 +164,68 @@ async def test_job_proves_itself_by_a_certificate_of_its_own(tmp_path: Path) -> 
         assert peer.transport == "mtls"
         here.give()
         assert (await here.server.next(TaskResult)).update is not None
-        assert await process.stop() == 0
+        assert await process.stop() == TERMINATED
 
 
-@pytest.mark.parametrize("how", ["life line", "SIGTERM"])
-async def test_process_is_gone_soon_though_user_code_does_not_end(tmp_path: Path, how: str) -> None:
-    evaluating = tmp_path / "evaluating"
-    os.mkfifo(evaluating)
-    async with place(tmp_path) as here:
-        process = await here.launch(site={"evaluating": str(evaluating)})
+@asynccontextmanager
+async def evaluating(here: Place, **changes: Any) -> AsyncIterator[RunningProcess]:
+    """A process whose code is in the middle of a task that does not end."""
+    told = here.folder / "evaluating"
+    os.mkfifo(told)
+    process = await here.launch(site={"evaluating": str(told)}, **changes)
+    try:
         await here.server.up(CELL)
         here.give("evaluate")
-        await asyncio.to_thread(evaluating.read_text)
-        if how == "life line":
-            assert process._life_line is not None
-            os.close(process._life_line)  # as the kernel does when the agent dies
-            process._life_line = None
-        else:
-            os.kill(process.pid, signal.SIGTERM)
+        await asyncio.to_thread(told.read_text)
+        yield process
+    finally:
+        await process.stop()
 
-        assert await process.wait() == 0
+
+def lose_agent(process: RunningProcess) -> None:
+    """Close the life line as the kernel does when the agent dies."""
+    assert process._life_line is not None
+    os.close(process._life_line)
+    process._life_line = os.open(os.devnull, os.O_RDONLY)
+
+
+async def test_process_is_gone_soon_after_sigterm_though_user_code_does_not_end(tmp_path: Path) -> None:
+    async with place(tmp_path) as here, evaluating(here) as process:
+        os.kill(process.pid, signal.SIGTERM)
+
+        assert await process.wait() == TERMINATED
+
+
+async def test_process_without_an_agent_ends_by_itself_though_user_code_does_not_and_says_why(tmp_path: Path) -> None:
+    async with place(tmp_path) as here, evaluating(here, agent_grace_s=0.1) as process:
+        lose_agent(process)
+
+        assert await process.wait() == -signal.SIGKILL, "what it has started ends with it"
+        log = process.log_tail()
+        assert "the agent is gone; the job goes on" in log
+        assert "the job ends here: its agent has been gone for 0.1 s, and no other has come job=digits-1" in log
+
+
+async def test_process_without_an_agent_goes_on_and_delivers(tmp_path: Path) -> None:
+    async with place(tmp_path) as here:
+        process = await here.launch()
+        await here.server.up(CELL)
+        lose_agent(process)
+        here.give()
+
+        assert (await here.server.next(TaskResult)).update is not None
+        assert await process.stop() == TERMINATED
+
+
+async def test_process_whose_folder_is_gone_ends_by_itself(tmp_path: Path) -> None:
+    async with place(tmp_path) as here:
+        process = await here.launch()
+        await here.server.up(CELL)
+        (tmp_path / "life-line").unlink()
+        lose_agent(process)
+
+        assert await process.wait() == -signal.SIGKILL
+        assert "the job ends here: its life line to the agent is gone (No such file or directory)" in process.log_tail()
 
 
 async def test_sigterm_ends_the_process_in_order(tmp_path: Path) -> None:
@@ -192,7 +236,7 @@ async def test_sigterm_ends_the_process_in_order(tmp_path: Path) -> None:
         await here.server.next(TaskResult)  # so the process, too, counts the connection as up
         os.kill(process.pid, signal.SIGTERM)
 
-        assert await process.wait() == 0
+        assert await process.wait() == TERMINATED
         peer, reason = await here.server.downs.get()
         assert (peer.fqcn, reason) == (CELL, f"cannot reach {CELL}: it has left")
 
@@ -267,6 +311,6 @@ async def test_process_waits_for_a_server_that_is_away_and_says_so(tmp_path: Pat
         await here.server.up(CELL)
         await here.restart()
         await here.server.up(CELL)
-        assert await process.stop() == 0
+        assert await process.stop() == TERMINATED
 
         assert "waiting for the server job=digits-1 reason='" in process.log_tail()

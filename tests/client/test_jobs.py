@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from hanse.cell.cell import RemoteError
-from hanse.client.jobs import JobFolder
 from hanse.client.process_spec import PROCESS_MODULE
+from hanse.client.workspace import JobFolder
 from hanse.errors import NotFound, Unreachable
 from hanse.ids import Digest, Fqcn, JobId
 from hanse.messages import AbortJob, Channel, DeployJob, Heartbeat, JobEnded

@@ -108,7 +108,7 @@ async def test_clients_that_still_train_are_not_asked_to_evaluate() -> None:
 
 
 def test_no_late_answer_counts_where_no_round_follows() -> None:
-    with pytest.raises(JobInvalid, match="workflow.late is 'next'; expected 'drop', as no round follows"):
+    with pytest.raises(JobInvalid, match=r"workflow\.late is 'next'; expected 'drop', as no round follows"):
         Evaluation(late="next")
 
 

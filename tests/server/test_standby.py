@@ -14,7 +14,7 @@ import pytest
 from hanse.coordination.service import ServiceState
 from hanse.errors import StaleEpoch, StoreFailed, Unreachable
 from hanse.job import JobState
-from hanse.messages import TaskAssignment, TaskResult
+from hanse.messages import Channel, Heartbeat, TaskAssignment, TaskResult
 from hanse.model import Model
 from hanse.server import FederatedServer
 from hanse.server.lifetime import holder_of
@@ -30,7 +30,7 @@ MakeServer = Callable[..., FederatedServer]
 
 
 class Store(SqlStore):
-    """A store that a test can take away: renewals wait, or fail."""
+    """A store that a test can take away: what keeps the lease waits, or fails."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -42,6 +42,12 @@ class Store(SqlStore):
         if self.fails:
             raise StoreFailed("renewing", "the database is away")
         return await super().renew_lease(epoch)
+
+    async def release_lease(self, epoch: int, *, successor: str = "") -> None:
+        await self.beats.wait()
+        if self.fails:
+            raise StoreFailed("releasing", "the database is away")
+        await super().release_lease(epoch, successor=successor)
 
 
 class Watched(LeaseOverseer):
@@ -90,7 +96,7 @@ def start(make_server: MakeServer, project: Project, tmp_path: Path) -> Callable
         target = f"{name}:1"
         overseer = Watched(store, holder=holder_of(workspace, name), name=name, target=target, ttl_s=LEASE_S)
         server = make_server(snapshot_persistor=store, overseer_agent=overseer, max_num_clients=10)
-        own = settings(name=name, runs=str(tmp_path / "runs"), lease_s=LEASE_S, heartbeat_s=0.2)
+        own = settings(name=name, runs=str(tmp_path / "runs"), lease_s=LEASE_S)
         secret = tmp_path / "servers.secret"
         if not secret.exists():
             secret.write_text("5e" * 32)
@@ -227,8 +233,9 @@ def test_a_run_goes_on_at_the_other_server_and_asks_for_no_accepted_answer_again
     first.server.hand_over("server-2")
     second.becomes(ServiceState.HOT)
 
-    Site(dialler, second.server, "site-1", train=noted)
-    Site(dialler, second.server, "site-2", train=plus(1.0))
+    back = Site(dialler, second.server, "site-1", train=noted), Site(dialler, second.server, "site-2", train=plus(1.0))
+    for site in back:
+        site.wire.ask(Channel.SERVER, "heartbeat", Heartbeat())
     record = outcome(second.server, job_id)
     assert (record.state, record.reason) == (JobState.COMPLETED, "")
     assert asked == ["site-1-1", "site-1-2"], "round 1 was answered once"

@@ -21,6 +21,10 @@ COMMANDS: Final = {
     "kit request": ("hanse.cli.kit:request", "Make a key here, and a request for a certificate."),
     "kit approve": ("hanse.cli.kit:approve", "Answer a request, as the holder of the project's authority."),
     "kit install": ("hanse.cli.kit:install", "Put what was approved beside the key."),
+    "doctor": (
+        "hanse.cli.doctor:doctor",
+        "Check a kit before any job: files, certificates, disk, the way to the server.",
+    ),
     "server start": ("hanse.cli.server:start", "Run the server until it is stopped."),
     "server status": ("hanse.cli.status:status", "Show how the server is."),
     "server stop": (

@@ -1,18 +1,21 @@
 """A job's process at a site: ``python -m hanse.client.job_process``, started by the site's agent.
 
 The job's code runs in the main thread, as such code expects; the connection to the server lives on the event loop's
-thread (``JobConnection``); the two meet in a ``MainThreadTrainer``. A third thread watches the life line, the pipe that
-the specification came on and that the agent holds: its end, or SIGTERM, means that the process is to end. It then says
-goodbye and is gone within ``EXIT_GRACE_S``, whatever the job's code is doing.
+thread (``JobConnection``); the two meet in a ``MainThreadTrainer``. Two more threads wait for what ends the process:
+SIGTERM, and having been without an agent for too long (``LifeLine``). It then says goodbye and is gone within
+``EXIT_GRACE_S``, whatever the job's code is doing.
 
-The exit status is 0 when the process was asked to end, and 1 when it could not go on; the log's last line says why.
+When its agent dies, the process goes on: it has its own connection to the server, and delivers. The next agent takes it
+over. One that comes to nobody ends by itself, with all that it has started, since nobody is there to see to it.
+
+The exit status is ``TERMINATED`` after SIGTERM, whoever sent it, and 1 when the process could not go on; the log's last
+line says why. Only the job's own code can end it with 0.
 """
 
 import asyncio
 import logging
 import os
 import random
-import select
 import signal
 import sys
 import threading
@@ -21,7 +24,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import msgspec
 
@@ -41,6 +44,7 @@ from hanse.identity.tokens import parse_token
 from hanse.ids import Digest, job_cell
 from hanse.launch.log_lines import FieldLogger, log_to_stderr
 from hanse.launch.process import last_lines, logged_before, read_spec
+from hanse.launch.surviving import LifeLine
 from hanse.messages import (
     PROTOCOL_VERSIONS,
     Channel,
@@ -57,6 +61,9 @@ _log = logging.getLogger(__name__)
 
 EXIT_GRACE_S: Final = 2.0
 """How long the process may take to end once it must: less than its agent waits before it kills."""
+
+TERMINATED: Final = 128 + signal.SIGTERM
+"""The exit status of a process that was asked to end: as a shell has it for one that the signal killed."""
 
 REPORT_TIMEOUT_S: Final = 15.0
 """How long a failure may take to reach the server; the agent tells of it too, by the log's last lines."""
@@ -161,6 +168,8 @@ class JobConnection:
         return Hello(PROTOCOL_VERSIONS, self._uplink.cell.fqcn, self._spec.project, credentials=self._credentials)
 
     async def _on_welcome(self, link: Link, welcome: Welcome) -> None:
+        if self._own_transfers is not None:
+            await self._own_transfers.renew()
         self._uplink.trust(link.peer, ssid=welcome.ssid)
         self._log.info("connected", extra={"server": welcome.server, "target": self._connector.target})
 
@@ -187,29 +196,35 @@ def main() -> int:
     log_start = logged_before()
     log_to_stderr()
     signals = _catch_sigterm()
-    life_line = _take_life_line()
-    spec = msgspec.msgpack.decode(read_spec(life_line), type=JobProcessSpec)
+    line = LifeLine()
+    spec = msgspec.msgpack.decode(_read_input(), type=JobProcessSpec)
     folder = Path(spec.code or spec.tensors)
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     if spec.code:
         sys.path.insert(0, spec.code)
+    ending = _Ending()
     trainer = MainThreadTrainer(folder)
     connection = run(_connection_of(spec, trainer, partial(_log_tail, spec, log_start)))
     life = asyncio.run_coroutine_threadsafe(connection.run(), background_loop())
 
     def ended(life: Future[None]) -> None:
-        trainer.close()
         if (error := life.exception()) is not None:
             _log.error("the job cannot go on: %s", error, extra={"job": spec.job_id})
-            _exit_within(EXIT_GRACE_S, status=1)
+            ending.begin(1)
+        trainer.close()
 
-    def end() -> None:
-        _exit_within(EXIT_GRACE_S)
+    def end(*, with_group: bool = False) -> None:
+        ending.begin(TERMINATED, with_group=with_group)
         asyncio.run_coroutine_threadsafe(connection.close(), background_loop())
 
+    def end_alone(why: str) -> None:
+        _log.error("the job ends here: %s", why, extra={"job": spec.job_id})
+        end(with_group=True)
+
     life.add_done_callback(ended)
-    _watch(life_line, signals, end)
+    _on_sigterm(signals, end)
+    line.watch(grace_s=spec.agent_grace_s, on_alone=end_alone)
     try:
         serve(spec, trainer, folder)
     except HanseError as failure:
@@ -217,8 +232,9 @@ def main() -> int:
             _log.error("the job's code failed", exc_info=failure.__cause__)
         _tell(connection, failure)
         _log.error("the job cannot go on: %s", failure.reason, extra={"job": spec.job_id})
-        return 1
-    return 0 if life.exception() is None else 1
+        ending.begin(1)
+        run(connection.close())
+    return ending.status
 
 
 def serve(spec: JobProcessSpec, trainer: MainThreadTrainer, folder: Path) -> None:
@@ -251,23 +267,56 @@ def _log_tail(spec: JobProcessSpec, log_start: int) -> str:
     return last_lines(Path(spec.log), spec.policy.log_lines, start=log_start)[-TAIL_CHARS:]
 
 
+class _Ending:
+    """The end of this process: whoever begins it first says how, and ``EXIT_GRACE_S`` later it is over, come what may.
+
+    User code, or a thread of its own, may not want to end.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._status: int | None = None
+        self._with_group = False
+
+    def begin(self, status: int, *, with_group: bool = False) -> None:
+        """Have the process end with *status*, and *with_group*, all that it has started, by SIGKILL."""
+        with self._lock:
+            if self._status is not None:
+                return
+            self._status, self._with_group = status, with_group
+        timer = threading.Timer(EXIT_GRACE_S, self._force)
+        timer.daemon = True
+        timer.start()
+
+    @property
+    def status(self) -> int:
+        """What the process is to end with now that its work is over."""
+        if self._with_group:
+            self._force()
+        return self._status or 0
+
+    def _force(self) -> None:
+        if self._with_group and os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(self._status or 0)
+
+
 def _tell(connection: JobConnection, failure: HanseError) -> None:
-    """Tell the server of *failure*, if it can be told, and leave it."""
+    """Tell the server of *failure*, if it can be told."""
     try:
         run(connection.report_failure(failure), REPORT_TIMEOUT_S)
     except HanseError as error:
         _log.warning("the server was not told", extra={"reason": error.reason})
-    _exit_within(EXIT_GRACE_S, status=1)
-    run(connection.close())
 
 
-def _take_life_line() -> BinaryIO:
-    """Return the pipe to the agent, moved away from standard input, which the job's code may read and finds empty."""
-    life_line = os.fdopen(os.dup(0), "rb")
+def _read_input() -> bytes:
+    """Return the specification on standard input, which is empty from then on: the job's code may read it."""
+    with os.fdopen(os.dup(0), "rb") as pipe:
+        spec = read_spec(pipe)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    return life_line
+    return spec
 
 
 def _catch_sigterm() -> int:
@@ -282,27 +331,15 @@ def _catch_sigterm() -> int:
     return signals
 
 
-def _watch(life_line: BinaryIO, signals: int, end: Callable[[], None]) -> None:
-    """Call *end*, from a thread of its own, when the agent is gone or asks by SIGTERM."""
-    agent = life_line.fileno()
+def _on_sigterm(signals: int, end: Callable[[], None]) -> None:
+    """Call *end*, from a thread of its own, when SIGTERM arrives on *signals*."""
 
     def watch() -> None:
-        while True:
-            ready, _, _ = select.select([agent, signals], [], [])
-            if signals in ready and signal.SIGTERM in os.read(signals, 64):
-                break
-            if agent in ready and not os.read(agent, 64):
-                break
+        while signal.SIGTERM not in os.read(signals, 64):
+            continue
         end()
 
-    threading.Thread(target=watch, name="life line", daemon=True).start()
-
-
-def _exit_within(grace_s: float, status: int = 0) -> None:
-    """Have the process be gone after *grace_s* seconds, though user code or one of its threads may not want to end."""
-    timer = threading.Timer(grace_s, os._exit, [status])
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What a job's process at a site is told when it starts: written to its standard input, never on a command line."""
 
+from typing import Final
+
 import msgspec
 
 from hanse.ids import ClientName, JobId
@@ -7,9 +9,13 @@ from hanse.job import Config, JobSpec
 from hanse.messages import JobCredentials
 from hanse.settings import SitePolicy
 
-PROCESS_MODULE = "hanse.client.job_process"
-TAIL_CHARS = 8 * 1024
+PROCESS_MODULE: Final = "hanse.client.job_process"
+TAIL_CHARS: Final = 8 * 1024
 """The most that leaves the site of the log's last lines, however many the site lets go."""
+
+AGENT_GRACE_S: Final = 120.0
+"""How long a job's process goes on without an agent. Long enough for whatever supervises an agent that crashed to start
+it again, and for a person who watches it; short enough that a site whose agent was killed for good is at rest soon."""
 
 
 class JobProcessSpec(msgspec.Struct, frozen=True):
@@ -17,7 +23,8 @@ class JobProcessSpec(msgspec.Struct, frozen=True):
 
     ``code`` is the folder of the job's own code; empty where the site lets none run, so that nothing of it can be
     imported in place of what is installed. ``roots`` is what TLS is checked against, in PEM; empty without TLS. ``log``
-    is the file that the process's output goes to; empty where it goes to none.
+    is the file that the process's output goes to; empty where it goes to none. The process ends by itself when it has
+    had no agent for ``agent_grace_s``.
     """
 
     job_id: JobId
@@ -32,3 +39,4 @@ class JobProcessSpec(msgspec.Struct, frozen=True):
     log: str = ""
     site: Config = {}
     policy: SitePolicy = SitePolicy()
+    agent_grace_s: float = AGENT_GRACE_S

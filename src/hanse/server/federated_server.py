@@ -70,7 +70,7 @@ from hanse.server.clients import Clients, Lifetimes
 from hanse.server.identities import identities_of
 from hanse.server.jobs import JobLimits, Jobs
 from hanse.server.lifetime import holder_of, only_user_of
-from hanse.server.listening import Place, server_tls
+from hanse.server.listening import SOCKET_FILE, Place, server_tls
 from hanse.server.overseer import HeldFor, OverseerAgent
 from hanse.server.payloads import expect
 from hanse.server.primacy import Primacy
@@ -334,7 +334,7 @@ class FederatedServer(BaseServer):
 
     @property
     def name(self) -> str:
-        """The server's name, as in its settings and its certificate."""
+        """What its settings and its certificate call the server."""
         return self._settings.name
 
     @property
@@ -402,8 +402,6 @@ class FederatedServer(BaseServer):
             stack.enter_context(only_user_of(where.workspace))
             self._clients.identities = identities_of(where, self.project_name, max_reg_duration_s=self.max_reg_duration)
             store = await stack.enter_async_context(self._store or _embedded_store(where.workspace))
-            for name, reason in (await store.disabled_clients()).items():
-                self._clients.set_disabled(ClientName(name), reason)
             admittance = self._admittance()
             cell = Cell(Fqcn(SERVER), gate=lambda *arrival: self._gate(admittance, *arrival))
             stack.push_async_callback(cell.close)
@@ -505,6 +503,7 @@ class FederatedServer(BaseServer):
         is_contended = held is not None
         if held is None:
             held = HeldFor(await self._taken_lease(deployed), boot_time())
+        self._clients.disable_only(await deployed.store.disabled_clients())  # another server may have changed them
         lease = HeldLease(deployed.store, held.lease, is_contended=is_contended, taken_at=held.taken_at)
         services = RunServices(
             project=self.project_name,
@@ -805,12 +804,12 @@ def _from_stream(request: Message) -> Message:
 @contextmanager
 def _socket_of(where: Place) -> Iterator[Path]:
     """Give the path of the socket for runs' processes: in the workspace, or where that is too deep, apart."""
-    path = (where.workspace / "jobs.sock").absolute()
+    path = (where.workspace / SOCKET_FILE).absolute()
     if where.scheme != "grpc" or len(str(path)) <= MAX_SOCKET_PATH:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="hanse-") as folder:
-        yield Path(folder) / "jobs.sock"
+        yield Path(folder) / SOCKET_FILE
 
 
 def _embedded_store(workspace: Path) -> Store:

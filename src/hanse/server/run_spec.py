@@ -8,7 +8,7 @@ from hanse.messages import Credentials
 
 
 class RunProcessSpec(msgspec.Struct, frozen=True):
-    """All that a run's process needs: its job, its folder and whose tenure it is of, its server, and its proof there."""
+    """All that a run's process needs: its job, its folder, whose tenure it is of, its server and its proof."""
 
     job_id: JobId
     project: str
