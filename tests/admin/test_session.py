@@ -4,6 +4,7 @@ import random
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -92,8 +93,9 @@ def test_a_submitted_folder_is_a_job_that_says_what_it_waits_for(deployment: Dep
         submitted = session.submit(tmp_path)
         view = session.show(submitted.job_id)
     assert (view.name, view.state, view.submitter) == ("mine", "submitted", "lee@demo")
-    assert "registered" in view.waiting_for
-    assert view.waiting_until > view.submitted_at
+    (waiting,) = view.waiting
+    assert "registered" in waiting.what
+    assert waiting.until > view.submitted_at
     assert deployment.uploads() == []
 
 
@@ -408,7 +410,11 @@ async def take_part(deployment: Deployment, workspace: Path) -> tuple[ClientAgen
         release="9.9",
     )
     running = asyncio.create_task(agent.run())
-    await agent.wait_registered()
+    registered = asyncio.ensure_future(agent.wait_registered())
+    await asyncio.wait({running, registered}, return_when=asyncio.FIRST_COMPLETED)
+    if running.done():
+        registered.cancel()
+        running.result()
     return agent, running
 
 
@@ -444,6 +450,29 @@ def test_clients_are_listed_and_a_disabled_one_stays_out_until_enabled(kits: Pat
         assert wait(after.server.jobs.services.store.disabled_clients()) == {"site-1": "disabled by ada@demo"}
         wait(enable(after))
         assert [(entry.action, entry.outcome) for entry in after.audited(1)] == [("client.enable", "done")]
+
+
+def test_a_site_of_another_protocol_is_shown_as_refused_with_both_releases_until_it_comes_as_it_should(
+    kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(deployment: Deployment) -> None:
+        async with deployment.async_session() as session:
+            with monkeypatch.context() as patched:
+                patched.setattr("hanse.client.agent.PROTOCOL_VERSIONS", (99,))
+                with pytest.raises(RemoteError, match=r"site-1 runs Hanse 9\.9 \(protocol 99\)"):
+                    await take_part(deployment, tmp_path / "site")
+            (refused,) = await session.refused_clients()
+            assert (refused.name, refused.code) == ("site-1", "version-mismatch")
+            assert f"this side runs Hanse {version('hanse')} (protocol 1)" in refused.reason
+            assert 0 <= refused.ago_s < 20
+
+            agent, running = await take_part(deployment, tmp_path / "site")
+            assert await session.refused_clients() == ()
+            agent.stop()
+            await running
+
+    with deployed(kits, tmp_path / "ws") as deployment:
+        wait(scene(deployment))
 
 
 def test_what_cannot_be_a_client_is_not_disabled(deployment: Deployment) -> None:

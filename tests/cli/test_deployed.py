@@ -113,8 +113,9 @@ def test_from_kits_to_a_model_in_a_file(kits: Path, tmp_path: Path) -> None:
         waiting = hanse("job", "submit", tmp_path / "job", **ada)["job_id"]
         shown = hanse("job", "show", waiting, **ada)
         assert shown["state"] == "submitted"
-        assert "registered" in shown["waiting_for"]
-        assert shown["waiting_until"] > shown["submitted_at"]
+        (awaited,) = shown["waiting"]
+        assert "registered" in awaited["what"]
+        assert awaited["until"] > shown["submitted_at"]
         assert hanse("job", "abort", waiting, **ada)["state"] == "aborted"
         assert hanse("job", "wait", waiting, status=21, **ada)["reason"] == "aborted by ada@demo"
         refused = hanse("job", "submit", tmp_path / "job", "--kit", kits / "mel@demo", status=5)

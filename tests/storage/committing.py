@@ -12,7 +12,7 @@ from .samples import JOB, answer, commit, record, task
 
 async def main(path: Path) -> None:
     async with SqlStore(path) as store:
-        epoch = (await store.take_lease("server-1", ttl_s=30.0, now_s=0.0)).epoch
+        epoch = (await store.take_lease("server-1", name="server-1", target="", ttl_s=30.0)).epoch
         await store.add_job(epoch, record())
         await store.commit_round(epoch, JOB, commit(0), now_s=0.0)
         for number in itertools.count(1):

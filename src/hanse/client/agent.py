@@ -92,7 +92,7 @@ class ClientAgent:
         self._registrant = Registrant(
             settings.project,
             settings.name,
-            settings.server_name,
+            settings.server_names,
             identity,
             roots,
             settings.resources,

@@ -55,12 +55,12 @@ def registered_by(reply: Message, *, to: str) -> Registered:
 class Registrant:
     """Who registers, and whom it expects.
 
-    That is the server called *server_name*, in a certificate that one of *roots* (PEM) issued.
+    That is a server called by one of *server_names*, in a certificate that one of *roots* (PEM) issued.
     """
 
     project: str
     name: str
-    server_name: str
+    server_names: tuple[str, ...]
     identity: Identity | None = None
     roots: bytes = field(default=b"", repr=False)
     resources: Resources = field(default_factory=Resources)
@@ -116,17 +116,18 @@ class Registrant:
         said = transcript(
             project=self.project,
             client=self.name,
-            server=self.server_name,
+            server=half.server,
             client_nonce=nonce,
             server_nonce=half.nonce,
             client_certificate=identity.certificate,
             server_certificate=half.certificate,
         )
-        if half.server != self.server_name:
-            raise Unauthenticated(f"the server calls itself {half.server!r}; this kit expects {self.server_name!r}")
+        if half.server not in self.server_names:
+            expected = " or ".join(map(repr, self.server_names))
+            raise Unauthenticated(f"the server calls itself {half.server!r:.80}; this kit expects {expected}")
         server = verify_certificate(
-            half.certificate, self.roots, now=self.wall(), role_prefix="server", name=self.server_name
+            half.certificate, self.roots, now=self.wall(), role_prefix="server", name=half.server
         )
         if not verify_signature(server.public_key, half.signature, server_half(said)):
-            raise Unauthenticated(f"the server's signature does not prove that it is {self.server_name!r}")
+            raise Unauthenticated(f"the server's signature does not prove that it is {half.server!r}")
         return identity.sign(client_half(said))

@@ -1,7 +1,8 @@
 """Startup kits: a folder with all that one participant needs to take part.
 
 A kit holds ``settings.toml``, the project's certificate (``ca.pem``) and the participant's own certificate and key
-(``cert.pem``, ``key.pem``). ``Kit.load`` returns it only if the parts belong together, so a mix-up is found where it
+(``cert.pem``, ``key.pem``); where a project has several servers, theirs also hold the secret that they share
+(``servers.secret``). ``Kit.load`` returns it only if the parts belong together, so a mix-up is found where it
 was made and not as a refusal by somebody else. ``provision`` makes kits.
 """
 
@@ -25,6 +26,7 @@ from hanse.identity.certificates import (
 )
 from hanse.identity.private_files import read_file, require_private
 from hanse.identity.project import AnySettings
+from hanse.identity.servers_secret import SERVERS_SECRET_FILE, ServersSecret
 from hanse.settings import SETTINGS_FILE, AdminSettings, ClientSettings, ServerSettings, read
 
 CA_FILE: Final = "ca.pem"
@@ -98,8 +100,8 @@ class Kit(Generic[S]):
 
         Raises:
             ConfigError: the kit is another kind of participant's, a file is missing or not what it should be, others
-            can read the key, or the parts do not belong together: key and certificate, certificate and authority,
-            certificate and settings.
+            can read a key, secret or password, or the parts do not belong together: key and certificate, certificate
+            and authority, certificate and settings, the servers' secret and settings.
         """
         paths = {name: folder / name for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE)}
         if paths[CERTIFICATE_FILE].exists():
@@ -107,6 +109,8 @@ class Kit(Generic[S]):
         elif (folder / REQUEST_FILE).exists():
             raise _not_installed(folder)
         settings = read(folder / SETTINGS_FILE, kind)
+        if isinstance(settings, ServerSettings):
+            _require_ready_to_share(folder, settings)
         if not settings.tls and not any(path.exists() for path in paths.values()):
             return cls(folder, settings, None, b"")
         require_private(paths[KEY_FILE])
@@ -116,6 +120,12 @@ class Kit(Generic[S]):
         own_roots = "" if isinstance(settings, ServerSettings) else settings.tls_roots
         tls_roots = read_file(folder / own_roots, what="tls_roots file") if own_roots else ca_pem
         return cls(folder, settings, identity, ca_pem, tls_roots)
+
+    @property
+    def servers_secret(self) -> Path | None:
+        """The file with what this server shares with the project's others; ``None`` where there is none."""
+        path = self.folder / SERVERS_SECRET_FILE
+        return path if path.exists() else None
 
     def require_valid_at(self, now: datetime) -> None:
         """Return if the kit's certificate, where it has one, is valid at *now*, which is aware.
@@ -149,6 +159,21 @@ def _require_kind(folder: Path, kind: type[object]) -> None:
     if whose != wanted:
         this = _WHOSE.get(whose, f"for {role!r}")
         raise ConfigError("kit", got=str(folder), expected=f"{_WHOSE[wanted]}, and this one is {this}")
+
+
+def _require_ready_to_share(folder: Path, settings: ServerSettings) -> None:
+    """Raise unless what servers share is complete: with the secret go a store and a folder that all of them use."""
+    if settings.has_password:
+        require_private(folder / SETTINGS_FILE, what="settings file with a password")
+    path = folder / SERVERS_SECRET_FILE
+    if not path.exists():
+        return
+    ServersSecret.load(path)
+    for field_name in ("store", "runs"):
+        if not getattr(settings, field_name):
+            raise ConfigError(
+                field_name, got="", expected=f"what the project's servers share, since {SERVERS_SECRET_FILE} is there"
+            )
 
 
 def _require_coherent(folder: Path, settings: AnySettings, identity: Identity, ca_pem: bytes) -> None:

@@ -1,0 +1,266 @@
+"""A deployment on which runs are disturbed, and everything that must hold when such a run has ended.
+
+A run is followed as any administrator follows it; when it has come to a step, its disturbance is carried out. Steps are
+the run's own events, so nothing here waits for luck. Afterwards ``check`` looks at the model's bytes, the journal, the
+processes and the files, as they would be after a run without trouble.
+"""
+
+import asyncio
+import fcntl
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+from benchmarks.deployment import Deployment, deployment
+
+from hanse.admin.session import AdminSession
+from hanse.cell.loop import run
+from hanse.identity.kits import Kit
+from hanse.messages import JobEvent, JobView
+from hanse.settings import AdminSettings
+from tests.faults import journal
+from tests.faults.changes import wait_none
+from tests.faults.steps import CLIENTS, ROUNDS, STEPS, Progress, steps_of
+
+JOB: Final = Path(__file__).parents[1] / "e2e" / "job"
+RUN_WITHIN_S: Final = 120.0
+"""How long a disturbed run may take to end; the slowest wait for a few heartbeats and restarts."""
+SETTLED_WITHIN_S: Final = 30.0
+"""How long a job's processes and files may stay after its end."""
+PATIENCE_S: Final = 60.0
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """What is done to a run, and at the latest when: after the step of that index in ``STEPS``."""
+
+    at: int
+    act: Callable[[], object]
+
+
+@dataclass
+class Told:
+    """What was told of a run while it was disturbed."""
+
+    job_id: str = ""
+    events: list[JobEvent] = field(default_factory=list)
+
+
+class Bench:
+    """A running deployment whose runs are disturbed; ``undisturbed`` is the digest of the model that they must give."""
+
+    def __init__(self, running: Deployment, gates: Path) -> None:
+        self.running = running
+        self.gates = gates
+        self.undisturbed = ""
+
+    def learn(self) -> None:
+        """Run the job once without trouble: that its steps are those that the tests know, and what it gives."""
+        told = Told()
+        view = run(self.run(told=told), RUN_WITHIN_S)
+        steps = steps_of(told.events)
+        assert sorted(steps, key=STEPS.index) == list(STEPS[-len(steps) :]), f"not the steps of {STEPS}: {steps}"
+        self.undisturbed = view.result
+        self.check(view)
+
+    @property
+    def store(self) -> Path:
+        """The server's database."""
+        return self.running.workspace("server") / "store.db"
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[AdminSession]:
+        """Give a session of the administrator."""
+        kit = Kit.load(self.running.kit("admin@bench"), AdminSettings)
+        async with AdminSession(kit, patience_s=PATIENCE_S) as session:
+            yield session
+
+    async def run(self, disturbances: Sequence[Disturbance] = (), *, told: Told | None = None) -> JobView:
+        """Run the tests' job, carry out *disturbances*, which are in order, at their steps, and return the job's end.
+
+        Events while nobody can be told (the server is away) are not seen; a disturbance whose step went by unseen is
+        carried out at the next thing told, at the latest when the job has ended. What was told is added to *told*.
+
+        Raises:
+            AssertionError: the run does not end in time; the message says how far it came.
+        """
+        progress, waiting, told = Progress(), list(disturbances), told if told is not None else Told()
+        try:
+            async with asyncio.timeout(RUN_WITHIN_S), self.session() as session:
+                told.job_id = (await session.submit(JOB)).job_id
+                async for seen in session.follow(told.job_id):
+                    if isinstance(seen, JobEvent):
+                        told.events.append(seen)
+                    progress.take(seen)
+                    while waiting and waiting[0].at <= progress.index:
+                        await asyncio.to_thread(waiting.pop(0).act)
+                for late in waiting:
+                    await asyncio.to_thread(late.act)
+                return await session.wait(told.job_id)
+        except TimeoutError:
+            reached = STEPS[progress.index] if progress.index >= 0 else "its submission"
+            raise AssertionError(
+                f"job {told.job_id} has not ended within {RUN_WITHIN_S:g} s; the last that was heard of it is {reached}"
+            ) from None
+
+    def check(self, view: JobView) -> None:
+        """Assert that the job of *view* has ended as one without trouble, and has left nothing behind."""
+        assert (view.state, view.code, view.reason) == ("completed", "", "")
+        assert view.result == self.undisturbed, "the model has other bytes than that of an undisturbed run"
+        assert [each.round for each in view.history] == list(range(ROUNDS + 1))
+        assert all(each.answered == tuple(self.running.names) for each in view.history[1:])
+        journal.check_completed(self.store, view.job_id, clients=self.running.names, rounds=ROUNDS)
+        self.check_processes()
+        self.check_files(view.job_id)
+
+    def check_processes(self) -> None:
+        """Assert that soon no process is left of this deployment but its participants'."""
+        pids = {process.pid for process in self.running.processes.values()}
+        others = [process for process in self.running.living() if process.pid not in pids]
+        _, alive = psutil.wait_procs(others, timeout=SETTLED_WITHIN_S)
+        assert not alive, f"{SETTLED_WITHIN_S:g} s after the job's end there still is {[_described(p) for p in alive]}"
+
+    def check_files(self, job_id: str) -> None:
+        """Assert that soon no file is left of the job but what is meant to stay."""
+        folders = [self.running.workspace(name) for name in (*self.running.servers, *self.running.names)]
+        wait_none(
+            lambda: [str(path) for folder in folders for path in leftovers(folder, job_id)],
+            folders,
+            what=f"the files of job {job_id} to be deleted",
+            within_s=SETTLED_WITHIN_S,
+        )
+
+    # what can be done to it
+
+    def victims(self, victim: str, site: str = "site-1") -> list[psutil.Process]:
+        """Return the processes that *victim* names: ``server``, ``run``, ``agent`` or ``client``; those of *site*."""
+        match victim:
+            case "server":
+                return [self.running.process("server")]
+            case "run":
+                return self.job_processes_of("server")
+            case "agent":
+                return [self.running.process(site)]
+            case "client":
+                return self.job_processes_of(site)
+        raise ValueError(f"there is no victim {victim!r}")
+
+    def job_processes_of(self, name: str) -> list[psutil.Process]:
+        """Return the jobs' processes that a participant has started."""
+        try:
+            return self.running.process(name).children()
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill(self, victim: str, site: str = "site-1") -> None:
+        """Kill *victim*; a server and an agent are started again, as whatever supervises them would."""
+        name = {"server": "server", "agent": site}.get(victim)
+        if name is not None:
+            self.running.kill(name)
+            self.running.start(name)
+            return
+        for process in self.victims(victim, site):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def kill_at_once(self, victims: Sequence[tuple[str, str]]) -> None:
+        """Kill several, before any of them is started again."""
+        named = {"server": "server"}
+        names = [named.get(victim, site) for victim, site in victims if victim in ("server", "agent")]
+        processes = [process for victim, site in victims for process in self.victims(victim, site)]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        for name in dict.fromkeys(names):
+            self.running.kill(name)
+        self.running.start(*dict.fromkeys(names))
+
+    @contextmanager
+    def paused(self, victim: str, site: str = "site-1") -> Iterator[None]:
+        """Stop *victim* (SIGSTOP) until the end of the block."""
+        processes = self.victims(victim, site)
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGCONT)
+
+    @contextmanager
+    def held(self, site: str, round_number: int) -> Iterator["Gate"]:
+        """Hold *site* up before its training in a round, until the gate is opened or the block ends."""
+        path = self.gates / f"{site}-{round_number}"
+        with closing(Gate(path)) as gate:
+            yield gate
+
+    def logs(self) -> str:
+        """Return what the server and the agents have said."""
+        return "".join(self.running.log(name).read_text() for name in (*self.running.servers, *self.running.names))
+
+
+class Gate:
+    """A gate of the tests' job that is shut until it is opened; once more is fine."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def open(self) -> None:
+        """Let the training on."""
+        if self._descriptor is not None:
+            self._path.unlink()
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    close = open
+
+
+def leftovers(workspace: Path, job_id: str) -> Iterator[Path]:
+    """Yield what lies in a participant's *workspace* that should not, now that *job_id* has ended."""
+    run, site = workspace / "runs" / job_id, workspace / "jobs" / job_id
+    gone = {run / "tensors", site / "tensors", site / "code", site / "package"}
+    for place, folders, names in os.walk(workspace):  # which takes it well when a folder goes meanwhile
+        for path in (Path(place) / name for name in (*folders, *names)):
+            is_unfinished = path.suffix in (".part", ".tmp") or path.name.startswith(".incoming-")
+            is_draft = path.parent == run and path.suffix == ".safetensors"
+            is_upload = path.parent.parent == workspace / "uploads" and path.is_file()
+            if path in gone or is_unfinished or is_draft or is_upload:
+                yield path
+
+
+def _described(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return f"{process.pid} {' '.join(process.cmdline())}"
+    return str(process.pid)
+
+
+@contextmanager
+def bench(gates: Path, **project: Any) -> Iterator[Bench]:
+    """Run a deployment until the block ends, on which one run has been made without trouble."""
+    gates.mkdir(exist_ok=True)
+    with _environment("HANSE_TEST_GATES", str(gates)), deployment(clients=CLIENTS, **project) as running:
+        running.start("server", *running.names)
+        made = Bench(running, gates)
+        journal.record(made.store)
+        made.learn()
+        yield made
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
