@@ -267,12 +267,16 @@ class AbortJob(msgspec.Struct, frozen=True):
 
 
 class JobEnded(msgspec.Struct, frozen=True):
-    """A job's process at a client ended: *status* as from ``wait`` (negative: a signal), and its log's last lines."""
+    """A job's process at a client ended: *status* as from ``wait`` (negative: a signal), and its log's last lines.
+
+    *cause* is the code of what ended it, where the site knows: ``out-of-memory``.
+    """
 
     job_id: JobId
     attempt: int
     status: int
     log_tail: str = ""
+    cause: str = ""
 
 
 class JobFailure(msgspec.Struct, frozen=True):
