@@ -17,7 +17,11 @@ from typing import IO, Any
 
 import psutil
 
+from hanse.client.workspace import job_folders
+from hanse.launch.surviving import pid_at
+
 HANSE = [str(Path(sys.executable).with_name("hanse"))]
+ADMIN = "admin@bench"
 START_WITHIN_S = 60.0
 STOP_WITHIN_S = 60.0
 MARK = "HANSE_TEST_DEPLOYMENT"
@@ -44,7 +48,8 @@ class Deployment:
     """A provisioned project and its running processes; ``processes`` maps participants' names to theirs.
 
     ``settings`` are lines of the project's server, ``more`` further sections of the project. What a participant is
-    started with beyond its kit is in ``prefixes`` (words before the command) and ``environments``.
+    started with beyond its kit is in ``prefixes`` (words before the command), ``environments``, and ``programs`` (what
+    is started in place of ``hanse``).
     """
 
     def __init__(
@@ -63,8 +68,9 @@ class Deployment:
         self.names = [f"site-{number}" for number in range(1, clients + 1)]
         self.port = free_port()
         self.processes: dict[str, subprocess.Popen[str]] = {}
-        self.prefixes: dict[str, list[str]] = {}
         self.environments: dict[str, dict[str, str]] = {}
+        self.prefixes: dict[str, list[str]] = {}
+        self.programs: dict[str, list[str]] = {}
         sections = "".join(f'[[clients]]\nname = "{name}"\n\n' for name in self.names)
         project = root / "project.toml"
         project.write_text(
@@ -103,11 +109,11 @@ class Deployment:
         began = time.perf_counter()
         for name in names:
             kind = "server" if name in self.servers else "client"
-            environment = {**os.environ, MARK: str(self.root), **self.environments.get(name, {})}
-            command = [*self.prefixes.get(name, []), *HANSE, kind, "start", str(self.kit(name))]
+            program = self.programs.get(name, HANSE)
+            command = [*self.prefixes.get(name, []), *program, kind, "start", str(self.kit(name))]
             with self.log(name).open("a") as log:
                 self.processes[name] = subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+                    command, stdout=subprocess.PIPE, stderr=log, text=True, env=self._environment_of(name)
                 )
         for name in names:
             pipe = _pipe_of(self.processes[name])
@@ -159,9 +165,13 @@ class Deployment:
         return psutil.Process(self.processes[name].pid)
 
     def job_process(self, name: str) -> psutil.Process:
-        """Return the one job process of a participant."""
-        (process,) = self.process(name).children()
-        return process
+        """Return the one job process of a participant; a client's may be one that an earlier agent has started."""
+        if name not in self.names:
+            (process,) = self.process(name).children()
+            return process
+        folders = job_folders(self.root / "kits" / name / "workspace")
+        (pid,) = [pid for folder in folders if (pid := pid_at(folder.path)) is not None]
+        return psutil.Process(pid)
 
     def living(self) -> list[psutil.Process]:
         """Return all processes of this deployment that run, whoever their parent is by now."""
@@ -169,7 +179,7 @@ class Deployment:
 
     def hanse(self, *arguments: str) -> Any:
         """Return what ``hanse ARGUMENTS --format json`` prints, run with the administrator's kit."""
-        environment = {**os.environ, "HANSE_KIT": str(self.kit("admin@bench"))}
+        environment = {**self._environment_of(ADMIN), "HANSE_KIT": str(self.kit(ADMIN))}
         done = subprocess.run(
             [*HANSE, *arguments, "--format", "json"], env=environment, capture_output=True, text=True, check=False
         )
@@ -184,6 +194,9 @@ class Deployment:
         if ended["state"] != "completed":
             raise RuntimeError(f"job {ended['job_id']} {ended['state']}: {ended['reason']}")
         return ended
+
+    def _environment_of(self, name: str) -> dict[str, str]:
+        return {**os.environ, MARK: str(self.root), **self.environments.get(name, {})}
 
     def server_processes(self) -> list[psutil.Process]:
         """Return the server and its job processes."""
@@ -203,6 +216,22 @@ def deployment(*, clients: int = 2, **project: Any) -> Iterator[Deployment]:
             running.stop()
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+@contextmanager
+def two_servers(store: str = "", *, clients: int = 2) -> Iterator[Deployment]:
+    """Provision a project with two servers on the database *store* (a URL; by default a SQLite file of its own)."""
+    shared = Path(tempfile.mkdtemp(prefix="hanse-shared-"))
+    settings = {"store": store or f"sqlite:///{shared}/store.db", "runs": f"{shared}/runs", "shutdown_period_s": 5.0}
+    lines = ", ".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
+    standby = f'[[standbys]]\nname = "standby"\nhosts = ["localhost"]\nlisten = "127.0.0.1"\nport = {free_port()}\n'
+    try:
+        with deployment(
+            clients=clients, settings=f"settings = {{ {lines} }}", more=standby, servers=("server", "standby")
+        ) as running:
+            yield running
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
 
 
 class MemoryPeak:

@@ -45,7 +45,8 @@ NO_ERRORS: Final = {
 }
 """Exit statuses that stand for no error's class."""
 
-GENERATED: Final = re.compile(r"_pb2(_grpc)?$|__main__$")
+NOT_IMPORTED: Final = re.compile(r"_pb2(_grpc)?$|__main__$|\.migrations\.")
+"""Generated modules, programs, and the steps of migrations, which Alembic runs."""
 
 
 class Undocumented(Exception):
@@ -61,12 +62,14 @@ def settings() -> str:
 
 def project_file() -> str:
     """Return the fields of a project's file, table by table."""
-    tables = {"": "Project", "[server]": "ServerEntry", "[[clients]]": "ClientEntry", "[[admins]]": "AdminEntry"}
+    tables = {
+        "At the top": "Project",
+        "`[server]` and `[[standbys]]`": "ServerEntry",
+        "`[[clients]]`": "ClientEntry",
+        "`[[admins]]`": "AdminEntry",
+    }
     classes = class_definitions(hanse.identity.project)
-    return "\n\n".join(
-        f"### {f'`{table}`' if table else 'At the top'}\n\n{_fields_of(classes[name])}"
-        for table, name in tables.items()
-    )
+    return "\n\n".join(f"### {table}\n\n{_fields_of(classes[name])}" for table, name in tables.items())
 
 
 def class_definitions(module: ModuleType) -> dict[str, ast.ClassDef]:
@@ -108,7 +111,7 @@ def errors() -> str:
 def error_classes() -> list[type[HanseError]]:
     """Return every error class of the package, each after the class that it derives from."""
     for module in pkgutil.walk_packages(hanse.__path__, "hanse."):
-        if not GENERATED.search(module.name):
+        if not NOT_IMPORTED.search(module.name):
             importlib.import_module(module.name)
 
     def derived(cls: type[HanseError]) -> Iterator[type[HanseError]]:

@@ -1,13 +1,20 @@
 import asyncio
 import socket
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from hanse.cell.cell import Cell
 from hanse.cell.link import Link, Peer
+<<<<<<< HEAD
+from hanse.cell.rpc import ClientTls, ServerTls
+=======
 from hanse.cell.rpc import CONTROL_OPTIONS
+>>>>>>> faults
 from hanse.errors import HanseError, NotInService, TimedOut, Unauthenticated, Unreachable
+from hanse.identity.authorities import Authority as ProjectAuthority
+from hanse.identity.certificates import key_pem, new_key
 from hanse.ids import SERVER, Ssid, Token
 from hanse.messages import Channel, Heartbeat, HeartbeatReply, Message, Register, Registered, Welcome, ok
 from tests.faults.proxy import FaultyNetwork
@@ -101,6 +108,27 @@ async def test_a_server_of_another_ca_ends_it_for_good(authority: Authority, str
             await client.running
         with pytest.raises(Unauthenticated):
             await client.connector.wait_ready(10)  # later as well
+
+
+@pytest.mark.parametrize(("made", "sentence"), [(-400, "has expired; its operator"), (40, "is not valid yet; compare")])
+async def test_a_servers_certificate_that_is_not_valid_now_is_told_apart_from_anothers(
+    made: int, sentence: str
+) -> None:
+    now = datetime.now(UTC)
+    authority = ProjectAuthority.create("demo", now=now)
+    key = new_key()
+    certificate = authority.issue(
+        name="server",
+        organisation="Org",
+        role="server",
+        public_key=key.public_key(),
+        now=now + timedelta(days=made),
+        hosts=["127.0.0.1"],
+    )
+    tls = ServerTls(certificate, key_pem(key), authority.certificate, require_client_certificate=False)
+    async with serving(tls) as server, connecting([server.target], ClientTls(authority.certificate)) as client:
+        with pytest.raises(Unauthenticated, match=f"the certificate of the server at .* {sentence}"):
+            await client.connector.wait_ready(10)
 
 
 async def test_a_server_certificate_for_another_host_ends_it_for_good(authority: Authority) -> None:

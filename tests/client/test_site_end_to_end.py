@@ -12,7 +12,7 @@ import psutil
 from hanse.cell.listener import Listener
 from hanse.client.agent import ClientAgent
 from hanse.ids import Fqcn
-from hanse.launch.process import ProcessLauncher
+from hanse.launch.surviving import SurvivingLauncher
 from hanse.messages import Channel, Heartbeat, JobEnded, Quit, TaskAssignment, TaskKey, TaskResult
 from hanse.model import Model
 from hanse.storage.models import load_model, store_model
@@ -45,7 +45,7 @@ async def test_agent_runs_a_job_in_a_process_reports_its_death_and_leaves_nothin
         agent = ClientAgent(
             settings(servers=(target,), config={"add": 2}),
             workspace=tmp_path / "w",
-            launcher=ProcessLauncher(),
+            launcher=SurvivingLauncher(),
             rng=random.Random(1),
         )
         running = asyncio.create_task(agent.run())

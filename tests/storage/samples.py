@@ -1,5 +1,6 @@
 """Records and messages for the tests of the store: small, valid, and varied by keyword."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from hanse.messages import (
     TensorRef,
     UpdateRef,
 )
+from hanse.storage.records import Lease, Store
 
 DIGEST = Digest("0123456789abcdef" * 4)
 JOB = JobId("digits-1")
@@ -57,11 +59,17 @@ def fault(client: str = "site-1", **where: Any) -> TaskResult:
     return TaskResult(key(client, **where), fault=TaskFault("training-failed", "it broke"))
 
 
-def commit(round_number: int, **fields: Any) -> CommitRound:
+def commit(round_number: int, *, carried: Sequence[str] = (), **fields: Any) -> CommitRound:
+    """Return a commit that carries on the tasks of round 1 for the clients *carried*."""
     state = StateRef(round_number, model(), metrics={"accuracy": round_number / 10}, **fields)
-    return CommitRound(state, took_s=0.5, answered=(ClientName("site-1"), ClientName("site-2")))
+    answered = (ClientName("site-1"), ClientName("site-2"))
+    return CommitRound(state, took_s=0.5, answered=answered, carried=tuple(key(client) for client in carried))
 
 
 def changed(value: Any, **fields: Any) -> Any:
     """Return *value* with *fields*, of whatever type they are, as no type checker would allow."""
     return msgspec.structs.replace(value, **fields)
+
+
+async def take(store: Store, server: str, *, seen: Lease | None = None, force: bool = False) -> Lease:
+    return await store.take_lease(server, name=server, target=f"{server}:8102", ttl_s=30.0, seen=seen, force=force)

@@ -1,13 +1,14 @@
 """The contract that every store keeps, and what a database adds to it: durability, fencing across processes, faults."""
 
 import asyncio
+import itertools
 import os
 import signal
-import sqlite3
-import stat
 import sys
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,26 +16,30 @@ from hanse.errors import Conflict, NotFound, ProtocolError, StaleEpoch, StoreFai
 from hanse.ids import JobId
 from hanse.job import JobState
 from hanse.messages import ModelRef, RoundView
-from hanse.storage import tables
 from hanse.storage.memory import MemoryStore
-from hanse.storage.records import AuditEntry, RunState, Store
+from hanse.storage.records import AuditEntry, Lease, RunState, Standby, Store
 from hanse.storage.store import SqlStore
 
-from .samples import JOB, answer, changed, commit, ended, fault, model, record, task, tensor
+from .conftest import Where
+from .samples import JOB, answer, changed, commit, ended, fault, model, record, take, task, tensor
 
 EPOCH = 1
 
 
-@pytest.fixture(params=["memory", "sql"])
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
 def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return MemoryStore() if request.param == "memory" else SqlStore(tmp_path / "store" / "store.db")
+    if request.param == "memory":
+        return MemoryStore()
+    if request.param == "sqlite":
+        return SqlStore(tmp_path / "store" / "store.db")
+    return SqlStore(request.getfixturevalue("postgres_url"))
 
 
 @pytest.fixture
 async def store(new_store: Store) -> AsyncIterator[Store]:
     """An open store, whose lease of ``EPOCH`` is held."""
     async with new_store:
-        lease = await new_store.take_lease("server-1", ttl_s=30.0, now_s=1000.0)
+        lease = await take(new_store, "server-1")
         assert lease.epoch == EPOCH
         yield new_store
 
@@ -58,54 +63,206 @@ async def everything(store: Store) -> object:
 
 
 async def test_each_tenure_has_a_higher_epoch_and_a_session_of_its_own(store: Store) -> None:
-    first = await store.renew_lease(EPOCH, ttl_s=30.0, now_s=1000.0)
-    second = await store.take_lease("server-1", ttl_s=30.0, now_s=1001.0)
+    first = await store.lease()
+    second = await take(store, "server-1")
 
     assert second.epoch > first.epoch
     assert second.ssid != first.ssid
-    assert (second.holder, second.expires_at) == ("server-1", 1031.0)
+    assert second == await store.lease()
 
 
-async def test_a_lease_that_another_holds_is_refused_until_it_expires(store: Store) -> None:
-    with pytest.raises(Conflict, match="held by server-1"):
-        await store.take_lease("server-2", ttl_s=30.0, now_s=1029.9)
+async def test_the_lease_says_who_holds_it_and_where_clients_reach_them(store: Store) -> None:
+    lease = await store.take_lease("a:1", name="a", target="a.example:8102", ttl_s=4.0, force=True)
 
-    lease = await store.take_lease("server-2", ttl_s=30.0, now_s=1030.0)
-    assert lease.holder == "server-2"
+    assert lease == Lease(EPOCH + 1, "a:1", lease.ssid, 0, 4.0, "a", "a.example:8102")
 
 
-async def test_force_takes_a_lease_that_has_not_expired(store: Store) -> None:
-    lease = await store.take_lease("server-2", ttl_s=30.0, now_s=1001.0, force=True)
+async def test_the_lease_of_a_new_store_is_free(new_store: Store) -> None:
+    async with new_store as store:
+        lease = await store.lease()
 
-    assert lease.epoch == EPOCH + 1
+    assert lease == Lease(0, "", lease.ssid)
 
 
-async def test_a_renewed_lease_lasts_longer_under_the_same_epoch_and_session(store: Store) -> None:
-    before = await store.renew_lease(EPOCH, ttl_s=1.0, now_s=1000.0)
-    after = await store.renew_lease(EPOCH, ttl_s=60.0, now_s=1010.0)
+async def test_a_lease_that_another_holds_is_refused(store: Store) -> None:
+    before = await store.lease()
 
-    assert after == changed(before, expires_at=1070.0)
+    with pytest.raises(Conflict, match="held by server-1, so it cannot be taken by server-2"):
+        await take(store, "server-2")
+    assert await store.lease() == before
+
+
+async def test_a_lease_that_has_not_moved_since_it_was_seen_may_be_taken(store: Store) -> None:
+    seen = await store.lease()
+
+    lease = await take(store, "server-2", seen=seen)
+
+    assert (lease.epoch, lease.holder) == (EPOCH + 1, "server-2")
+
+
+async def test_a_lease_that_beat_since_it_was_seen_is_refused(store: Store) -> None:
+    seen = await store.lease()
+    await store.renew_lease(EPOCH)
+
     with pytest.raises(Conflict):
-        await store.take_lease("server-2", ttl_s=30.0, now_s=1060.0)
+        await take(store, "server-2", seen=seen)
+
+
+async def test_a_lease_that_another_took_since_it_was_seen_is_refused(store: Store) -> None:
+    seen = await store.lease()
+    await take(store, "server-2", seen=seen)
+
+    with pytest.raises(Conflict, match="held by server-2"):
+        await take(store, "server-3", seen=seen)
+
+
+async def test_force_takes_a_lease_that_beats(store: Store) -> None:
+    lease = await take(store, "server-2", force=True)
+
+    assert (lease.epoch, lease.holder) == (EPOCH + 1, "server-2")
+
+
+async def test_a_renewed_lease_beats_and_is_else_what_it_was(store: Store) -> None:
+    before = await store.lease()
+
+    assert await store.renew_lease(EPOCH) == changed(before, beat=1)
+    assert await store.renew_lease(EPOCH) == changed(before, beat=2)
+    assert await store.lease() == changed(before, beat=2)
+
+
+async def test_a_lease_taken_again_by_its_holder_begins_at_beat_0(store: Store) -> None:
+    await store.renew_lease(EPOCH)
+
+    lease = await take(store, "server-1")
+
+    assert (lease.epoch, lease.beat) == (EPOCH + 1, 0)
 
 
 async def test_a_released_lease_is_free_at_once_and_its_epoch_is_over(store: Store) -> None:
+    held = await store.lease()
     await store.release_lease(EPOCH)
 
     with pytest.raises(StaleEpoch):
         await store.add_job(EPOCH, record())
     with pytest.raises(StaleEpoch):
-        await store.renew_lease(EPOCH, ttl_s=1.0, now_s=1000.0)
-    lease = await store.take_lease("server-2", ttl_s=30.0, now_s=1000.0)
-    assert lease.epoch > EPOCH
+        await store.renew_lease(EPOCH)
+    free = await store.lease()
+    assert free == Lease(EPOCH + 1, "", free.ssid, ttl_s=held.ttl_s)
+    assert free.ssid != held.ssid
+    lease = await take(store, "server-2")
+    assert lease.epoch > free.epoch
+
+
+async def test_a_lease_that_was_handed_over_is_its_successors_first(store: Store) -> None:
+    await store.release_lease(EPOCH, successor="server-3")
+
+    free = await store.lease()
+    assert (free.holder, free.successor) == ("", "server-3")
+    with pytest.raises(Conflict, match="handed to server-3"):
+        await take(store, "server-2")
+    lease = await take(store, "server-3")
+    assert (lease.holder, lease.successor) == ("server-3", "")
+
+
+async def test_a_lease_whose_successor_does_not_come_may_be_taken_by_who_saw_it_so(store: Store) -> None:
+    await store.release_lease(EPOCH, successor="server-3")
+
+    lease = await take(store, "server-2", seen=await store.lease())
+
+    assert lease.holder == "server-2"
+
+
+async def test_a_lease_released_by_mistake_with_a_foreign_epoch_stays(store: Store) -> None:
+    before = await store.lease()
+
+    for epoch in (EPOCH - 1, EPOCH + 1):
+        with pytest.raises(StaleEpoch):
+            await store.release_lease(epoch)
+    assert await store.lease() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [("holder", ""), ("name", ""), ("name", "../a"), ("ttl_s", 0.0), ("ttl_s", float("inf")), ("target", 8102)],
+)
+async def test_a_lease_that_cannot_be_is_refused_by_field(store: Store, field: str, wrong: object) -> None:
+    before = await store.lease()
+    values: dict[str, Any] = {"holder": "server-2", "name": "server-2", "target": "", "ttl_s": 4.0, field: wrong}
+
+    with pytest.raises(ProtocolError) as caught:
+        await store.take_lease(**values, force=True)
+
+    assert caught.value.field == f"Lease.{field}"
+    assert await store.lease() == before
+
+
+async def test_who_waits_for_the_lease_hears_of_a_beat_a_release_and_a_new_holder(store: Store) -> None:
+    for move in (
+        store.renew_lease(EPOCH),
+        store.release_lease(EPOCH),
+        take(store, "server-2"),
+        take(store, "server-2"),
+    ):
+        seen = await store.lease()
+        waiting = asyncio.ensure_future(store.lease_moved(seen, within_s=60.0))
+        await store.lease()  # the waiter has had its first look by now
+        await move
+
+        assert await waiting == await store.lease() != seen
+
+
+async def test_who_saw_another_lease_than_there_is_does_not_wait(store: Store) -> None:
+    lease = await store.lease()
+
+    for field, other in (("epoch", EPOCH - 1), ("beat", 7), ("holder", "another")):
+        assert await store.lease_moved(changed(lease, **{field: other}), within_s=3600.0) == lease
+
+
+async def test_who_waits_for_a_lease_that_stands_still_learns_that_in_the_end(store: Store) -> None:
+    seen = await store.lease()
+
+    assert await store.lease_moved(seen, within_s=0.0) == seen
+    assert await store.lease_moved(seen, within_s=0.05) == seen
+    assert await store.lease_moved(changed(seen, ttl_s=0.03), within_s=0.05) == seen
+
+
+async def test_servers_that_stand_by_are_listed_by_name_with_their_latest_word(store: Store) -> None:
+    await store.note_standby(Standby("b:1", "b", "b.example:8102", 5.0))
+    await store.note_standby(Standby("a:1", "a", "a.example:8102", 6.0))
+    await store.note_standby(Standby("b:2", "b", "b.example:8103", 7.0))
+
+    assert await store.standbys() == [
+        Standby("a:1", "a", "a.example:8102", 6.0),
+        Standby("b:2", "b", "b.example:8103", 7.0),
+    ]
+
+
+async def test_a_server_that_takes_the_lease_stands_by_no_longer(store: Store) -> None:
+    await store.note_standby(Standby("a:1", "server-2", "a.example:8102", 5.0))
+    await store.note_standby(Standby("b:1", "server-3", "b.example:8102", 5.0))
+    with pytest.raises(Conflict):
+        await take(store, "server-2")
+    assert len(await store.standbys()) == 2
+
+    await take(store, "server-2", force=True)
+
+    assert [standby.name for standby in await store.standbys()] == ["server-3"]
+
+
+async def test_a_standby_that_cannot_be_is_refused(store: Store) -> None:
+    standby = Standby("a:1", "a", "a.example:8102", 5.0)
+    for wrong in (changed(standby, name="../a"), changed(standby, seen_at="now")):
+        with pytest.raises(ProtocolError, match="Standby"):
+            await store.note_standby(wrong)
+    assert await store.standbys() == []
 
 
 async def test_no_write_of_an_ended_epoch_changes_anything(running: Store) -> None:
     await running.issue_tasks(EPOCH, JOB, [task()])
     before = await everything(running)
-    lease = await running.take_lease("server-2", ttl_s=30.0, now_s=1001.0, force=True)
+    lease = await take(running, "server-2", force=True)
     writes = [
-        running.renew_lease(EPOCH, ttl_s=1.0, now_s=1.0),
+        running.renew_lease(EPOCH),
         running.release_lease(EPOCH),
         running.add_job(EPOCH, record("other")),
         running.replace_job(EPOCH, record(code="x"), was=JobState.RUNNING),
@@ -142,6 +299,22 @@ async def test_a_second_job_of_the_same_id_is_refused(store: Store) -> None:
     assert await store.job(JOB) == record()
 
 
+async def test_a_job_that_is_added_moved_or_ended_once_more_stays_as_it_is(store: Store) -> None:
+    submitted, scheduled = record(state=JobState.SUBMITTED), record(state=JobState.SCHEDULED)
+    done = ended(record())
+    for _ in range(2):  # as one would who does not know what became of the first attempt
+        await store.add_job(EPOCH, submitted)
+    for _ in range(2):
+        await store.replace_job(EPOCH, scheduled, was=JobState.SUBMITTED)
+    await store.replace_job(EPOCH, record(), was=JobState.SCHEDULED)
+    for _ in range(2):
+        await store.end_run(EPOCH, done, was=JobState.RUNNING)
+
+    assert await store.jobs() == [done]
+    with pytest.raises(Conflict):
+        await store.add_job(EPOCH, submitted)
+
+
 async def test_an_unknown_job_is_not_found(store: Store) -> None:
     missing = JobId("missing")
     for call in (
@@ -156,6 +329,16 @@ async def test_an_unknown_job_is_not_found(store: Store) -> None:
             await call
     assert await store.rounds(missing) == []
     assert await store.last_round(missing) is None
+
+
+@pytest.mark.parametrize("text", ["", "digits\0", "\ud800", "Digits-1"])
+async def test_what_can_be_no_jobs_id_is_not_found_either(running: Store, text: str) -> None:
+    strange = JobId(text)
+    for call in (running.job(strange), running.snapshot(strange), running.accept_answer(EPOCH, strange, answer())):
+        with pytest.raises(NotFound):
+            await call
+    assert await running.rounds(strange) == []
+    assert await running.last_round(strange) is None
 
 
 async def test_jobs_come_newest_first_by_state_and_number(store: Store) -> None:
@@ -280,20 +463,30 @@ async def test_tasks_before_the_first_commit_are_of_round_0(store: Store) -> Non
 async def test_an_accepted_answer_takes_the_place_of_its_task(running: Store) -> None:
     await running.issue_tasks(EPOCH, JOB, [task("site-2"), task("site-1")])
 
-    assert await running.accept_answer(EPOCH, JOB, answer("site-2"))
-    assert await running.accept_answer(EPOCH, JOB, fault("site-1"))
+    assert await running.accept_answer(EPOCH, JOB, answer("site-2")) == answer("site-2")
+    assert await running.accept_answer(EPOCH, JOB, fault("site-1")) == fault("site-1")
 
     run = await running.snapshot(JOB)
     assert run.tasks == ()
-    assert run.answers == (fault("site-1"), answer("site-2"))
+    assert run.answers == (answer("site-2"), fault("site-1"))
 
 
-async def test_the_second_answer_to_a_task_changes_nothing(running: Store) -> None:
+async def test_answers_come_in_the_order_in_which_they_were_accepted(running: Store) -> None:
+    sites = [f"site-{n}" for n in (3, 11, 1, 20, 2)]
+    await running.issue_tasks(EPOCH, JOB, [task(site) for site in sorted(sites)])
+
+    for site in sites:
+        await running.accept_answer(EPOCH, JOB, answer(site))
+
+    assert (await running.snapshot(JOB)).answers == tuple(answer(site) for site in sites)
+
+
+async def test_the_first_answer_to_a_task_counts_and_whoever_gives_another_is_told_it(running: Store) -> None:
     await running.issue_tasks(EPOCH, JOB, [task()])
     await running.accept_answer(EPOCH, JOB, answer(num_examples=1))
 
-    assert not await running.accept_answer(EPOCH, JOB, answer(num_examples=2))
-    assert not await running.accept_answer(EPOCH, JOB, answer(num_examples=1))
+    for again in (answer(num_examples=2), fault(), answer(num_examples=1)):
+        assert await running.accept_answer(EPOCH, JOB, again) == answer(num_examples=1)
     assert (await running.snapshot(JOB)).answers == (answer(num_examples=1),)
 
 
@@ -305,6 +498,20 @@ async def test_an_answered_task_issued_again_stays_answered(running: Store) -> N
 
     run = await running.snapshot(JOB)
     assert (run.tasks, run.answers) == ((), (answer(),))
+
+
+async def test_a_retracted_answer_leaves_its_task_to_be_answered_again(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task("site-1"), task("site-2")])
+    for site in ("site-1", "site-2"):
+        await running.accept_answer(EPOCH, JOB, answer(site))
+
+    await running.retract_answers(EPOCH, JOB, [task("site-1").key])
+
+    run = await running.snapshot(JOB)
+    assert (run.tasks, run.answers) == ((task("site-1"),), (answer("site-2"),))
+    assert await running.accept_answer(EPOCH, JOB, answer("site-1", num_examples=77)) == answer(
+        "site-1", num_examples=77
+    )
 
 
 async def test_an_answer_without_a_task_is_not_found(running: Store) -> None:
@@ -326,6 +533,62 @@ async def test_a_commit_replaces_the_state_and_deletes_what_its_round_needed(run
     assert await running.snapshot(JOB) == RunState(commit(1, extra={"momentum": model("m")}).state)
     with pytest.raises(NotFound):
         await running.accept_answer(EPOCH, JOB, answer("site-2"))
+
+
+async def test_carried_tasks_and_answers_outlive_the_round_and_the_others_do_not(running: Store) -> None:
+    sites = [f"site-{n}" for n in range(6)]
+    await running.issue_tasks(EPOCH, JOB, [task(site, of=model(site)) for site in sites])
+    for site in ("site-4", "site-1", "site-0"):
+        await running.accept_answer(EPOCH, JOB, answer(site))
+
+    await running.commit_round(EPOCH, JOB, commit(1, carried=["site-1", "site-2", "site-4"]), now_s=1002.0)
+
+    assert await running.snapshot(JOB) == RunState(
+        commit(1).state, (task("site-2", of=model("site-2")),), (answer("site-4"), answer("site-1"))
+    )
+    for gone in ("site-0", "site-3"):
+        with pytest.raises(NotFound, match=f"round 1 for {gone}"):
+            await running.accept_answer(EPOCH, JOB, answer(gone))
+
+
+async def test_a_carried_task_may_be_answered_in_a_later_round(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task("site-1"), task("site-2")])
+    await running.commit_round(EPOCH, JOB, commit(1, carried=["site-1"]), now_s=1002.0)
+    await running.issue_tasks(EPOCH, JOB, [task("site-2", round_number=2)])
+    await running.accept_answer(EPOCH, JOB, answer("site-2", round_number=2))
+
+    await running.accept_answer(EPOCH, JOB, answer("site-1"))
+
+    assert (await running.snapshot(JOB)).answers == (answer("site-2", round_number=2), answer("site-1"))
+
+
+async def test_a_task_is_carried_from_round_to_round_until_a_commit_leaves_it_out(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task()])
+    for number in (1, 2):
+        await running.commit_round(EPOCH, JOB, commit(number, carried=["site-1"]), now_s=1002.0)
+        assert (await running.snapshot(JOB)).tasks == (task(),)
+
+    await running.commit_round(EPOCH, JOB, commit(3), now_s=1002.0)
+
+    assert (await running.snapshot(JOB)).tasks == ()
+
+
+async def test_a_model_that_carried_and_other_tasks_share_stays(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task("site-1"), task("site-2")])
+
+    await running.commit_round(EPOCH, JOB, commit(1, carried=["site-2"]), now_s=1002.0)
+
+    assert (await running.snapshot(JOB)).tasks == (task("site-2"),)
+
+
+async def test_a_commit_that_carries_a_task_which_there_is_not_is_refused(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task("site-1")])
+    before = await everything(running)
+
+    with pytest.raises(NotFound, match="for site-2"):
+        await running.commit_round(EPOCH, JOB, commit(1, carried=["site-1", "site-2"]), now_s=1002.0)
+
+    assert await everything(running) == before
 
 
 async def test_the_history_has_a_line_for_each_round(running: Store) -> None:
@@ -451,8 +714,12 @@ async def test_what_is_not_valid_is_refused_before_anything_is_written(running: 
         running.issue_tasks(EPOCH, JOB, [task("site-2"), task("site-3", of=bad)]),
         running.accept_answer(EPOCH, JOB, changed(answer(), update=None)),
         running.commit_round(EPOCH, JOB, changed(commit(1), state=changed(commit(1).state, model=bad)), now_s=1.0),
+        running.issue_tasks(EPOCH, JOB, [task(name="tra\0in")]),
         running.set_disabled(EPOCH, "no.name", True),
+        running.set_disabled(EPOCH, "site-1", True, reason="\0"),
         running.audit(EPOCH, changed(AuditEntry(1.0, "a", "b", "c", "ok"), actor=3)),
+        running.audit(EPOCH, AuditEntry(1.0, "a\0", "b", "c", "ok")),
+        running.release_lease(EPOCH, successor="no.name"),
     ):
         with pytest.raises(ProtocolError):
             await write
@@ -502,7 +769,7 @@ async def test_the_audit_log_gives_the_latest_entries_first(store: Store) -> Non
 
 async def test_a_store_opened_again_holds_what_it_held(new_store: Store) -> None:
     async with new_store as store:
-        lease = await store.take_lease("server-1", ttl_s=30.0, now_s=1.0)
+        lease = await take(store, "server-1")
         await store.add_job(lease.epoch, record())
         await store.commit_round(lease.epoch, JOB, commit(0), now_s=1.0)
         await store.issue_tasks(lease.epoch, JOB, [task("site-1"), task("site-2")])
@@ -511,8 +778,8 @@ async def test_a_store_opened_again_holds_what_it_held(new_store: Store) -> None
 
     async with new_store as store:
         assert await everything(store) == before
-        again = await store.renew_lease(lease.epoch, ttl_s=30.0, now_s=1.0)
-        assert again == lease
+        assert await store.lease() == lease
+        assert await store.renew_lease(lease.epoch) == changed(lease, beat=1)
 
 
 async def test_a_closed_store_says_so(new_store: Store) -> None:
@@ -522,7 +789,7 @@ async def test_a_closed_store_says_so(new_store: Store) -> None:
         with pytest.raises(StoreFailed, match="open already"):
             await new_store.open()
     await new_store.close()
-    for call in (new_store.jobs(), new_store.take_lease("server-1", ttl_s=1.0, now_s=1.0)):
+    for call in (new_store.jobs(), take(new_store, "server-1")):
         with pytest.raises(StoreFailed, match="not open"):
             await call
 
@@ -536,44 +803,20 @@ async def test_writes_asked_for_together_all_happen_or_fail_alone(running: Store
         return_exceptions=True,
     )
 
-    assert outcomes[:50] == [True] * 50
+    assert outcomes[:50] == [answer(site) for site in sites]
     assert isinstance(outcomes[50], NotFound)
-    assert outcomes[51] is False
+    assert outcomes[51] == answer("site-7")
     assert len((await running.snapshot(JOB)).answers) == 50
 
 
-# What only a database has to show -------------------------------------------------------------------------------------
+# What a database adds: servers beside each other, and life after a kill ---------------------------------------------
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "workspace" / "store.db"
-
-
-async def test_the_file_is_nobody_elses_to_read(path: Path) -> None:
-    async with SqlStore(path) as store:
-        await store.take_lease("server-1", ttl_s=1.0, now_s=1.0)
-        modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
-
-    assert modes["store.db"] == 0o600
-    assert set(modes.values()) == {0o600}
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-
-
-async def test_sessions_of_two_new_stores_differ(tmp_path: Path) -> None:
-    sessions = set()
-    for name in ("a.db", "b.db"):
-        async with SqlStore(tmp_path / name) as store:
-            sessions.add((await store.take_lease("server-1", ttl_s=1.0, now_s=1.0)).ssid)
-
-    assert len(sessions) == 2
-
-
-async def test_a_deposed_server_writes_nothing_into_the_file_of_its_successor(path: Path) -> None:
-    async with SqlStore(path) as old, SqlStore(path) as new:
-        first = await old.take_lease("server-1", ttl_s=30.0, now_s=0.0)
+async def test_a_deposed_server_writes_nothing_beside_its_successor(where: Where) -> None:
+    async with SqlStore(where) as old, SqlStore(where) as new:
+        first = await take(old, "server-1")
         await old.add_job(first.epoch, record())
-        second = await new.take_lease("server-2", ttl_s=30.0, now_s=31.0)
+        second = await take(new, "server-2", seen=first)
 
         with pytest.raises(StaleEpoch):
             await old.commit_round(first.epoch, JOB, commit(0), now_s=32.0)
@@ -582,24 +825,65 @@ async def test_a_deposed_server_writes_nothing_into_the_file_of_its_successor(pa
         assert await old.snapshot(JOB) == await new.snapshot(JOB) == RunState(commit(0).state)
 
 
-async def test_of_many_who_take_the_lease_at_once_one_gets_it(path: Path) -> None:
-    stores = [SqlStore(path) for _ in range(4)]
-    for store in stores:
-        await store.open()
+@pytest.mark.parametrize("is_held", [False, True])
+async def test_of_many_who_may_take_the_lease_at_once_one_gets_it(where: Where, is_held: bool) -> None:
+    async with AsyncExitStack() as opened:
+        stores = [await opened.enter_async_context(SqlStore(where)) for _ in range(4)]
+        for turn in range(5):
+            if is_held:
+                await take(stores[0], f"holder-{turn}", force=True)
+            elif turn:
+                await stores[0].release_lease((await stores[0].lease()).epoch)
+            seen = await stores[0].lease()
 
-    outcomes = await asyncio.gather(
-        *(store.take_lease(f"server-{n}", ttl_s=30.0, now_s=1.0) for n, store in enumerate(stores)),
-        return_exceptions=True,
-    )
+            outcomes = await asyncio.gather(
+                *(take(store, f"server-{n}", seen=seen if is_held else None) for n, store in enumerate(stores)),
+                return_exceptions=True,
+            )
 
-    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Conflict"] * 3 + ["Lease"]
-    for store in stores:
-        await store.close()
+            assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Conflict"] * 3 + ["Lease"]
+            assert await stores[1].lease() in outcomes
 
 
-async def test_writers_of_two_processes_worth_of_connections_do_not_lose_each_others_work(path: Path) -> None:
-    async with SqlStore(path) as one, SqlStore(path) as two:
-        epoch = (await one.take_lease("server-1", ttl_s=30.0, now_s=0.0)).epoch
+async def test_who_waits_for_the_lease_hears_of_what_another_server_does_to_it(where: Where) -> None:
+    async with SqlStore(where) as one, SqlStore(where) as other:
+        seen = await one.take_lease("a:1", name="a", target="", ttl_s=0.05)  # so that SQLite is looked at soon
+        for move in (one.renew_lease, one.release_lease):
+            waiting = asyncio.ensure_future(other.lease_moved(seen, within_s=3600.0))
+            await other.standbys()
+            await move(seen.epoch)
+
+            seen = await waiting
+            assert seen == await one.lease()
+
+
+async def test_a_takeover_ends_the_writes_of_the_tenure_before_at_once(where: Where) -> None:
+    async with SqlStore(where) as old, SqlStore(where) as new:
+        for _ in range(5):
+            epoch = (await take(old, "server-1", force=True)).epoch
+            are_busy = [asyncio.Event() for _ in range(4)]
+            writing = [asyncio.ensure_future(audit_until_refused(old, epoch, is_busy)) for is_busy in are_busy]
+            for is_busy in are_busy:
+                await is_busy.wait()
+
+            await take(new, "server-2", force=True)
+            written = len(await new.audit_log(100_000))
+
+            await asyncio.gather(*writing)
+            assert len(await new.audit_log(100_000)) == written
+
+
+async def audit_until_refused(store: Store, epoch: int, is_busy: asyncio.Event) -> None:
+    with suppress(StaleEpoch):
+        for number in itertools.count():
+            await store.audit(epoch, AuditEntry(float(number), "a", "b", "c", "ok"))
+            if number == 3:
+                is_busy.set()
+
+
+async def test_writers_of_two_processes_worth_of_connections_do_not_lose_each_others_work(where: Where) -> None:
+    async with SqlStore(where) as one, SqlStore(where) as two:
+        epoch = (await take(one, "server-1")).epoch
 
         await asyncio.gather(
             *(
@@ -612,9 +896,9 @@ async def test_writers_of_two_processes_worth_of_connections_do_not_lose_each_ot
         assert len(await one.jobs()) == len(await two.jobs()) == 40
 
 
-async def test_a_cancelled_caller_leaves_the_store_usable(path: Path) -> None:
-    async with SqlStore(path) as store:
-        epoch = (await store.take_lease("server-1", ttl_s=30.0, now_s=0.0)).epoch
+async def test_a_cancelled_caller_leaves_the_store_usable(where: Where) -> None:
+    async with SqlStore(where) as store:
+        epoch = (await take(store, "server-1")).epoch
         adding = asyncio.ensure_future(store.add_job(epoch, record()))
         await asyncio.sleep(0)
         adding.cancel()
@@ -625,85 +909,12 @@ async def test_a_cancelled_caller_leaves_the_store_usable(path: Path) -> None:
         assert await store.job(JOB) == record()
 
 
-@pytest.mark.parametrize(
-    "content", [b"this is no database, whatever its name says" * 100, b"SQLite format 3\0" + b"\xff" * 5000]
-)
-def test_a_file_that_is_no_database_is_named_and_left_alone(path: Path, content: bytes) -> None:
-    path.parent.mkdir()
-    path.write_bytes(content)
-
-    asyncio.run(_refuses(path))
-
-    assert path.read_bytes() == content
-
-
-async def _refuses(damaged: Path) -> None:
-    with pytest.raises(StoreFailed, match="database") as caught:
-        await SqlStore(damaged).open()
-
-    assert str(damaged) in str(caught.value)
-
-
-async def test_a_path_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("a file where a folder should be")
-    for unusable in (tmp_path, tmp_path / "file" / "store.db"):
-        with pytest.raises(StoreFailed) as caught:
-            await SqlStore(unusable).open()
-        assert str(unusable) in str(caught.value)
-
-
-async def test_a_store_of_another_version_is_refused_and_left_alone(path: Path) -> None:
-    async with SqlStore(path):
-        pass
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE meta SET value = '999' WHERE key = 'schema_version'")
-    connection.close()
-
-    with pytest.raises(StoreFailed, match=f"version 999.*version {tables.SCHEMA_VERSION}"):
-        await SqlStore(path).open()
-
-
-async def test_a_store_that_failed_to_open_can_be_opened_later(tmp_path: Path) -> None:
-    blocker = tmp_path / "folder"
-    blocker.write_text("in the way")
-    store = SqlStore(blocker / "store.db")
-    with pytest.raises(StoreFailed):
-        await store.open()
-
-    blocker.unlink()
-    async with store:
-        assert await store.jobs() == []
-
-
-async def test_a_write_that_the_database_refuses_fails_with_a_sentence_and_the_next_one_works(path: Path) -> None:
-    async with SqlStore(path) as store:
-        epoch = (await store.take_lease("server-1", ttl_s=30.0, now_s=0.0)).epoch
-        with sqlite3.connect(path) as connection:
-            connection.execute(
-                "CREATE TRIGGER full BEFORE INSERT ON audit BEGIN SELECT RAISE(ROLLBACK, 'disk is full'); END"
-            )
-        outcomes = await asyncio.gather(
-            store.add_job(epoch, record("a")),
-            store.audit(epoch, AuditEntry(1.0, "a", "b", "c", "ok")),
-            return_exceptions=True,
-        )
-        assert isinstance(outcomes[1], StoreFailed)
-        assert "disk is full" in str(outcomes[1])
-        # The first may have had a transaction of its own; what it was told is what there is.
-        assert len(await store.jobs()) == (1 if outcomes[0] is None else 0)
-        connection.execute("DROP TRIGGER full")
-        connection.close()
-
-        await store.audit(epoch, AuditEntry(1.0, "a", "b", "c", "ok"))
-        assert len(await store.audit_log()) == 1
-
-
-async def test_what_was_answered_before_a_kill_is_there_after_it(path: Path) -> None:
+async def test_what_was_answered_before_a_kill_is_there_after_it(where: Where) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "tests.storage.committing",
-        str(path),
+        str(where),
         stdout=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[2],
     )
@@ -716,7 +927,7 @@ async def test_what_was_answered_before_a_kill_is_there_after_it(path: Path) -> 
     assert await process.wait() == -signal.SIGKILL
     answered = int(rest[-1]) if rest else answered
 
-    async with SqlStore(path) as store:
+    async with SqlStore(where) as store:
         run = await store.snapshot(JOB)
         rounds = await store.rounds(JOB)
 

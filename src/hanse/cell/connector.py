@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 
 import grpc.aio
 
-from hanse.cell.backoff import Backoff
+from hanse.cell.backoff import LONGEST_S, Backoff
 from hanse.cell.cell import Cell
 from hanse.cell.handshake import say_hello
 from hanse.cell.link import Link, Peer, Pipe, StreamLink, Transport
@@ -27,6 +27,8 @@ from hanse.ids import SERVER
 from hanse.messages import Hello, Welcome
 
 CONNECT_TIMEOUT_S: Final = 10.0
+LONGEST_BETWEEN_SERVERS_S: Final = 2.0
+"""The longest pause where there are several servers: one of them takes over in seconds from one that dies."""
 STEADY_S: Final = 5.0
 """A link that was up this long has proven that dialling works: the next pause is short again."""
 
@@ -64,7 +66,7 @@ class Connector:
         self._dial = dial or GrpcDial(tls)
         self._transport: Transport | None = "memory" if dial else None
         self._tls, self._connect_timeout_s = tls, connect_timeout_s
-        self._backoff = Backoff(rng)
+        self._backoff = Backoff(rng, longest_s=LONGEST_S if len(self._targets) == 1 else LONGEST_BETWEEN_SERVERS_S)
         self._link: StreamLink | None = None
         self._dialling: asyncio.Timeout | None = None
         self._closing = asyncio.Event()

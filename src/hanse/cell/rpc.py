@@ -184,9 +184,11 @@ def error_of(error: grpc.aio.AioRpcError, where: str) -> HanseError:
             }
         )
     if "CERTIFICATE_VERIFY_FAILED" in details:
-        return Unauthenticated(f"the certificate of the server at {where} is not one that the project's CA issued")
+        return Unauthenticated(f"the certificate of the server at {where} {_distrust(details)}")
     if "Hostname Verification Check failed" in details:
-        return Unauthenticated(f"the certificate of the server at {where} does not hold that host's name")
+        return Unauthenticated(
+            f"the certificate of the server at {where} does not hold that host's name; dial it by one that it holds"
+        )
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ProtocolError("frame", got=details, expected=f"at most {MAX_FRAME_BYTES} bytes")
     if details.startswith("failed to connect"):
@@ -196,6 +198,18 @@ def error_of(error: grpc.aio.AioRpcError, where: str) -> HanseError:
         # What TLS 1.3 shows of a server that does not take the client's certificate; it may also just be going down.
         details = "it closed the connection, as one does that accepts no such certificate, or expects TLS and gets none"
     return Unreachable(where, details)
+
+
+def _distrust(details: str) -> str:
+    """Return what TLS found wrong with a server's certificate, and what to do; *details* are BoringSSL's words."""
+    if "certificate has expired" in details:
+        return "has expired; its operator has to ask the project for a new one, or this machine's clock is wrong"
+    if "certificate is not yet valid" in details:
+        return "is not valid yet; compare the clocks"
+    return (
+        "is not one that the project's CA issued; another project's server is there, or a proxy that ends TLS: "
+        "'hanse doctor' with this kit tells which"
+    )
 
 
 def encode_chunk(data: bytes | memoryview) -> bytes:

@@ -92,7 +92,7 @@ class ClientAgent:
         self._registrant = Registrant(
             settings.project,
             settings.name,
-            settings.server_name,
+            settings.server_names,
             identity,
             roots,
             settings.resources,
@@ -189,6 +189,12 @@ class ClientAgent:
     # The connection ---------------------------------------------------------------------------------------------------
 
     def _hello(self) -> Hello:
+        """Return what opens a stream; raise ``Unauthenticated`` once the certificate that goes with it is not valid."""
+        try:
+            self._registrant.require_valid()
+        except Unauthenticated:
+            self._session = None  # no token helps then, so there is no need to dial again without it
+            raise
         credentials = self._session.credentials if self._session else None
         return Hello(PROTOCOL_VERSIONS, self._uplink.cell.fqcn, self._settings.project, self._release, credentials)
 

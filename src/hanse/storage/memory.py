@@ -5,12 +5,16 @@ packed, so that nobody can change it from outside, and reads back as it would fr
 changes happen in one step of the event loop.
 """
 
+import asyncio
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from hanse.errors import Conflict, NotFound, StaleEpoch, StoreFailed
+import msgspec
+
+from hanse.errors import Conflict, NotFound, StoreFailed
 from hanse.ids import JobId
 from hanse.job import JobRecord, JobState
 from hanse.messages import CommitRound, RoundView, StateRef, TaskAssignment, TaskKey, TaskResult
@@ -19,16 +23,24 @@ from hanse.storage.records import (
     Lease,
     PackedTask,
     RunState,
-    check_client,
+    Standby,
+    check_audit,
+    check_carried,
     check_commit,
+    check_disabling,
+    check_epoch,
     check_job,
+    check_lease,
     check_move,
     check_next_round,
     check_result,
     check_running,
+    check_standby,
+    check_successor,
+    check_taking,
     check_tasks,
+    has_moved,
     key_order,
-    pack,
     session_id,
     task_title,
     unpack,
@@ -49,10 +61,12 @@ class _Job:
     models: dict[bytes, bytes] = field(default_factory=dict)
     answers: dict[TaskKey, bytes] = field(default_factory=dict)
 
-    def forget_tasks(self) -> None:
-        self.tasks.clear()
-        self.models.clear()
-        self.answers.clear()
+    def keep_tasks(self, kept: Collection[TaskKey]) -> None:
+        """Forget all tasks but those *kept*, with their answers and the models that they hand out."""
+        self.tasks = {key: task for key, task in self.tasks.items() if key in kept}
+        self.answers = {key: answer for key, answer in self.answers.items() if key in kept}
+        needed = {task.model for task in self.tasks.values()}
+        self.models = {digest: model for digest, model in self.models.items() if digest in needed}
 
 
 class MemoryStore:
@@ -64,7 +78,9 @@ class MemoryStore:
     def __init__(self, *, store_id: str = "memory") -> None:
         self._store_id = store_id
         self._is_open = False
-        self._lease = Lease(0, "", session_id(store_id, 0), 0.0)
+        self._lease = Lease(0, "", session_id(store_id, 0))
+        self._moved = asyncio.Event()
+        self._standbys: dict[str, Standby] = {}
         self._jobs: dict[JobId, _Job] = {}
         self._disabled: dict[str, str] = {}
         self._audit: list[AuditEntry] = []
@@ -88,31 +104,61 @@ class MemoryStore:
     ) -> None:
         await self.close()
 
-    async def take_lease(self, holder: str, *, ttl_s: float, now_s: float, force: bool = False) -> Lease:
+    async def lease(self) -> Lease:
         """See ``Store``."""
         self._check_open()
-        held_by = self._lease.holder
-        if held_by not in ("", holder) and self._lease.expires_at > now_s and not force:
-            raise Conflict("the store's lease", state=f"held by {held_by}", wanted=f"taken by {holder}")
-        return self._set_lease(self._lease.epoch + 1, holder, expires_at=now_s + ttl_s)
+        return self._lease
 
-    async def renew_lease(self, epoch: int, *, ttl_s: float, now_s: float) -> Lease:
+    async def lease_moved(self, seen: Lease, *, within_s: float) -> Lease:
+        """See ``Store``."""
+        self._check_open()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while not has_moved(self._lease, seen):
+                    await self._moved.wait()
+        return await self.lease()
+
+    async def take_lease(
+        self, holder: str, *, name: str, target: str, ttl_s: float, seen: Lease | None = None, force: bool = False
+    ) -> Lease:
+        """See ``Store``."""
+        self._check_open()
+        epoch = self._lease.epoch + 1
+        taken = Lease(epoch, holder, session_id(self._store_id, epoch), ttl_s=ttl_s, name=name, target=target)
+        check_lease(taken)
+        check_taking(self._lease, holder, name=name, seen=seen, force=force)
+        self._standbys.pop(name, None)
+        return self._set_lease(taken)
+
+    async def renew_lease(self, epoch: int) -> Lease:
         """See ``Store``."""
         self._fence(epoch)
-        return self._set_lease(epoch, self._lease.holder, expires_at=now_s + ttl_s)
+        return self._set_lease(msgspec.structs.replace(self._lease, beat=self._lease.beat + 1))
 
-    async def release_lease(self, epoch: int) -> None:
+    async def release_lease(self, epoch: int, *, successor: str = "") -> None:
         """See ``Store``."""
         self._fence(epoch)
-        self._set_lease(epoch + 1, "", expires_at=0.0)
+        check_successor(successor)
+        ssid = session_id(self._store_id, epoch + 1)
+        self._set_lease(Lease(epoch + 1, "", ssid, ttl_s=self._lease.ttl_s, successor=successor))
+
+    async def note_standby(self, standby: Standby) -> None:
+        """See ``Store``."""
+        check_standby(standby)
+        self._check_open()
+        self._standbys[standby.name] = standby
+
+    async def standbys(self) -> list[Standby]:
+        """See ``Store``."""
+        self._check_open()
+        return [self._standbys[name] for name in sorted(self._standbys)]
 
     async def add_job(self, epoch: int, record: JobRecord) -> None:
         """See ``Store``."""
         blob = check_job(record)
         self._fence(epoch)
-        if record.job_id in self._jobs:
+        if self._jobs.setdefault(record.job_id, _Job(record.state, blob)).record != blob:
             raise Conflict(f"job {record.job_id}", state="stored already", wanted="added")
-        self._jobs[record.job_id] = _Job(record.state, blob)
 
     async def replace_job(self, epoch: int, record: JobRecord, *, was: JobState) -> None:
         """See ``Store``."""
@@ -120,7 +166,7 @@ class MemoryStore:
 
     async def end_run(self, epoch: int, record: JobRecord, *, was: JobState) -> None:
         """See ``Store``."""
-        self._replace_job(epoch, record, was=was).forget_tasks()
+        self._replace_job(epoch, record, was=was).keep_tasks(())
 
     async def job(self, job_id: JobId) -> JobRecord:
         """See ``Store``."""
@@ -143,14 +189,21 @@ class MemoryStore:
         for task in packed:
             job.tasks.setdefault(task.key, task)
 
-    async def accept_answer(self, epoch: int, job_id: JobId, result: TaskResult) -> bool:
+    async def accept_answer(self, epoch: int, job_id: JobId, result: TaskResult) -> TaskResult:
         """See ``Store``."""
         blob = check_result(result)
         self._fence(epoch)
         job = self._jobs.get(job_id)
         if job is None or result.key not in job.tasks:
             raise NotFound("task", task_title(result.key))
-        return job.answers.setdefault(result.key, blob) is blob
+        return unpack(job.answers.setdefault(result.key, blob), TaskResult)
+
+    async def retract_answers(self, epoch: int, job_id: JobId, keys: Sequence[TaskKey]) -> None:
+        """See ``Store``."""
+        self._fence(epoch)
+        answers = self._jobs[job_id].answers if job_id in self._jobs else {}
+        for key in keys:
+            answers.pop(key, None)
 
     async def commit_round(self, epoch: int, job_id: JobId, commit: CommitRound, *, now_s: float) -> None:
         """See ``Store``."""
@@ -161,9 +214,10 @@ class MemoryStore:
         if number == job.last_round:
             return
         check_next_round(job_id, number, last=job.last_round, doing="committed")
+        check_carried(commit.carried, job.tasks)
         job.last_round, job.run_state = number, state
         job.rounds.append(view)
-        job.forget_tasks()
+        job.keep_tasks(commit.carried)
 
     async def snapshot(self, job_id: JobId) -> RunState:
         """See ``Store``."""
@@ -172,7 +226,7 @@ class MemoryStore:
         return RunState(
             None if job.run_state is None else unpack(job.run_state, StateRef),
             tuple(unpack_task(task.blob, job.models[task.model] if task.model else None) for task in tasks),
-            tuple(unpack(job.answers[key], TaskResult) for key in sorted(job.answers, key=key_order)),
+            tuple(unpack(answer, TaskResult) for answer in job.answers.values()),
         )
 
     async def rounds(self, job_id: JobId) -> list[RoundView]:
@@ -188,7 +242,7 @@ class MemoryStore:
 
     async def set_disabled(self, epoch: int, client: str, disabled: bool, *, reason: str = "") -> None:
         """See ``Store``."""
-        check_client(client)
+        check_disabling(client, reason)
         self._fence(epoch)
         self._disabled.pop(client, None)
         if disabled:
@@ -201,7 +255,7 @@ class MemoryStore:
 
     async def audit(self, epoch: int, entry: AuditEntry) -> None:
         """See ``Store``."""
-        pack(entry)
+        check_audit(entry)
         self._fence(epoch)
         self._audit.append(entry)
 
@@ -216,12 +270,13 @@ class MemoryStore:
 
     def _fence(self, epoch: int) -> None:
         self._check_open()
-        if epoch != self._lease.epoch:
-            raise StaleEpoch(ours=epoch, current=self._lease.epoch)
+        check_epoch(epoch, self._lease.epoch)
 
-    def _set_lease(self, epoch: int, holder: str, *, expires_at: float) -> Lease:
-        self._lease = Lease(epoch, holder, session_id(self._store_id, epoch), expires_at)
-        return self._lease
+    def _set_lease(self, lease: Lease) -> Lease:
+        self._lease = lease
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+        return lease
 
     def _job(self, job_id: JobId) -> _Job:
         self._check_open()
@@ -238,6 +293,7 @@ class MemoryStore:
         blob = check_job(record)
         self._fence(epoch)
         job = self._job(record.job_id)
-        check_move(job.state, record, was=was)
+        if job.record != blob:
+            check_move(job.state, record, was=was)
         job.state, job.record = record.state, blob
         return job

@@ -3,7 +3,11 @@
 A run is a journal in the store: tasks issued, answers accepted, rounds committed, one transaction each. Round 0 is the
 initial model; while round *r* is the last committed one, tasks and answers belong to round *r + 1*, and the commit of
 that round deletes them. Whoever writes holds the lease, and names its epoch with every write: when the lease has gone
-to another server, or was given back, nothing is written.
+to another server, or was given back, nothing is written. A commit may carry tasks on, which then outlive their round.
+
+No two machines' clocks are compared to tell whether the holder is alive. It *beats*, and a server that has seen the
+same beat for the lease's ``ttl_s`` on its own clock may take the lease: it says which one it saw, and is refused if
+that has moved since.
 
 What is written comes, in the end, from other machines. The ``check_…`` functions here are the gate: both stores call
 them before they change anything.
@@ -18,7 +22,7 @@ from typing import Final, Protocol, Self, TypeVar
 import msgspec
 from blake3 import blake3
 
-from hanse.errors import Conflict, ProtocolError
+from hanse.errors import Conflict, NotFound, ProtocolError, StaleEpoch
 from hanse.ids import JobId, Ssid, is_digest, is_job_id, is_name
 from hanse.job import ENDED, LEGAL, JobRecord, JobState
 from hanse.messages import (
@@ -42,16 +46,38 @@ MAX_TENSOR_BYTES: Final = 2**48
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """The right to write: ``epoch`` rises with every holder, ``ssid`` names this tenure; ``expires_at`` is POSIX."""
+    """The right to write: ``epoch`` rises with every tenure, which ``ssid`` names; ``beat`` rises while it is held.
+
+    ``holder`` is the server process's workspace and ``""`` while the lease is free, ``name`` the server's name and
+    ``target`` where clients reach it. A holder that has not beaten for ``ttl_s`` seconds may be succeeded; a free lease
+    keeps the ``ttl_s`` of its last holder, for so long it is ``successor``'s first, if that names a server.
+    """
 
     epoch: int
     holder: str
     ssid: Ssid
-    expires_at: float
+    beat: int = 0
+    ttl_s: float = 0.0
+    name: str = ""
+    target: str = ""
+    successor: str = ""
+
+
+class Standby(msgspec.Struct, frozen=True):
+    """A server that stands by, for people to see; ``seen_at``, POSIX seconds, is when it last said so."""
+
+    holder: str
+    name: str
+    target: str
+    seen_at: float
 
 
 class RunState(msgspec.Struct, frozen=True):
-    """Where a run stands: its last committed state, and the tasks of the next round without and with an answer."""
+    """Where a run stands: its last committed state, and its tasks without and with an answer.
+
+    The tasks are those of the next round and those that were carried on, in the order of their keys; the answers come
+    in the order in which they were accepted.
+    """
 
     state: StateRef | None
     tasks: tuple[TaskAssignment, ...] = ()
@@ -75,6 +101,9 @@ class Store(Protocol):
     Every method that writes names the writer's ``epoch``, changes everything or nothing, and returns when the change is
     durable; cancelling the caller does not take a write back. Times are POSIX seconds, given by the caller.
 
+    A write that raised ``StoreFailed`` may have happened all the same, when the database was lost while it committed.
+    So a write may be asked for again: what is stored already is left as it is (but ``audit`` appends once more).
+
     All of them may raise ``StoreFailed``; those that write ``StaleEpoch`` (the epoch is not the lease's) and
     ``ProtocolError`` (what was given is not what its type says), and nothing was written then.
     """
@@ -97,27 +126,51 @@ class Store(Protocol):
         """Close."""
         ...
 
-    async def take_lease(self, holder: str, *, ttl_s: float, now_s: float, force: bool = False) -> Lease:
-        """Begin a tenure of *holder*, with a new epoch; a holder may take its own lease again, as after a crash.
+    async def lease(self) -> Lease:
+        """Return the lease as it is now."""
+        ...
 
-        Raises:
-            Conflict: another holder's lease has not expired, and *force* is not set.
+    async def lease_moved(self, seen: Lease, *, within_s: float) -> Lease:
+        """Return the lease as soon as its epoch, beat or holder is not *seen*'s, or as it is after *within_s* seconds.
+
+        Once it has been *seen*'s for ``seen.ttl_s``, on the caller's clock, the caller may take it.
         """
         ...
 
-    async def renew_lease(self, epoch: int, *, ttl_s: float, now_s: float) -> Lease:
-        """Return the lease of *epoch*, to expire *ttl_s* after *now_s*."""
+    async def take_lease(
+        self, holder: str, *, name: str, target: str, ttl_s: float, seen: Lease | None = None, force: bool = False
+    ) -> Lease:
+        """Begin a tenure of *holder*, with a new epoch, and no longer list the server *name* as a standby.
+
+        A holder may take its own lease again, as after a crash, and a free one may be taken that is not handed to
+        another server. Any may be taken that has not moved since the caller saw it as *seen*, or with *force*.
+
+        Raises:
+            Conflict: none of this holds.
+        """
         ...
 
-    async def release_lease(self, epoch: int) -> None:
-        """End the tenure: *epoch* is over, and anybody may take the lease at once."""
+    async def renew_lease(self, epoch: int) -> Lease:
+        """Beat: return the lease of *epoch* with the next beat."""
+        ...
+
+    async def release_lease(self, epoch: int, *, successor: str = "") -> None:
+        """End the tenure: *epoch* is over, and the lease free, for the server *successor* first if that is given."""
+        ...
+
+    async def note_standby(self, standby: Standby) -> None:
+        """Remember that *standby* stands by, in place of what its name said before; this needs no epoch."""
+        ...
+
+    async def standbys(self) -> list[Standby]:
+        """Return who has said that it stands by, and has not taken the lease since, by name."""
         ...
 
     async def add_job(self, epoch: int, record: JobRecord) -> None:
         """Store a new job.
 
         Raises:
-            Conflict: there is a job with this id.
+            Conflict: there is another job with this id.
         """
         ...
 
@@ -151,25 +204,33 @@ class Store(Protocol):
         """
         ...
 
-    async def accept_answer(self, epoch: int, job_id: JobId, result: TaskResult) -> bool:
-        """Journal *result* and return true, or return false, changing nothing, when its task has an answer already.
+    async def accept_answer(self, epoch: int, job_id: JobId, result: TaskResult) -> TaskResult:
+        """Return the answer that counts for *result*'s task: *result*, journalled now, or the one that was before it.
+
+        Whoever asks again, not knowing what became of a first attempt, so learns which answer was accepted.
 
         Raises:
-            NotFound: no such task is journalled: never issued, or its round is committed.
+            NotFound: no such task is journalled: never issued, or over with its round.
         """
         ...
 
+    async def retract_answers(self, epoch: int, job_id: JobId, keys: Sequence[TaskKey]) -> None:
+        """Have the tasks of *keys* be without an answer again, because the answers' tensors are lost."""
+        ...
+
     async def commit_round(self, epoch: int, job_id: JobId, commit: CommitRound, *, now_s: float) -> None:
-        """Make *commit*'s state the run's newest and delete the tasks of its round; once more for that round: nothing.
+        """Make *commit*'s state the run's newest, and delete the run's tasks but for those that *commit* carries on.
+
+        Once more for the round committed last: nothing.
 
         Raises:
             Conflict: the job has ended, or the round is not the one after the last committed one.
-            NotFound: there is no such job.
+            NotFound: there is no such job, or no such task as is to be carried on.
         """
         ...
 
     async def snapshot(self, job_id: JobId) -> RunState:
-        """Return where the run stands; tasks and answers are in the order of their keys.
+        """Return where the run stands.
 
         Raises:
             NotFound: there is no such job.
@@ -308,12 +369,82 @@ def check_commit(commit: CommitRound, *, now_s: float) -> tuple[bytes, bytes]:
     check_model_ref(state.model, "StateRef.model")
     for name, model in state.extra.items():
         check_model_ref(model, f"StateRef.extra[{name!r}]")
+    for key in commit.carried:
+        check_key(key)
     return _encoded(state), pack(RoundView(state.round, state.metrics, commit.took_s, now_s, commit.answered))
 
 
-def check_client(name: str) -> None:
-    """Check that *name* may name a client."""
-    _expect(is_name(name), "client", name, "a participant's name")
+def check_epoch(ours: int, current: int) -> None:
+    """Raise ``StaleEpoch`` unless a writer of epoch *ours* may write while the lease is of epoch *current*."""
+    if ours != current:
+        raise StaleEpoch(ours=ours, current=current)
+
+
+def check_taking(lease: Lease, holder: str, *, name: str, seen: Lease | None, force: bool) -> None:
+    """Raise ``Conflict`` unless *holder*, of the server *name*, may take *lease*, which it saw last as *seen*."""
+    is_free_for_it = lease.holder == "" and lease.successor in ("", name)
+    is_its_own = lease.holder == holder
+    has_stood_still = seen is not None and not has_moved(lease, seen)
+    if not (is_free_for_it or is_its_own or has_stood_still or force):
+        state = f"held by {lease.holder}" if lease.holder else f"handed to {lease.successor}"
+        raise Conflict("the store's lease", state=state, wanted=f"taken by {holder}")
+
+
+def has_moved(lease: Lease, seen: Lease) -> bool:
+    """Return whether *lease* is not what it was when it was *seen*."""
+    return (lease.epoch, lease.beat, lease.holder) != (seen.epoch, seen.beat, seen.holder)
+
+
+def check_lease(lease: Lease) -> None:
+    """Check a lease that somebody takes."""
+    pack(lease)
+    _expect(bool(lease.holder), "Lease.holder", lease.holder, "text")
+    check_text(lease.holder, "Lease.holder")
+    check_text(lease.target, "Lease.target")
+    _expect(is_name(lease.name), "Lease.name", lease.name, "a server's name")
+    _expect(0 < lease.ttl_s < math.inf, "Lease.ttl_s", lease.ttl_s, "a number of seconds above 0")
+
+
+def check_successor(name: str) -> None:
+    """Check the name of the server that is to have the lease next; nothing is nobody in particular."""
+    _expect(name == "" or is_name(name), "successor", name, "a server's name, or nothing")
+
+
+def check_standby(standby: Standby) -> None:
+    """Check what a server says of itself that stands by."""
+    pack(standby)
+    _expect(is_name(standby.name), "Standby.name", standby.name, "a server's name")
+    check_text(standby.holder, "Standby.holder")
+    check_text(standby.target, "Standby.target")
+
+
+def check_carried(carried: Collection[TaskKey], journalled: Collection[TaskKey]) -> None:
+    """Raise ``NotFound`` unless all tasks that are to be *carried* on are *journalled*."""
+    for key in carried:
+        if key not in journalled:
+            raise NotFound("task", task_title(key))
+
+
+def check_disabling(client: str, reason: str) -> None:
+    """Check the name of a client that is to be disabled or enabled, and the reason."""
+    _expect(is_name(client), "client", client, "a participant's name")
+    check_text(reason, "reason")
+
+
+def check_audit(entry: AuditEntry) -> None:
+    """Check an entry for the audit log."""
+    pack(entry)
+    for name in ("actor", "action", "object", "outcome", "reason"):
+        check_text(getattr(entry, name), f"AuditEntry.{name}")
+
+
+def check_text(text: str, field: str) -> None:
+    """Check that every database can hold *text* as text."""
+    try:
+        is_storable = b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        is_storable = False
+    _expect(is_storable, field, text, "Unicode text without zero characters")
 
 
 def check_key(key: TaskKey) -> None:
@@ -321,6 +452,7 @@ def check_key(key: TaskKey) -> None:
     _expect(0 <= key.round <= MAX_ROUND, "TaskKey.round", key.round, f"0 to {MAX_ROUND}")
     _expect(0 <= key.sequence <= MAX_ROUND, "TaskKey.sequence", key.sequence, f"0 to {MAX_ROUND}")
     _expect(0 < len(key.name) <= 200, "TaskKey.name", key.name, "1 to 200 characters")
+    check_text(key.name, "TaskKey.name")
     _expect(is_name(key.client), "TaskKey.client", key.client, "a participant's name")
 
 

@@ -1,8 +1,8 @@
 """The store's tables, as SQLAlchemy Core knows them.
 
 What is searched or compared is a column; all else is msgpack of the types in ``hanse.job`` and ``hanse.messages``,
-which add fields only with defaults, so that a newer release reads what an older one wrote. The schema has a version,
-kept in ``meta``.
+which add fields only with defaults, so that a newer release reads what an older one wrote. These are the tables as they
+are now; ``migrations`` makes them, step by step, and says which step was the last. A test holds the two together.
 """
 
 from typing import Final
@@ -20,12 +20,13 @@ from sqlalchemy import (
     String,
     Table,
     inspect,
-    select,
+    text,
 )
 
-from hanse.errors import StoreFailed
-
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = "0002"
+"""The migration that makes the schema below."""
+FIRST_RELEASE: Final = "0001"
+"""The schema of the first release, which did not note it down as the later ones do."""
 
 metadata = MetaData()
 
@@ -45,9 +46,22 @@ lease = Table(
     Column("id", Integer, primary_key=True),
     Column("epoch", BigInteger, nullable=False),
     Column("holder", String, nullable=False),
-    Column("expires_at", Double, nullable=False),
+    Column("beat", BigInteger, nullable=False),
+    Column("ttl_s", Double, nullable=False),
+    Column("name", String, nullable=False),
+    Column("target", String, nullable=False),
+    Column("successor", String, nullable=False),
 )
 """One row, from the start, so that taking the lease is an update of it."""
+
+standbys = Table(
+    "standbys",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("holder", String, nullable=False),
+    Column("target", String, nullable=False),
+    Column("seen_at", Double, nullable=False),
+)
 
 jobs = Table(
     "jobs",
@@ -84,9 +98,11 @@ tasks = Table(
     Column("task", LargeBinary, nullable=False),
     Column("model", LargeBinary),
     Column("answer", LargeBinary),
+    Column("accepted", BigInteger),
 )
-"""The tasks of each run's present round: a ``TaskAssignment`` without its model, the model's key in ``models``, and the
-``TaskResult`` once there is one."""
+"""The tasks of each run's present round, and those carried on: a ``TaskAssignment`` without its model, the model's key
+in ``models``, and the ``TaskResult`` once there is one. ``accepted`` gives the order of a run's answers."""
+Index("tasks_by_acceptance", tasks.c.job_id, tasks.c.accepted)
 
 models = Table(
     "models",
@@ -114,25 +130,9 @@ audit = Table(
 )
 
 
-def create(connection: Connection, *, store_id: str) -> None:
-    """Make the tables of a new store, called *store_id*; leave one that is there, of this version, as it is.
-
-    Raises:
-        StoreFailed: the store is of another version.
-    """
-    if inspect(connection).has_table(meta.name):
-        _check_version(connection)
-        return
-    metadata.create_all(connection, checkfirst=False)
-    connection.execute(
-        meta.insert(),
-        [{"key": "schema_version", "value": str(SCHEMA_VERSION)}, {"key": "store_id", "value": store_id}],
-    )
-    connection.execute(lease.insert(), {"id": 1, "epoch": 0, "holder": "", "expires_at": 0.0})
-
-
-def _check_version(connection: Connection) -> None:
-    version = connection.scalar(select(meta.c.value).where(meta.c.key == "schema_version"))
-    if version != str(SCHEMA_VERSION):
-        why = f"its schema is version {version}, and this release of Hanse works with version {SCHEMA_VERSION}"
-        raise StoreFailed("opening it", why)
+def schema_version(connection: Connection) -> str:
+    """Return which migration made the schema of the store, ``""`` when there is none."""
+    names = inspect(connection).get_table_names()
+    if "alembic_version" in names:
+        return str(connection.scalar(text("SELECT version_num FROM alembic_version")))
+    return FIRST_RELEASE if meta.name in names else ""
