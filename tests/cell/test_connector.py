@@ -7,11 +7,7 @@ import pytest
 
 from hanse.cell.cell import Cell
 from hanse.cell.link import Link, Peer
-<<<<<<< HEAD
-from hanse.cell.rpc import ClientTls, ServerTls
-=======
-from hanse.cell.rpc import CONTROL_OPTIONS
->>>>>>> faults
+from hanse.cell.rpc import CONTROL_OPTIONS, ClientTls, ServerTls
 from hanse.errors import HanseError, NotInService, TimedOut, Unauthenticated, Unreachable
 from hanse.identity.authorities import Authority as ProjectAuthority
 from hanse.identity.certificates import key_pem, new_key

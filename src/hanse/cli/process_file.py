@@ -51,7 +51,7 @@ def holder(path: Path) -> int | None:
         # A lock that others may share: of two that ask this at once, neither takes the other for the holder.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return number_in(descriptor) or 0
+        return number_in(descriptor)
     else:
         return None
     finally:

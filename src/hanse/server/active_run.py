@@ -27,6 +27,7 @@ from hanse.coordination.waiting import (
     Phase,
     RunProcess,
     StoreTrouble,
+    asks_taken_up,
     views_of,
     waiting_of_running,
     with_issue,
@@ -171,7 +172,7 @@ class ActiveRun:
         }
         self._handle: Handle | None = None
         self._process = RunProcess(Phase.STARTING, services.now())
-        self._asks: tuple[Ask, ...] = ()
+        self._asks: tuple[Ask, ...] = asks_taken_up(run, now=services.now())
         self._store_trouble: StoreTrouble | None = None
         self._inboxes: dict[ClientName, Inbox] = {}
         self._arriving: Counter[Digest] = Counter()
