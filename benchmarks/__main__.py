@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -111,12 +112,46 @@ def bulk(running: Deployment) -> Iterator[Figure]:
     yield figure("server_peak_mb", peak.mb, "MB", "< 400", note="anonymous memory, server and its job process")
 
 
+def killed(running: Deployment) -> Iterator[Figure]:
+    """A client's job process is killed in training: when the server knows, and when its code runs the task again."""
+    gate = Path(os.environ["HANSE_TEST_GATES"]) / "site-1-1"
+    noticed, again = [], []
+    for _ in range(5):
+        os.mkfifo(gate)
+        job = running.hanse("job", "submit", str(ROOT / "tests" / "e2e" / "job"))["job_id"]
+        with gate.open("wb"), _lines_of(running.root / "server.log") as lines:  # in the middle of its training
+            gate.unlink()
+            os.mkfifo(gate)
+            began = time.perf_counter()
+            running.job_process("site-1").kill()
+            next(line for line in lines if "process died" in line)
+            noticed.append(time.perf_counter() - began)
+            with gate.open("wb"):
+                again.append(time.perf_counter() - began)
+                gate.unlink()
+        running.hanse("job", "wait", job)
+    yield figure("client_kill_noticed_s", statistics.median(noticed), "s", "< 1", worst=round(max(noticed), 3))
+    yield figure("client_kill_again_s", statistics.median(again), "s", "< 5", worst=round(max(again), 3))
+
+
+@contextmanager
+def _lines_of(log: Path) -> Iterator[Iterable[str]]:
+    """Give the lines that are added to *log* from now on, each as it comes."""
+    command = ["tail", "-c", f"+{log.stat().st_size + 1}", "-F", str(log)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as tail:
+        try:
+            yield tail.stdout or []
+        finally:
+            tail.kill()
+
+
 ALONE: dict[str, Callable[[], Iterator[Figure]]] = {"help": help_, "install": install, "demo": demo}
 DEPLOYED: dict[str, Callable[[Deployment], Iterator[Figure]]] = {
     "start": start,
     "idle": idle,
     "noop": noop,
     "bulk": bulk,
+    "killed": killed,
 }
 
 
@@ -133,7 +168,8 @@ def main() -> int:
     deployed = [name for name in names if name in DEPLOYED]
     if deployed:
         os.environ.pop("HANSE_KIT", None)
-        with deployment() as running:
+        with tempfile.TemporaryDirectory(prefix="hanse-gates-") as gates, deployment() as running:
+            os.environ["HANSE_TEST_GATES"] = gates
             for name in dict.fromkeys(["start", *deployed]):
                 for line in DEPLOYED[name](running):
                     print(json.dumps(line), flush=True)

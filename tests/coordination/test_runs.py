@@ -586,6 +586,19 @@ def test_with_a_single_try_the_reason_counts_nothing() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("cause", "code"), [("out-of-memory", "out-of-memory"), ("", "process-died"), ("?", "process-died")]
+)
+def test_what_ended_a_process_is_told_by_its_code_where_the_site_knows(cause: str, code: str) -> None:
+    run = run_with(RUNNING)
+
+    verdict = run.process_ended(ONE, attempt=3, status=-9, now=4, cause=cause)
+
+    assert isinstance(verdict, GiveUp)
+    assert verdict.code == code
+    assert ("used up the memory" in verdict.reason) is (cause == "out-of-memory")
+
+
 # heartbeats
 
 J1, J2, J3 = JobId("j1"), JobId("j2"), JobId("j3")

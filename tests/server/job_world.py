@@ -261,7 +261,7 @@ def silent(task: TaskAssignment, model: Model) -> None:
 def faulty(reason: str) -> Train:
     def train(task: TaskAssignment, model: Model) -> TaskResult:
         del model
-        return TaskResult(task.key, fault=TaskFault("training-failed", reason))
+        return TaskResult(task.key, fault=TaskFault("training-failed", reason, log_tail="Traceback ..."))
 
     return train
 

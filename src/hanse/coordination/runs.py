@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, Self, TypeAlias
 
-from hanse.errors import Conflict, NotFound, ProcessDied, Unauthorized, UpdateRejected
+from hanse.errors import Conflict, NotFound, OutOfMemory, ProcessDied, Unauthorized, UpdateRejected
 from hanse.ids import ClientName, JobId
 from hanse.messages import TaskAssignment, TaskKey, TaskResult
 
@@ -110,9 +110,10 @@ class Restart:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Do not start the process again; *reason* is the sentence for the job's record."""
+    """Do not start the process again; *reason* is the sentence for the job's record, *code* that of how it died."""
 
     reason: str
+    code: str = ProcessDied.code
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +144,20 @@ def heartbeat_sync(reported: Iterable[JobId], *, expected: Collection[JobId], pr
     )
 
 
-def after_death(where: str, *, attempt: int, tries: int, status: int, last_line: str = "") -> Restart | GiveUp:
+def after_death(
+    where: str, *, attempt: int, tries: int, status: int, last_line: str = "", cause: str = ""
+) -> Restart | GiveUp:
     """Return what to do about a job's process at *where* that ended unasked with *status* on its *attempt*-th start.
 
     It is started at most *tries* times in all. One that ended with status 0 has ended of its own accord, and would
-    again.
+    again. *cause* is the code of what ended it, where that is known.
     """
-    died = ProcessDied(where, status, last_line)
+    died = (OutOfMemory if cause == OutOfMemory.code else ProcessDied)(where, status, last_line)
     if status == 0:
-        return GiveUp(f"{died}; it ended before the run was over")
+        return GiveUp(f"{died}; it ended before the run was over", died.code)
     if attempt < tries:
         return Restart(attempt + 1)
-    return GiveUp(f"{died}; that was start {attempt} of {tries}" if tries > 1 else str(died))
+    return GiveUp(f"{died}; that was start {attempt} of {tries}" if tries > 1 else str(died), died.code)
 
 
 class Run:
@@ -440,7 +443,7 @@ class Run:
         return True
 
     def process_ended(
-        self, client: ClientName, *, attempt: int, status: int, now: float, last_line: str = ""
+        self, client: ClientName, *, attempt: int, status: int, now: float, last_line: str = "", cause: str = ""
     ) -> Restart | GiveUp | None:
         """Return what to do about *client*'s process, whose *attempt*-th start ended unasked with *status*.
 
@@ -451,7 +454,9 @@ class Run:
         part = self.participant(client)
         if part.state in ENDED or attempt < max(part.attempt, 1):
             return None
-        verdict = after_death(client, attempt=attempt, tries=self.process_tries, status=status, last_line=last_line)
+        verdict = after_death(
+            client, attempt=attempt, tries=self.process_tries, status=status, last_line=last_line, cause=cause
+        )
         if isinstance(verdict, Restart):
             self._move(client, ClientState.STARTING, now=now, attempt=verdict.attempt)
         else:

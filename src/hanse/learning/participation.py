@@ -314,7 +314,8 @@ class Collection:
                 raise ValueError(f"the round is still open: {_listed(self.outstanding)} may answer")
             case Verdict.FAILED:
                 why = _listed([_told(client, fault) for client, fault in self.faults.items()], separator="; ")
-                raise TooFewClients(got=len(self._taking_part) - len(self._faults), needed=self._needed, why=why)
+                got, first = len(self._taking_part) - len(self._faults), next(iter(self._faults))
+                raise TooFewClients(got=got, needed=self._needed, why=why, client=first)
             case Verdict.ENOUGH:
                 return dict(sorted(self._counted.items()))
 

@@ -106,6 +106,10 @@ class ServerLink:
         """Tell that the run's process has nothing more to do."""
         await self._ask("ended", end)
 
+    async def given_up(self, end: RunEnded) -> None:
+        """Tell, once, that the run's process ends without having reached its end: whoever wanted that may be away."""
+        await self._ask_once("ended", end)
+
     def heartbeat(self) -> None:
         """Tell that the run's process is alive."""
         self._cell.tell(SERVER, Channel.RUN, "heartbeat", RunHeartbeat())

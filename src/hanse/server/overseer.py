@@ -192,7 +192,7 @@ class LeaseOverseer:
             )
             self._held = HeldFor(lease, taken_at)
             self._note(lease)
-            _log.info("the lease is taken", extra={"epoch": lease.epoch, "name": self._name})
+            _log.info("the lease is taken", extra={"epoch": lease.epoch, "server": self._name})
 
     async def _note_standing_by(self) -> None:
         """Tell the store, every so often, that this server stands by, for people to see."""

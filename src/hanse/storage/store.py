@@ -18,7 +18,7 @@ from sqlalchemy import URL, Connection, Select, make_url
 from sqlalchemy.exc import ArgumentError
 
 from hanse.errors import ConfigError, Conflict, NotFound, StoreFailed
-from hanse.ids import JobId
+from hanse.ids import JobId, is_job_id
 from hanse.job import JobRecord, JobState
 from hanse.messages import CommitRound, RoundView, StateRef, TaskAssignment, TaskKey, TaskResult
 from hanse.storage import statements as sql
@@ -29,9 +29,10 @@ from hanse.storage.records import (
     RunState,
     Standby,
     Store,
+    check_audit,
     check_carried,
-    check_client,
     check_commit,
+    check_disabling,
     check_epoch,
     check_job,
     check_lease,
@@ -40,11 +41,11 @@ from hanse.storage.records import (
     check_result,
     check_running,
     check_standby,
+    check_successor,
     check_taking,
     check_tasks,
     has_moved,
     key_order,
-    pack,
     session_id,
     task_title,
     unpack,
@@ -159,6 +160,7 @@ class SqlStore:
 
     async def release_lease(self, epoch: int, *, successor: str = "") -> None:
         """See ``Store``."""
+        check_successor(successor)
 
         def release(connection: Connection) -> Lease:
             lease = self._held_lease(connection, epoch)
@@ -193,7 +195,7 @@ class SqlStore:
 
         def add(connection: Connection) -> None:
             _fence(connection, epoch)
-            stored = connection.scalar(sql.JOB, {"of_job_id": record.job_id})
+            stored = connection.scalar(sql.JOB, _at_job(record.job_id))
             if stored is None:
                 row = {"job_id": record.job_id, "state": record.state.value, "last_round": -1, "record": blob}
                 connection.execute(sql.ADD_JOB, row)
@@ -227,7 +229,7 @@ class SqlStore:
         """See ``Store``."""
 
         def read(connection: Connection) -> JobRecord:
-            blob = connection.scalar(sql.JOB, {"of_job_id": job_id})
+            blob = connection.scalar(sql.JOB, _at_job(job_id))
             if blob is None:
                 raise NotFound("job", job_id)
             return unpack(blob, JobRecord)
@@ -293,7 +295,7 @@ class SqlStore:
         """See ``Store``."""
         state, view = check_commit(commit, now_s=now_s)
         number = commit.state.round
-        at_job = {"of_job_id": job_id}
+        at_job = _at_job(job_id)
 
         def commit_it(connection: Connection) -> None:
             _fence(connection, epoch)
@@ -317,7 +319,7 @@ class SqlStore:
         """See ``Store``."""
 
         def read(connection: Connection) -> list[RoundView]:
-            return [unpack(blob, RoundView) for blob in connection.scalars(sql.ROUNDS, {"of_job_id": job_id})]
+            return [unpack(blob, RoundView) for blob in connection.scalars(sql.ROUNDS, _at_job(job_id))]
 
         return await self._read(read)
 
@@ -325,7 +327,7 @@ class SqlStore:
         """See ``Store``."""
 
         def read(connection: Connection) -> RoundView | None:
-            blob = connection.scalar(sql.LAST_ROUND, {"of_job_id": job_id})
+            blob = connection.scalar(sql.LAST_ROUND, _at_job(job_id))
             return None if blob is None else unpack(blob, RoundView)
 
         return await self._read(read)
@@ -334,7 +336,7 @@ class SqlStore:
 
     async def set_disabled(self, epoch: int, client: str, disabled: bool, *, reason: str = "") -> None:
         """See ``Store``."""
-        check_client(client)
+        check_disabling(client, reason)
 
         def set_it(connection: Connection) -> None:
             _fence(connection, epoch)
@@ -350,7 +352,7 @@ class SqlStore:
 
     async def audit(self, epoch: int, entry: AuditEntry) -> None:
         """See ``Store``."""
-        pack(entry)
+        check_audit(entry)
 
         def append(connection: Connection) -> None:
             _fence(connection, epoch)
@@ -428,20 +430,21 @@ def database_at(where: Path | str) -> Database:
     try:
         url = make_url(where)
     except ArgumentError:
-        url = URL.create("")
+        url = URL.create("no URL")
     path = Path(url.database or "")
     if url.drivername == "sqlite" and path.is_absolute() and not (url.host or url.query):
         return SqliteDatabase(path)
+    # Without the URL's query, in which a password may be too.
+    shown = URL.create(url.drivername, url.username, None, url.host, url.port, url.database).render_as_string()
     if url.drivername != "postgresql":
-        shown = url.render_as_string() if url.drivername else "no URL"
         expected = "sqlite:////absolute/path/of/a/file or postgresql://user@host/database"
         raise ConfigError("store", got=shown, expected=expected)
     try:
         from hanse.storage.postgres import PostgresDatabase  # noqa: PLC0415 - its driver is an extra
     except ImportError as missing:
         expected = "PostgreSQL's driver to be installed (pip install 'hanse[postgres]')"
-        raise ConfigError("store", got=url.render_as_string(), expected=expected) from missing
-    return PostgresDatabase(url)
+        raise ConfigError("store", got=shown, expected=expected) from missing
+    return PostgresDatabase(url, name=shown)
 
 
 def _fence(connection: Connection, epoch: int) -> None:
@@ -450,7 +453,7 @@ def _fence(connection: Connection, epoch: int) -> None:
 
 
 def _replace_job(connection: Connection, record: JobRecord, blob: bytes, *, was: JobState) -> None:
-    at_job = {"of_job_id": record.job_id}
+    at_job = _at_job(record.job_id)
     row = connection.execute(sql.JOB_TO_CHANGE, at_job).one_or_none()
     if row is None:
         raise NotFound("job", record.job_id)
@@ -462,7 +465,7 @@ def _replace_job(connection: Connection, record: JobRecord, blob: bytes, *, was:
 
 def _last_round(connection: Connection, job_id: JobId, *, doing: str) -> int:
     """Return the job's last committed round, -1 before there is one, having made sure that the job has not ended."""
-    row = connection.execute(sql.JOB_STATE, {"of_job_id": job_id}).one_or_none()
+    row = connection.execute(sql.JOB_STATE, _at_job(job_id)).one_or_none()
     if row is None:
         raise NotFound("job", job_id)
     check_running(job_id, JobState(row.state), doing)
@@ -471,7 +474,7 @@ def _last_round(connection: Connection, job_id: JobId, *, doing: str) -> int:
 
 def _keep_tasks(connection: Connection, job_id: JobId, kept: Collection[TaskKey]) -> None:
     """Delete the run's tasks but those *kept*, with their answers and the models that they hand out."""
-    at_job = {"of_job_id": job_id}
+    at_job = _at_job(job_id)
     if not kept:
         connection.execute(sql.DELETE_TASKS, at_job)
         connection.execute(sql.DELETE_MODELS, at_job)
@@ -484,7 +487,7 @@ def _keep_tasks(connection: Connection, job_id: JobId, kept: Collection[TaskKey]
 
 
 def _snapshot(connection: Connection, job_id: JobId) -> RunState:
-    at_job = {"of_job_id": job_id}
+    at_job = _at_job(job_id)
     if connection.execute(sql.JOB_STATE, at_job).one_or_none() is None:
         raise NotFound("job", job_id)
     state = connection.scalar(sql.RUN_STATE, at_job)
@@ -499,6 +502,11 @@ def _snapshot(connection: Connection, job_id: JobId) -> RunState:
     )
 
 
+def _at_job(job_id: JobId) -> dict[str, Any]:
+    """Return the parameters that find the job; what is no job's id, which a database may not take, finds none."""
+    return {"of_job_id": job_id if is_job_id(job_id) else ""}
+
+
 def _at_key(job_id: JobId, key: TaskKey) -> dict[str, Any]:
     """Return the parameters that find the task of *key*."""
-    return {"of_job_id": job_id} | {f"of_{name}": value for name, value in msgspec.structs.asdict(key).items()}
+    return _at_job(job_id) | {f"of_{name}": value for name, value in msgspec.structs.asdict(key).items()}
