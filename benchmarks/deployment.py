@@ -48,8 +48,8 @@ class Deployment:
     """A provisioned project and its running processes; ``processes`` maps participants' names to theirs.
 
     ``settings`` are lines of the project's server, ``more`` further sections of the project. What a participant is
-    started with beyond its kit is in ``prefixes`` (words before the command), ``environments``, and ``programs`` (what is
-    started in place of ``hanse``).
+    started with beyond its kit is in ``prefixes`` (words before the command), ``environments``, and ``programs`` (what
+    is started in place of ``hanse``).
     """
 
     def __init__(
@@ -216,6 +216,22 @@ def deployment(*, clients: int = 2, **project: Any) -> Iterator[Deployment]:
             running.stop()
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+@contextmanager
+def two_servers(store: str = "", *, clients: int = 2) -> Iterator[Deployment]:
+    """Provision a project with two servers on the database *store* (a URL; by default a SQLite file of its own)."""
+    shared = Path(tempfile.mkdtemp(prefix="hanse-shared-"))
+    settings = {"store": store or f"sqlite:///{shared}/store.db", "runs": f"{shared}/runs", "shutdown_period_s": 5.0}
+    lines = ", ".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
+    standby = f'[[standbys]]\nname = "standby"\nhosts = ["localhost"]\nlisten = "127.0.0.1"\nport = {free_port()}\n'
+    try:
+        with deployment(
+            clients=clients, settings=f"settings = {{ {lines} }}", more=standby, servers=("server", "standby")
+        ) as running:
+            yield running
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
 
 
 class MemoryPeak:

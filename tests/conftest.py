@@ -28,5 +28,5 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture
 def postgres_url(postgres: Postgres) -> str:
-    """A new database in it."""
-    return postgres.url(postgres.new_database())
+    """An empty database in it."""
+    return postgres.url(postgres.empty_database())

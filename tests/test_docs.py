@@ -74,7 +74,7 @@ def test_every_error_code_has_an_entry(vocabulary: ModuleType) -> None:
     classes = vocabulary.error_classes()
     assert len(classes) > 20
     for cls in classes:
-        assert f"| `{cls.code}` | `{cls.__name__}` |" in shown
+        assert f"| [`{cls.code}`](codes/{cls.code}.md) | `{cls.__name__}` |" in shown
 
 
 def test_no_two_errors_share_a_code(vocabulary: ModuleType) -> None:

@@ -222,10 +222,31 @@ _ALL: Final = (
         "Make room there, or move the workspace to a larger disk. Logs and results of old jobs can be deleted.",
     ),
     Code(
+        "tensors-lost",
+        "Tensors of a run's last committed state are missing or damaged on the server's disk.",
+        "Check that disk, and submit the job again: its run cannot go on.",
+    ),
+    Code(
+        "lease-run-out",
+        "The server could not renew its lease in time, so another may serve.",
+        "Look at the store that the sentence names: it was away, or too slow, for as long as a lease lasts (lease_s).",
+    ),
+    Code(
         "stale-epoch",
         "This server's tenure has ended and another holds the lease; nothing was written.",
         "Nothing has to be done for the jobs: they run on at the server that holds the lease. Start this one again as "
         "a standby.",
+    ),
+    Code(
+        "tensors-lost",
+        "Tensors of a run's last committed state are missing on the server's disk, or do not have the bytes they had.",
+        "Have the disk that holds the runs looked at, then submit the job again; nothing can replace those tensors.",
+    ),
+    Code(
+        "lease-run-out",
+        "A server could not renew its lease on the shared store for so long that another server may hold it.",
+        "It stands by from then on and serves again when it can. If no other server took over, look at the database "
+        "and the way to it.",
     ),
     Code(
         "tenure-lost",

@@ -7,12 +7,13 @@ import pytest
 
 from hanse.cell.cell import Cell
 from hanse.cell.link import Link, Peer
-from hanse.cell.rpc import ClientTls, ServerTls
+from hanse.cell.rpc import CONTROL_OPTIONS, ClientTls, ServerTls
 from hanse.errors import HanseError, NotInService, TimedOut, Unauthenticated, Unreachable
 from hanse.identity.authorities import Authority as ProjectAuthority
 from hanse.identity.certificates import key_pem, new_key
 from hanse.ids import SERVER, Ssid, Token
 from hanse.messages import Channel, Heartbeat, HeartbeatReply, Message, Register, Registered, Welcome, ok
+from tests.faults.proxy import FaultyNetwork
 
 from .world import SITE, Authority, Connected, connected, connecting, hello, serving
 
@@ -66,6 +67,24 @@ async def test_a_client_started_before_its_server_waits_and_says_for_what() -> N
             await client.connector.wait_ready(10)
             await beat(client)
     assert target in client.waited_for[0]
+
+
+async def test_a_connection_that_died_without_a_word_is_given_up_and_dialled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sooner = [(name, 200 if name.endswith(("_time_ms", "_timeout_ms")) else value) for name, value in CONTROL_OPTIONS]
+    monkeypatch.setattr("hanse.cell.connector.CONTROL_OPTIONS", sooner)
+    up = asyncio.Event()
+    async with serving(cell=answering()) as server:
+        network = FaultyNetwork(int(server.target.rpartition(":")[2]))
+        async with network.serving() as port, connected(f"127.0.0.1:{port}") as client:
+            monkeypatch.undo()
+            client.cell.on_link_up(lambda _peer: up.set())
+            await network.forget()
+            await up.wait()
+            await client.connector.wait_ready(10)
+            await beat(client)
+            assert network.connections == 2
 
 
 async def test_targets_are_tried_in_turn_without_a_pause_between_them() -> None:

@@ -12,6 +12,7 @@ from hanse.coordination.waiting import (
     Phase,
     RunProcess,
     StoreTrouble,
+    asks_taken_up,
     views_of,
     waiting_of_running,
     waiting_of_scheduled,
@@ -200,13 +201,14 @@ def test_tasks_asked_one_by_one_are_told_together_and_different_ones_apart() -> 
 
 
 def test_what_is_issued_again_is_waited_for_since_it_was_issued_first() -> None:
-    run = run_in_round_1(ONE)
-    issue = IssueTasks((key(ONE),), None, deadline_s=10.0)
-    (first,) = issued(run, key(ONE), deadline_s=10.0)
+    run = run_in_round_1(ONE, TWO)
+    (first,) = issued(run, key(ONE), key(TWO), deadline_s=10.0)
+    answer(run, key(TWO))
 
-    (again,) = with_issue((first,), issue, run=run, now=70.0)
+    (again,) = with_issue((first,), IssueTasks((key(ONE),), None, deadline_s=10.0), run=run, now=70.0)
 
-    assert (again.since, again.until) == (first.since, 80.0)
+    assert (again.keys, again.since, again.until) == (first.keys, first.since, 80.0)
+    assert with_issue((again,), IssueTasks((), None), run=run, now=75.0) == (again,)
 
 
 @pytest.mark.parametrize("how", ["answered", "committed"])
@@ -222,6 +224,33 @@ def test_what_nobody_waits_for_any_more_is_forgotten_with_the_next_issue(how: st
     asks = with_issue(asks, IssueTasks((following,), None), run=run, now=70.0)
 
     assert [ask.keys for ask in asks] == [(following,)]
+
+
+@pytest.mark.parametrize("new", [(), (key(TWO, round_number=2),)])
+def test_what_an_earlier_round_left_is_waited_for_as_long_as_the_present_one(new: tuple[TaskKey, ...]) -> None:
+    run = run_in_round_1(ONE, TWO)
+    asks = issued(run, key(ONE), deadline_s=10.0, then="the first round ends")
+    run.committed(1, carried=[key(ONE)])
+    run.issue([TaskAssignment(each, ModelRef()) for each in new])
+
+    asks = with_issue(asks, IssueTasks(new, None, deadline_s=50.0, then=THEN), run=run, now=70.0)
+
+    left, *fresh = told(run, *asks)
+    assert left.what == "answers to 'train' of round 1 from 1 of 1 clients"
+    assert (left.since, left.until, left.then) == (posix(40), posix(120), THEN)
+    assert [waiting.until for waiting in fresh] == [posix(120)] * len(new)
+
+
+def test_a_run_that_was_taken_up_waits_for_what_the_journal_has_out() -> None:
+    tasks = [TaskAssignment(each, ModelRef()) for each in (key(ONE), key(TWO), key(ONE, "evaluate"))]
+    run = Run.resumed(JOB, [ONE, TWO], now=90.0, committed=0, tasks=tasks, answers=[])
+
+    asks = asks_taken_up(run, now=90.0)
+    evaluating, training = told(run, *asks)
+
+    assert evaluating.what == "answers to 'evaluate' of round 1 from 1 of 1 clients"
+    assert [(view.name, view.state) for view in training.whom] == [(ONE, "suspect"), (TWO, "suspect")]
+    assert (training.since, training.until) == (posix(90), 0.0)
 
 
 def test_a_run_that_has_ended_waits_for_nothing() -> None:

@@ -10,7 +10,7 @@ import fcntl
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -37,10 +37,15 @@ PATIENCE_S: Final = 60.0
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What is done to a run, and at the latest when: after the step of that index in ``STEPS``."""
+    """What is done to a run, after the step of that index in ``STEPS``; *once_back*: when the server is back, too."""
 
     at: int
     act: Callable[[], object]
+    once_back: bool = False
+
+    def is_due(self, seen: JobView | JobEvent, index: int) -> bool:
+        """Return whether it is time, now that *seen* was told and step *index* is the last."""
+        return self.at <= index and (isinstance(seen, JobView) or not self.once_back)
 
 
 @dataclass
@@ -59,8 +64,10 @@ class Bench:
         self.gates = gates
         self.undisturbed = ""
 
-    def learn(self) -> None:
-        """Run the job once without trouble: that its steps are those that the tests know, and what it gives."""
+    def begin(self) -> None:
+        """Start everybody, and run the job once without trouble: its steps are those that the tests know."""
+        self.running.start(*self.running.servers[:1], *self.running.names)
+        journal.record(self.store)
         told = Told()
         view = run(self.run(told=told), RUN_WITHIN_S)
         steps = steps_of(told.events)
@@ -97,7 +104,7 @@ class Bench:
                     if isinstance(seen, JobEvent):
                         told.events.append(seen)
                     progress.take(seen)
-                    while waiting and waiting[0].at <= progress.index:
+                    while waiting and waiting[0].is_due(seen, progress.index):
                         await asyncio.to_thread(waiting.pop(0).act)
                 for late in waiting:
                     await asyncio.to_thread(late.act)
@@ -193,12 +200,9 @@ class Bench:
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGCONT)
 
-    @contextmanager
-    def held(self, site: str, round_number: int) -> Iterator["Gate"]:
-        """Hold *site* up before its training in a round, until the gate is opened or the block ends."""
-        path = self.gates / f"{site}-{round_number}"
-        with closing(Gate(path)) as gate:
-            yield gate
+    def held(self, site: str, round_number: int) -> "Gate":
+        """Hold *site* up before its training in a round until the gate that this returns is closed."""
+        return Gate(self.gates / f"{site}-{round_number}")
 
     def logs(self) -> str:
         """Return what the server and the agents have said."""
@@ -206,21 +210,19 @@ class Bench:
 
 
 class Gate:
-    """A gate of the tests' job that is shut until it is opened; once more is fine."""
+    """A gate of the tests' job: a locked file that holds training up until it is closed; twice is once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
-    def open(self) -> None:
-        """Let the training on."""
+    def close(self) -> None:
+        """Let whoever waits at the gate, or comes later, on."""
         if self._descriptor is not None:
             self._path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
-
-    close = open
 
 
 def leftovers(workspace: Path, job_id: str) -> Iterator[Path]:
@@ -243,14 +245,18 @@ def _described(process: psutil.Process) -> str:
 
 
 @contextmanager
-def bench(gates: Path, **project: Any) -> Iterator[Bench]:
-    """Run a deployment until the block ends, on which one run has been made without trouble."""
+def provisioned(gates: Path, **project: Any) -> Iterator[Bench]:
+    """Give a bench, whose deployment has still to ``begin``, until the block ends."""
     gates.mkdir(exist_ok=True)
     with _environment("HANSE_TEST_GATES", str(gates)), deployment(clients=CLIENTS, **project) as running:
-        running.start("server", *running.names)
-        made = Bench(running, gates)
-        journal.record(made.store)
-        made.learn()
+        yield Bench(running, gates)
+
+
+@contextmanager
+def bench(gates: Path, **project: Any) -> Iterator[Bench]:
+    """Give a bench that has begun, until the block ends."""
+    with provisioned(gates, **project) as made:
+        made.begin()
         yield made
 
 

@@ -4,6 +4,7 @@
 table of their own: what is deleted later, and by whichever process it was written, is still there to be checked.
 """
 
+import itertools
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ def check_epochs(entries: list[Entry]) -> None:
 def check_states(states: list[JobState]) -> None:
     """Assert that a job's *states* followed each other as they may, to its completion."""
     assert (states[0], states[-1]) == (JobState.SUBMITTED, JobState.COMPLETED), states
-    assert all(after in LEGAL[before] for before, after in zip(states, states[1:], strict=False)), states
+    assert all(after in LEGAL[before] for before, after in itertools.pairwise(states)), states
     assert sum(state in ENDED for state in states) == 1, f"it ended more than once: {states}"
 
 

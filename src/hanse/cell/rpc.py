@@ -6,7 +6,7 @@ trailing metadata; one that gRPC itself reports (no connection, a failed handsha
 ``Unauthenticated`` where the handshake shows that trying again is useless.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,6 +49,13 @@ CLIENT_OPTIONS: Final = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
+CONTROL_OPTIONS: Final = (
+    *CLIENT_OPTIONS,
+    # gRPC waits a minute for the answer to a ping unless it is told otherwise. Not where tensors go: on a slow line an
+    # answer comes behind the megabytes that are on their way, and there a stall is noticed by what no longer moves.
+    ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_S * 1000)),
+)
+"""The options of a connection for a stream: one that is dead without a word is given up after twice the keepalive."""
 SERVER_OPTIONS: Final = (
     *_OPTIONS,
     # Two servers on one port would share the clients between them.
@@ -111,12 +118,14 @@ class ClientTls:
         return grpc.ssl_channel_credentials(self.roots_pem, self.key_pem, self.cert_pem)
 
 
-def open_channel(target: str, tls: ClientTls | None) -> grpc.aio.Channel:
+def open_channel(
+    target: str, tls: ClientTls | None, options: Sequence[tuple[str, int]] = CLIENT_OPTIONS
+) -> grpc.aio.Channel:
     """Return a channel to *target* with a connection of its own; it connects when first used."""
     if tls is None or target.startswith("unix:"):
-        return grpc.aio.insecure_channel(target, options=CLIENT_OPTIONS)
+        return grpc.aio.insecure_channel(target, options=tuple(options))
     name = (("grpc.ssl_target_name_override", tls.server_name),) if tls.server_name else ()
-    return grpc.aio.secure_channel(target, tls.credentials(), options=(*CLIENT_OPTIONS, *name))
+    return grpc.aio.secure_channel(target, tls.credentials(), options=(*options, *name))
 
 
 def metadata_of(hello: Hello) -> tuple[tuple[str, str], ...]:

@@ -175,6 +175,7 @@ class Transfers:
         self._max_tries, self._stall_s = max_tries, stall_s
         self._places = asyncio.Semaphore(MAX_AT_ONCE)
         self._channel: tuple[str, grpc.aio.Channel] | None = None
+        self._calls: set[Any] = set()
         self._is_closed = False
 
     async def missing(self, scope: str, digests: Sequence[Digest]) -> list[Digest]:
@@ -218,6 +219,14 @@ class Transfers:
 
         async with self._places:
             await self._persist(attempt, moved=lambda: there)
+
+    async def renew(self) -> None:
+        """Have the connection dialled anew, and what is under way go on there.
+
+        For when another connection to the same place broke: this one may be as dead, and would be waited for until it
+        has moved nothing for long.
+        """
+        await self._hang_up()
 
     async def close(self) -> None:
         """Close the connection; transfers that are under way raise ``Unreachable``."""
@@ -277,9 +286,11 @@ class Transfers:
                     call = open_call(path)(metadata=metadata)
                 else:
                     call = open_call(path)(request, metadata=metadata)
+                self._calls.add(call)
                 try:
                     yield call, limit
                 finally:
+                    self._calls.discard(call)
                     call.cancel()
         except TimeoutError:
             raise TimedOut(target, path.rpartition("/")[2], self._stall_s) from None
@@ -307,6 +318,8 @@ class Transfers:
 
     async def _hang_up(self) -> None:
         channel, self._channel = self._channel, None
+        for call in self._calls:  # closing the channel misses one that has only just begun
+            call.cancel()
         if channel is not None:
             await channel[1].close(None)
 

@@ -199,6 +199,8 @@ class ClientAgent:
         return Hello(PROTOCOL_VERSIONS, self._uplink.cell.fqcn, self._settings.project, self._release, credentials)
 
     async def _on_welcome(self, link: Link, welcome: Welcome) -> None:
+        if self._own_transfers is not None:
+            await self._own_transfers.renew()
         if self._session is not None:
             # The stream was opened with the token, so the server knows who this is; TLS has told who the server is.
             self._uplink.trust(link.peer, ssid=welcome.ssid)

@@ -168,6 +168,8 @@ class JobConnection:
         return Hello(PROTOCOL_VERSIONS, self._uplink.cell.fqcn, self._spec.project, credentials=self._credentials)
 
     async def _on_welcome(self, link: Link, welcome: Welcome) -> None:
+        if self._own_transfers is not None:
+            await self._own_transfers.renew()
         self._uplink.trust(link.peer, ssid=welcome.ssid)
         self._log.info("connected", extra={"server": welcome.server, "target": self._connector.target})
 

@@ -6,7 +6,7 @@ go out as POSIX seconds.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
@@ -73,12 +73,30 @@ class Deployment:
 def with_issue(asks: Iterable[Ask], issue: IssueTasks, *, run: Run, now: float) -> tuple[Ask, ...]:
     """Return *asks* with *issue*, issued at monotonic time *now*, and without those that nobody waits for any more.
 
-    What a run's process that was started again issues again is waited for since it was issued first.
+    What a run's process that was started again issues again is waited for since it was issued first. What earlier
+    rounds left is waited for, from now on, as long as what is issued now; an issue may also have nothing new.
     """
-    again = {ask.keys: ask for ask in asks}.get(issue.keys)
     until = now + issue.deadline_s if issue.deadline_s > 0 else None
-    new = Ask(issue.keys, again.since if again is not None else now, until, issue.then)
-    return (*(ask for ask in asks if ask.keys != issue.keys and _open_keys(ask, run)), new)
+    asks = [
+        replace(ask, until=until, then=issue.then) if ask.keys[0].round < run.round else ask
+        for ask in asks
+        if _open_keys(ask, run)
+    ]
+    if not issue.keys:
+        return tuple(asks)
+    issued = frozenset(issue.keys)
+    before = [ask for ask in asks if not issued.isdisjoint(ask.keys)]
+    keys = dict.fromkeys((*(key for ask in before for key in ask.keys), *issue.keys))
+    since = min((ask.since for ask in before), default=now)
+    return (*(ask for ask in asks if ask not in before), Ask(tuple(keys), since, until, issue.then))
+
+
+def asks_taken_up(run: Run, *, now: float) -> tuple[Ask, ...]:
+    """Return what a *run* that was taken up at monotonic time *now* has asked, as far as the journal tells."""
+    groups: dict[tuple[int, str], list[TaskKey]] = {}
+    for task in run.tasks:
+        groups.setdefault((task.key.round, task.key.name), []).append(task.key)
+    return tuple(Ask(tuple(keys), now, None) for keys in groups.values())
 
 
 def waiting_of_submitted(job: JobRecord, wait: Wait) -> tuple[Waiting, ...]:

@@ -27,6 +27,7 @@ from hanse.coordination.waiting import (
     Phase,
     RunProcess,
     StoreTrouble,
+    asks_taken_up,
     views_of,
     waiting_of_running,
     with_issue,
@@ -171,7 +172,7 @@ class ActiveRun:
         }
         self._handle: Handle | None = None
         self._process = RunProcess(Phase.STARTING, services.now())
-        self._asks: tuple[Ask, ...] = ()
+        self._asks: tuple[Ask, ...] = asks_taken_up(run, now=services.now())
         self._store_trouble: StoreTrouble | None = None
         self._inboxes: dict[ClientName, Inbox] = {}
         self._arriving: Counter[Digest] = Counter()
@@ -380,12 +381,12 @@ class ActiveRun:
         carried = commit.carried if commit.state.round == self.run.round else ()
         if unknown := self.run.unknown(carried):
             raise ProtocolError("CommitRound.carried", got=unknown[0], expected="tasks that are out or answered")
-        needed = state_digests(commit.state) | self._needed_by(carried)
+        needed, kept = state_digests(commit.state), self._needed_by(carried)
         missing = self.files.missing(needed)
         if missing:
             raise ProtocolError("state", got=f"digest {missing[0]} without a file", expected="tensors that are stored")
         with self._storing():
-            await asyncio.to_thread(self.files.sync, needed)
+            await asyncio.to_thread(self.files.sync, needed | (kept - set(self.files.missing(kept))))
             await self._services.store.commit_round(
                 self._services.epoch, self.job_id, commit, now_s=self._services.wall()
             )
@@ -393,7 +394,7 @@ class ActiveRun:
         self._works()
         for key in self.run.committed(commit.state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
-        await self._clear(state_digests(commit.state))
+        await self._clear(needed)
         self._notify(EventType.ROUND_DONE, round_number=commit.state.round, metrics=commit.state.metrics)
 
     async def _clear(self, needed: set[Digest]) -> None:

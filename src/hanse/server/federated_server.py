@@ -503,8 +503,7 @@ class FederatedServer(BaseServer):
         is_contended = held is not None
         if held is None:
             held = HeldFor(await self._taken_lease(deployed), boot_time())
-        for name, reason in (await deployed.store.disabled_clients()).items():  # another server may have disabled them
-            self._clients.set_disabled(ClientName(name), reason)
+        self._clients.disable_only(await deployed.store.disabled_clients())  # another server may have changed them
         lease = HeldLease(deployed.store, held.lease, is_contended=is_contended, taken_at=held.taken_at)
         services = RunServices(
             project=self.project_name,

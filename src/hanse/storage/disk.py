@@ -18,17 +18,18 @@ def disk_failure(doing: str, error: OSError, folder: Path) -> StoreFailed:
     why = error.strerror or str(error)
     if error.errno in _FULL:
         return NoSpace(doing, disk=str(mount_point(folder)), folder=str(folder), why=why)
-    return StoreFailed(doing, f"{why} (in {folder})")
+    return StoreFailed(doing, why if str(folder) in doing else f"{why} (in {folder})")
 
 
 def database_failure(error: BaseException, name: str) -> StoreFailed:
     """Return the error that says that the database *name* failed by *error*, its driver's own."""
+    why = " ".join(str(error).split())
     if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
         folder = Path(name).absolute().parent
-        return NoSpace(f"using {name}", disk=str(mount_point(folder)), folder=str(folder), why=str(error))
+        return NoSpace(f"using {name}", disk=str(mount_point(folder)), folder=str(folder), why=why)
     if getattr(error, "sqlstate", "") == _DISK_FULL:
-        return NoSpace(f"using {name}", disk="of the database's server", folder=name, why=str(error))
-    return StoreFailed(f"using {name}", str(error))
+        return NoSpace(f"using {name}", disk="of the database's server", folder=name, why=why)
+    return StoreFailed(f"using {name}", why)
 
 
 def mount_point(path: Path) -> Path:

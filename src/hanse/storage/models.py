@@ -211,7 +211,7 @@ def write_safetensors(model: Model, path: Path, *, metadata: Mapping[str, str] |
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
-        raise disk_failure(f"writing {path.name}", error, path.parent) from error
+        raise disk_failure(f"writing {path}", error, path.parent) from error
 
 
 def read_safetensors(path: Path) -> Model:

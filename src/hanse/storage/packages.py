@@ -88,7 +88,7 @@ def unpack_package(package: bytes | Path, into: Path) -> JobSpec:
         # Not a zip, damaged, encrypted, or in a way of packing that is unknown here.
         raise JobInvalid("package", got=str(error), expected="an undamaged zip file") from error
     except OSError as error:
-        raise disk_failure(f"unpacking a job into {into.name}", error, into.parent) from error
+        raise disk_failure(f"unpacking a job into {into}", error, into.parent) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return spec

@@ -9,7 +9,7 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine, create_engine, event
 
-from hanse.errors import StoreFailed
+from hanse.storage.disk import disk_failure
 from hanse.storage.writer import BEGIN
 
 BUSY_TIMEOUT_S: Final = 5.0
@@ -33,7 +33,7 @@ class SqliteDatabase:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except OSError as error:
-            raise StoreFailed(f"opening {self._path}", error.strerror or str(error)) from error
+            raise disk_failure(f"opening {self._path}", error, self._path.parent) from error
         return sqlite_engine(self._path)
 
     @contextmanager
