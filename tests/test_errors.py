@@ -70,6 +70,9 @@ SENTENCES = {
     ),
     errors.ProcessDied("site-1", 3): "the job's process at site-1 ended with status 3",
     errors.ProcessDied("server", -9): "the job's process at server was killed by signal 9",
+    errors.ProcessDied("site-1", errors.UNKNOWN_STATUS): (
+        "the job's process at site-1 ended, and its agent, which had not started it, cannot tell how"
+    ),
     errors.ProcessDied("server", 1, "oh"): "the job's process at server ended with status 1; its log ends with: oh",
     errors.UpdateRejected("site-3", "'w' as float16"): "site-3 sent 'w' as float16",
     errors.WorkflowFailed("fedavg", 2, "KeyError"): "workflow 'fedavg' failed in round 2: KeyError",

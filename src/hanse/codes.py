@@ -238,17 +238,6 @@ _ALL: Final = (
         "a standby.",
     ),
     Code(
-        "tensors-lost",
-        "Tensors of a run's last committed state are missing on the server's disk, or do not have the bytes they had.",
-        "Have the disk that holds the runs looked at, then submit the job again; nothing can replace those tensors.",
-    ),
-    Code(
-        "lease-run-out",
-        "A server could not renew its lease on the shared store for so long that another server may hold it.",
-        "It stands by from then on and serves again when it can. If no other server took over, look at the database "
-        "and the way to it.",
-    ),
-    Code(
         "tenure-lost",
         "The server stopped serving because its tenure ended without it.",
         "Start it again; its jobs go on, here or at the server that holds the lease. The log says what ended it.",
