@@ -42,6 +42,7 @@ from hanse.messages import (
     ListClients,
     ListJobs,
     LogQuery,
+    PromoteServer,
     Quit,
     Renew,
     ReturnCode,
@@ -65,6 +66,7 @@ REQUESTS: dict[Topic, msgspec.Struct] = {
     (Channel.ADMIN, "client.disable"): DisableClient("site-1"),
     (Channel.ADMIN, "server.status"): StatusQuery(),
     (Channel.ADMIN, "server.stop"): ServerStop(),
+    (Channel.ADMIN, "server.promote"): PromoteServer("standby"),
 }
 OTHERS_REQUESTS: dict[Topic, msgspec.Struct] = {
     (Channel.SERVER, "renew"): Renew(),

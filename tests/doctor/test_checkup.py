@@ -19,6 +19,7 @@ from hanse.cell.rpc import ServerTls
 from hanse.cli.failures import failure_of
 from hanse.doctor.checkup import Surroundings, examine
 from hanse.doctor.findings import Check, Finding, Verdict, first_failure
+from tests.postgres import Postgres
 
 from ..admin.world import Deployment, deployed, wait
 from ..cell.world import serving
@@ -473,6 +474,64 @@ def test_a_store_that_is_none_is_found(kits: Path, copy_of: Copy) -> None:
     found = findings(kit)
 
     assert "is no SQLite database" in of(Check.STORE, found).text
+    assert exit_status(found) == 12
+
+
+def test_a_store_of_its_own_choice_is_looked_at_where_it_is(kits: Path, copy_of: Copy, tmp_path: Path) -> None:
+    file = tmp_path / "elsewhere.db"
+    kit = copy_of(kits / "server", target=closed_target(), more=f'store = "sqlite:///{file}"\nruns = "{tmp_path}/runs"')
+    found = findings(kit)
+
+    assert of(Check.STORE, found).text == f"{file} will be made"
+    assert of(Check.RUNS, found).text == f"{tmp_path / 'runs'} will be made"
+    assert [finding.check for finding in found].count(Check.DISK) == 2, "where the workspace is, and where the runs are"
+    assert not file.exists()
+    file.write_text("something else")
+    assert of(Check.STORE, findings(kit)).verdict is Verdict.FAIL
+
+
+def test_a_database_that_answers_is_good_and_nothing_is_made_in_it(
+    kits: Path, copy_of: Copy, postgres: Postgres
+) -> None:
+    database = postgres.new_database()
+    kit = copy_of(kits / "server", target=closed_target(), more=f'store = "{postgres.url(database)}"')
+    found = findings(kit)
+
+    assert of(Check.STORE, found).text == f"postgresql://hanse@127.0.0.1:{postgres.port}/{database} answers"
+    assert of(Check.CLOCK, found).verdict is Verdict.OK
+    assert of(Check.CLOCK, found).text.endswith("of the database's")
+    assert exit_status(found) == 0
+    tables = "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'public'"
+    assert postgres.execute(tables, database=database) == [(0,)]
+
+    off = of(Check.CLOCK, findings(kit, wall=lambda: time.time() - DAY_S))
+    assert off.verdict is Verdict.FAIL
+    assert "behind the database's" in off.text
+
+
+def test_a_database_that_is_not_there_or_lets_nobody_in_is_found_and_no_password_is_told(
+    kits: Path, copy_of: Copy, postgres: Postgres
+) -> None:
+    refused = f"postgresql://hanse:hunter2@127.0.0.1:{postgres.port}/postgres"
+    kit = copy_of(kits / "server", target=closed_target(), more=f'store = "{refused}"')
+    (kit / "settings.toml").chmod(0o600)
+    found = findings(kit)
+
+    assert of(Check.STORE, found).text.startswith(
+        f"the store failed while opening postgresql://hanse@127.0.0.1:{postgres.port}/postgres"
+    )
+    assert "password authentication failed" in of(Check.STORE, found).text
+    assert "hunter2" not in "".join(finding.text for finding in found)
+    assert exit_status(found) == 12
+
+
+def test_a_database_that_never_answers_is_given_up(kits: Path, copy_of: Copy) -> None:
+    pytest.importorskip("psycopg", reason="PostgreSQL's driver is an extra")
+    with silent() as target:
+        kit = copy_of(kits / "server", target=closed_target(), more=f'store = "postgresql://hanse@{target}/hanse"')
+        found = findings(kit, patience_s=SOON_S)
+
+    assert of(Check.STORE, found).text == "the store's database did not answer 'SELECT' within 0.3 s"
     assert exit_status(found) == 12
 
 

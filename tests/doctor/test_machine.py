@@ -17,6 +17,7 @@ from hanse.doctor.machine import (
     judge_disk,
     judge_listen,
     judge_listening,
+    judge_runs,
     judge_store_file,
     judge_workspace,
     look_at_folder,
@@ -83,6 +84,19 @@ def test_a_workspace_that_others_can_look_into_is_a_warning(tmp_path: Path):
 
     assert finding.verdict is Verdict.WARN
     assert finding.text.endswith("which has mode 0750: chmod 700")
+
+
+def test_the_folder_for_runs_may_be_anybodys_that_can_be_written_to(tmp_path: Path):
+    assert judge_runs(look_at_folder(tmp_path)).text == str(tmp_path)
+    assert judge_runs(look_at_folder(tmp_path / "runs")).text == f"{tmp_path / 'runs'} will be made"
+    assert judge_runs(replace(FOLDER, owner=1001, mode=0o770)).verdict is Verdict.OK
+
+    barred = judge_runs(replace(FOLDER, is_usable=False))
+    assert barred.text == (
+        "runs is '/srv/hanse'; expected a folder that can be written to; user 1000 may not write in /srv/hanse"
+    )
+    (tmp_path / "file").write_text("")
+    assert judge_runs(look_at_folder(tmp_path / "file")).text.endswith(f"and {tmp_path / 'file'} is none")
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,25 @@ async def test_a_resolver_that_does_not_answer_is_not_waited_for(monkeypatch: py
     assert answered.wait(60)
 
 
+async def test_an_answer_that_comes_too_late_goes_nowhere() -> None:
+    may_end, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        may_end.wait(60)
+        ended.set()
+        raise ValueError("nobody hears of this")
+
+    with pytest.raises(TimeoutError):
+        await probes.answer_of(work, at(SOON_S), name="late")
+    may_end.set()
+    assert await asyncio.to_thread(ended.wait, 60)
+
+
+async def test_what_the_work_raises_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        await probes.answer_of(lambda: 1 // 0, at(), name="work")
+
+
 # Ports ----------------------------------------------------------------------------------------------------------------
 
 

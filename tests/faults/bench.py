@@ -20,7 +20,9 @@ from benchmarks.deployment import Deployment, deployment
 
 from hanse.admin.session import AdminSession
 from hanse.cell.loop import run
+from hanse.client.workspace import job_folders
 from hanse.identity.kits import Kit
+from hanse.launch.surviving import pid_at
 from hanse.messages import JobEvent, JobView
 from hanse.settings import AdminSettings
 from tests.faults import journal
@@ -158,11 +160,11 @@ class Bench:
         raise ValueError(f"there is no victim {victim!r}")
 
     def job_processes_of(self, name: str) -> list[psutil.Process]:
-        """Return the jobs' processes that a participant has started."""
-        try:
+        """Return a participant's jobs' processes; a client's may be such as an earlier agent has started."""
+        if name in self.running.servers:
             return self.running.process(name).children()
-        except psutil.NoSuchProcess:
-            return []
+        pids = [pid_at(folder.path) for folder in job_folders(self.running.workspace(name))]
+        return [psutil.Process(pid) for pid in pids if pid is not None and psutil.pid_exists(pid)]
 
     def kill(self, victim: str, site: str = "site-1") -> None:
         """Kill *victim*; a server and an agent are started again, as whatever supervises them would."""
@@ -228,13 +230,13 @@ class Gate:
 def leftovers(workspace: Path, job_id: str) -> Iterator[Path]:
     """Yield what lies in a participant's *workspace* that should not, now that *job_id* has ended."""
     run, site = workspace / "runs" / job_id, workspace / "jobs" / job_id
-    gone = {run / "tensors", site / "tensors", site / "code", site / "package"}
+    staying = {run / name for name in ("package", "code", "result", "server.log")} | {site / "job.log"}
     for place, folders, names in os.walk(workspace):  # which takes it well when a folder goes meanwhile
         for path in (Path(place) / name for name in (*folders, *names)):
+            is_of_job = path.parent in (run, site) and path not in staying
             is_unfinished = path.suffix in (".part", ".tmp") or path.name.startswith(".incoming-")
-            is_draft = path.parent == run and path.suffix == ".safetensors"
             is_upload = path.parent.parent == workspace / "uploads" and path.is_file()
-            if path in gone or is_unfinished or is_draft or is_upload:
+            if is_of_job or is_unfinished or is_upload:
                 yield path
 
 

@@ -27,6 +27,8 @@ from hanse.ids import SERVER
 from hanse.messages import Hello, Welcome
 
 CONNECT_TIMEOUT_S: Final = 10.0
+CONNECT_BETWEEN_SERVERS_S: Final = 5.0
+"""How long a server that says nothing is waited for where another may serve."""
 LONGEST_BETWEEN_SERVERS_S: Final = 2.0
 """The longest pause where there are several servers: one of them takes over in seconds from one that dies."""
 STEADY_S: Final = 5.0
@@ -59,13 +61,14 @@ class Connector:
         on_waiting: Callable[[str], None] | None = None,
         on_refused: Callable[[HanseError], bool] | None = None,
         dial: Dial | None = None,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        connect_timeout_s: float | None = None,
     ) -> None:
         self._cell, self._targets, self._hello = cell, tuple(targets), hello
         self._on_welcome, self._on_waiting, self._on_refused = on_welcome, on_waiting, on_refused
         self._dial = dial or GrpcDial(tls)
         self._transport: Transport | None = "memory" if dial else None
-        self._tls, self._connect_timeout_s = tls, connect_timeout_s
+        usual_s = CONNECT_TIMEOUT_S if len(self._targets) == 1 else CONNECT_BETWEEN_SERVERS_S
+        self._tls, self._connect_timeout_s = tls, connect_timeout_s or usual_s
         self._backoff = Backoff(rng, longest_s=LONGEST_S if len(self._targets) == 1 else LONGEST_BETWEEN_SERVERS_S)
         self._link: StreamLink | None = None
         self._dialling: asyncio.Timeout | None = None

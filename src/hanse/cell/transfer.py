@@ -175,7 +175,7 @@ class Transfers:
         self._max_tries, self._stall_s = max_tries, stall_s
         self._places = asyncio.Semaphore(MAX_AT_ONCE)
         self._channel: tuple[str, grpc.aio.Channel] | None = None
-        self._calls: set[Any] = set()
+        self._limits: set[asyncio.Timeout] = set()
         self._is_closed = False
 
     async def missing(self, scope: str, digests: Sequence[Digest]) -> list[Digest]:
@@ -286,13 +286,15 @@ class Transfers:
                     call = open_call(path)(metadata=metadata)
                 else:
                     call = open_call(path)(request, metadata=metadata)
-                self._calls.add(call)
+                self._limits.add(limit)
                 try:
                     yield call, limit
                 finally:
-                    self._calls.discard(call)
+                    self._limits.discard(limit)
                     call.cancel()
         except TimeoutError:
+            if self._channel is None or self._channel[1] is not channel:
+                raise Unreachable(target, "the connection was closed") from None
             raise TimedOut(target, path.rpartition("/")[2], self._stall_s) from None
         except grpc.aio.AioRpcError as error:
             raise error_of(error, target) from error
@@ -318,8 +320,8 @@ class Transfers:
 
     async def _hang_up(self) -> None:
         channel, self._channel = self._channel, None
-        for call in self._calls:  # closing the channel misses one that has only just begun
-            call.cancel()
+        for limit in self._limits:  # for a call that has only just begun is not ended by closing its channel
+            limit.reschedule(asyncio.get_running_loop().time())
         if channel is not None:
             await channel[1].close(None)
 

@@ -50,7 +50,7 @@ class FolderFacts:
     process: int | None = None
 
 
-def look_at_folder(path: Path, process: int | None) -> FolderFacts:
+def look_at_folder(path: Path, process: int | None = None) -> FolderFacts:
     """Return what is at *path*, without making anything."""
     nearest = next(place for place in (path, *path.parents) if place.exists() or place.parent == place)
     if not nearest.is_dir():
@@ -65,6 +65,17 @@ def look_at_folder(path: Path, process: int | None) -> FolderFacts:
         user=os.geteuid(),
         process=process,
     )
+
+
+def judge_runs(facts: FolderFacts) -> Finding:
+    """Return whether the folder for runs, which servers share, can be used or made."""
+    name = str(facts.path)
+    if facts.obstacle is not None:
+        return fail(Check.RUNS, ConfigError("runs", got=name, expected=f"a folder, and {facts.obstacle} is none"))
+    if not facts.is_usable:
+        expected = f"a folder that can be written to; user {facts.user} may not write in {facts.nearest}"
+        return fail(Check.RUNS, ConfigError("runs", got=name, expected=expected))
+    return ok(Check.RUNS, name if facts.nearest == facts.path else f"{name} will be made")
 
 
 def judge_workspace(facts: FolderFacts) -> Finding:

@@ -6,6 +6,7 @@ part of the facts.
 
 import asyncio
 import base64
+import functools
 import os
 import socket
 import ssl
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -35,6 +36,8 @@ from hanse.messages import Hello, Welcome
 Address: TypeAlias = tuple[socket.AddressFamily, Any]
 """A family, and a socket's address of that."""
 
+T = TypeVar("T")
+
 MAX_PROXY_ANSWER_BYTES: Final = 8192
 
 _HTTP2_OPENING: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -51,34 +54,48 @@ class Way:
     proxy: Proxy | None = None
 
 
+async def answer_of(work: Callable[[], T], deadline: float, *, name: str) -> T:
+    """Return what *work* returns, done in a thread called *name*.
+
+    Not in an executor's: *work* may take as long as it likes after the deadline, and a process that ends waits for
+    executors.
+
+    Raises:
+        TimeoutError: it has not returned in time.
+        Exception: what *work* raises.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def settle(give: Callable[[], None]) -> None:
+        if not answer.done():
+            give()
+
+    def run() -> None:
+        try:
+            value = work()
+            give = functools.partial(answer.set_result, value)
+        except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
+            give = functools.partial(answer.set_exception, error)
+        with suppress(RuntimeError):  # nobody waits any more, and the loop has gone
+            loop.call_soon_threadsafe(settle, give)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    async with asyncio.timeout_at(deadline):
+        return await answer
+
+
 async def addresses_of(host: str, port: int, deadline: float) -> tuple[tuple[Address, ...], str]:
     """Return the addresses of *host*, and in words why there are none."""
-    loop = asyncio.get_running_loop()
-    found: asyncio.Future[list[Any] | str] = loop.create_future()
-
-    def settle(outcome: list[Any] | str) -> None:
-        if not found.done():
-            found.set_result(outcome)
-
-    def resolve() -> None:
-        try:
-            outcome: list[Any] | str = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            outcome = _why(error)
-        with suppress(RuntimeError):  # nobody waits any more, and the loop has gone
-            loop.call_soon_threadsafe(settle, outcome)
-
-    # A thread of its own, and no executor's: the system's resolver takes as long as it likes, and a process that ends
-    # waits for executors.
-    threading.Thread(target=resolve, name=f"addresses of {host}", daemon=True).start()
     try:
-        async with asyncio.timeout_at(deadline):
-            outcome = await found
-    except TimeoutError:
-        return (), "no answer in time"
-    if isinstance(outcome, str):
-        return (), outcome
-    return tuple(dict.fromkeys((family, address) for family, _, _, _, address in outcome)), ""
+        found = await answer_of(
+            lambda: socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM),
+            deadline,
+            name=f"addresses of {host}",
+        )
+    except (OSError, UnicodeError) as error:
+        return (), _why(error)
+    return tuple(dict.fromkeys((family, address) for family, _, _, _, address in found)), ""
 
 
 def in_words(address: Address) -> str:

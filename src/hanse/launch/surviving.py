@@ -236,7 +236,7 @@ class LifeLine:
             os.close(line)
             with self._guard:
                 self._is_held = False
-            _log.warning("the agent is gone; the job goes on", extra={"wait_s": grace_s})
+            _log.warning("the agent is gone; the job goes on and waits for the next", extra={"wait_s": grace_s})
 
     def _give_up(self, on_alone: Callable[[str], None], why: str) -> None:
         with self._guard:
