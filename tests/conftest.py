@@ -1,8 +1,12 @@
 """What all tests share."""
 
 import asyncio
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.postgres import Postgres, throw_away_server
 
 # pytest-asyncio asks for "the current loop" before it sets its own; Python 3.11 makes one for whoever asks, which
 # nobody then closes, and that is a ResourceWarning. Once the current loop has been set to none, none is made.
@@ -13,3 +17,16 @@ settings.register_profile(
     "hanse", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("hanse")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server of these tests' own; a test that stops it starts it again."""
+    with throw_away_server() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> str:
+    """An empty database in it."""
+    return postgres.url(postgres.empty_database())

@@ -81,7 +81,8 @@ def test_a_target_is_host_and_port(text: str, expected: bool) -> None:
 @pytest.mark.parametrize(
     ("target", "expected"),
     [("fl.example.org:443", True), ("127.0.0.1:6007", True), ("[::1]:6007", True),
-     ("0.0.0.0:6007", False), ("[::]:6007", False), ("[0:0::0]:6007", False), ("localhost:0", False)],
+     ("0.0.0.0:6007", False), ("[::]:6007", False), ("[0:0::0]:6007", False), ("localhost:0", False),
+     ("localhost", False), ("", False)],
 )  # fmt: skip
 def test_a_wildcard_or_a_free_port_cannot_be_dialled(target: str, expected: bool) -> None:
     assert is_dialable(target) == expected

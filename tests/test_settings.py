@@ -74,6 +74,8 @@ def test_a_store_that_cannot_be_is_refused_without_showing_its_password(file: Pa
         ("", "localhost:6007", "localhost:6007"),
         ("", "0.0.0.0:6007", ""),
         ("", "[::]:6007", ""),
+        ("", "127.0.0.1:0", ""),
+        ("", "nowhere", ""),
     ],
 )
 def test_clients_reach_a_server_where_it_says_or_listens(address: str, listens_at: str, reached_at: str) -> None:

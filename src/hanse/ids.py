@@ -47,11 +47,13 @@ def is_target(text: str) -> bool:
 
 def is_dialable(target: str) -> bool:
     """Return whether *target* can be dialled, as ``0.0.0.0`` (all addresses) and port 0 (any free one) cannot."""
+    if not is_target(target):
+        return False
     host, _, port = target.rpartition(":")
     try:
         is_one_host = not ipaddress.ip_address(host.strip("[]")).is_unspecified
     except ValueError:
-        is_one_host = bool(host)
+        is_one_host = True
     return is_one_host and int(port) > 0
 
 

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 
 from hanse.errors import ConfigError
-from hanse.ids import NAME_RULE, SERVER, is_dialable, is_name, is_target
+from hanse.ids import NAME_RULE, SERVER, is_dialable, is_name
 from hanse.job import Config, Resources
 
 SETTINGS_FILE: Final = "settings.toml"
@@ -73,15 +73,6 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Seconds that a server which says nothing keeps the store's lease. A standby takes over about this long after the
     serving server has died; while the store is slower than this, nobody serves."""
 
-    store: str = ""
-    """TODO"""
-    runs: str = ""
-    """TODO"""
-    lease_s: float = 4.0
-    """TODO"""
-    address: str = ""
-    """TODO"""
-
     min_num_clients: int = 2
     """Below this many registered clients no job is scheduled."""
 
@@ -127,7 +118,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             _expect(getattr(self, field) > 0, field, getattr(self, field), "more than 0 seconds")
         _expect(self.lost_after_s >= 0, "lost_after_s", self.lost_after_s, "0 or more seconds")
         _expect(
-            not self.address or (is_target(self.address) and is_dialable(self.address)),
+            not self.address or is_dialable(self.address),
             "address",
             self.address,
             "'host:port' that clients can dial (an IPv6 host in brackets), or nothing",
@@ -170,9 +161,14 @@ class SitePolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     max_update_norm: float = 0.0
     """Updates are scaled down to at most this L2 distance from the received model; 0 leaves them as they are."""
 
+    log_lines: int = 20
+    """How many of the last lines of a job's log the server is told when the job fails or its process dies here, 8 KiB
+    at most. They hold what the job's code printed, and tracebacks; 0 lets none leave the site."""
+
     def __post_init__(self) -> None:
         _expect(self.job_code in ("allow", "deny"), "policy.job_code", self.job_code, "'allow' or 'deny'")
         _expect(self.max_update_norm >= 0, "policy.max_update_norm", self.max_update_norm, "0 or more")
+        _expect(self.log_lines >= 0, "policy.log_lines", self.log_lines, "0 or more")
 
 
 class ClientSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -5,7 +5,7 @@ from hanse.cli.job_text import job_line, job_lines, job_status
 from hanse.cli.output import duration_text, metrics_text, time_text
 from hanse.cli.progress import SHOWN_CLIENTS, JobProgress
 from hanse.ids import Digest, JobId
-from hanse.messages import ClientView, JobEvent, JobView, RoundView
+from hanse.messages import ClientView, JobEvent, JobView, RoundView, Waiting
 
 JOB = JobId("digits-1")
 
@@ -27,7 +27,7 @@ def drawn(progress: JobProgress) -> str:
 
 def test_where_there_is_no_terminal_each_fact_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with JobProgress() as progress:
-        progress.add(view("submitted", waiting_for="2 more clients", waiting_until=1_700_000_100.0))
+        progress.add(view("submitted", waiting=(Waiting("2 more clients", until=1_700_000_100.0),)))
         progress.add(event("job_started"))
         progress.add(event("round_done", round=0))
         progress.add(event("task_sent", round=1, client="site-1"))
@@ -84,9 +84,11 @@ def test_a_thousand_clients_do_not_fill_the_terminal() -> None:
 
 
 def test_a_waiting_job_shows_for_what_and_until_when() -> None:
-    shown = drawn_view = "\n".join(job_lines(view("submitted", waiting_for="site-3", waiting_until=1_700_000_100.0)))
-    assert f"waits for  site-3, until {time_text(1_700_000_100.0)}" in shown
-    assert "reason" not in drawn_view
+    waiting = Waiting("site-3", since=1_700_000_000.0, until=1_700_000_100.0, then="it is given up")
+    shown = "\n".join(job_lines(view("submitted", waiting=(waiting,))))
+    times = f"since {time_text(1_700_000_000.0)}, until {time_text(1_700_000_100.0)}"
+    assert f"waits for  site-3\n           {times}; then it is given up\n" in shown
+    assert "reason" not in shown
 
 
 def test_an_ended_job_shows_its_reason_and_where_its_result_is() -> None:

@@ -106,4 +106,4 @@ def test_a_kit_of_the_wrong_kind_is_one_sentence(
     hanse("provision", folder / "project.toml", "--out", folder / "kits")
     ended = hanse(*command, folder / "kits" / kit)
     assert ended.status == 2
-    assert ended.err == f"hanse: kit is '{folder / 'kits' / kit}'; expected {wanted}, and this one is {this}\n"
+    assert ended.err == f"hanse: kit is '{folder / 'kits' / kit}'; expected {wanted}, and this one is {this} [config]\n"

@@ -31,6 +31,7 @@ from hanse.messages import (
     TaskResult,
 )
 from hanse.model import Model
+from hanse.settings import SitePolicy
 from hanse.storage.models import load_model, store_model
 
 from .fake_server import JOB, PROJECT, SITE, FakeServer, certified, fake_server, job_identity, job_spec
@@ -241,25 +242,58 @@ async def test_sigterm_ends_the_process_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("client", "source", "kind", "reason"),
+    ("client", "source", "kind", "code", "reason"),
     [
-        ("app:app", "raise RuntimeError('no GPU')\n", "exception", "RuntimeError: no GPU (app.py:1)"),
-        ("app:other", APP, "config", "module 'app' has no attribute 'other'"),
-        ("app:app", "import not_there_at_all\n", "config", "No module named 'not_there_at_all'"),
-        ("train.py", APP, "config", "a script among the job's files"),
+        ("app:app", "raise OSError('no GPU')\n", "exception", "import-failed", "OSError: no GPU (app.py:1)"),
+        ("app:other", APP, "config", "job-invalid", "module 'app' has no attribute 'other'"),
+        (
+            "app:app",
+            "import not_there_at_all\n",
+            "exception",
+            "missing-dependency",
+            "module 'not_there_at_all', which app.py:1 imports, is not installed",
+        ),
+        ("train.py", APP, "config", "job-invalid", "a script among the job's files"),
     ],
 )
 async def test_code_that_cannot_run_is_reported_and_is_the_last_word_of_the_log(
-    tmp_path: Path, client: str, source: str, kind: str, reason: str
+    tmp_path: Path, client: str, source: str, kind: str, code: str, reason: str
 ) -> None:
     async with place(tmp_path, source) as here:
         process = await here.launch(client)
         failure = await here.server.next(JobFailure)
         assert await process.wait() == 1
 
-        assert failure.kind == kind
+        assert (failure.kind, failure.code) == (kind, code)
         assert reason in failure.reason
-        assert reason in process.log_tail(1)
+        assert reason.rpartition(" is not")[0] in process.log_tail(1)
+
+
+@pytest.mark.parametrize(("lines", "told"), [(20, ["data of 12 patients", "    int('x')"]), (0, [])])
+async def test_failure_comes_with_as_much_of_this_process_log_as_the_site_lets_go(
+    tmp_path: Path, lines: int, told: list[str]
+) -> None:
+    source = (
+        "import hanse\n"
+        "app = hanse.ClientApp()\n"
+        "@app.train\n"
+        "def train(model, ctx):\n"
+        "    print('data of 12 patients')\n"
+        "    int('x')\n"
+    )
+    (tmp_path / "log").write_text("what an earlier process said\n")
+    async with place(tmp_path, source) as here:
+        process = await here.launch(log=str(tmp_path / "log"), policy=SitePolicy(log_lines=lines))
+        await here.server.up(CELL)
+        here.give()
+        fault = (await here.server.next(TaskResult)).fault
+        assert fault is not None
+        assert fault.code == "training-failed"
+        log = fault.log_tail.splitlines()
+        assert [line for line in log if line in told] == told
+        assert (log == []) is (told == [])
+        assert "earlier" not in fault.log_tail
+        assert await process.stop() == TERMINATED
 
 
 async def test_process_that_the_server_refuses_for_good_ends_with_the_reason(tmp_path: Path) -> None:

@@ -163,6 +163,22 @@ async def test_end_that_nobody_asked_for_is_reported_with_the_logs_last_lines(tm
         assert await server.next(JobEnded) == JobEnded(JOB, 2, -9, "the last line")
 
 
+async def test_site_decides_how_much_of_its_log_leaves_it(tmp_path: Path) -> None:
+    for lines, told in ((0, ""), (1, "the last line")):
+        policy = SitePolicy(log_lines=lines)
+        async with (
+            fake_server(tmp_path / f"s{lines}") as server,
+            site(server, tmp_path / f"w{lines}", policy=policy) as here,
+        ):
+            await server.up()
+            await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+            await server.ask("start", server.start())
+            assert here.launcher.launched[0].spec.policy == policy
+            here.launcher.launched[0].end(-9, "a patient's name\nthe last line")
+
+            assert (await server.next(JobEnded)).log_tail == told
+
+
 @pytest.mark.parametrize(("killed_for_memory", "cause"), [(1, "out-of-memory"), (0, "")])
 async def test_end_tells_whether_memory_ran_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_for_memory: int, cause: str

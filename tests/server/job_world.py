@@ -1,5 +1,6 @@
 """What the tests of jobs share: a tiny job, sites that take part as a test says, and runs in threads."""
 
+import argparse
 import asyncio
 import threading
 from collections.abc import Callable, Mapping
@@ -122,7 +123,8 @@ class RunThread:
                 self.spec.job_id, "", self.spec.parent_url, False, {"credentials": self.spec.credentials}
             )
             try:
-                self.server.start_run(self.spec.job_id, Path(self.spec.folder), self.spec.spec, None, None)
+                tenure = argparse.Namespace(epoch=self.spec.epoch)
+                self.server.start_run(self.spec.job_id, Path(self.spec.folder), self.spec.spec, tenure, None)
             finally:
                 self.server.stop_run_engine_cell()
         except Exception as error:  # noqa: BLE001 - a process would end with a traceback and a status
@@ -259,7 +261,7 @@ def silent(task: TaskAssignment, model: Model) -> None:
 def faulty(reason: str) -> Train:
     def train(task: TaskAssignment, model: Model) -> TaskResult:
         del model
-        return TaskResult(task.key, fault=TaskFault("training-failed", reason))
+        return TaskResult(task.key, fault=TaskFault("training-failed", reason, log_tail="Traceback ..."))
 
     return train
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from hanse.storage.store import SqlStore
 
-from .samples import JOB, answer, commit, record, task
+from .samples import JOB, answer, commit, record, take, task
 
 
-async def main(path: Path) -> None:
-    async with SqlStore(path) as store:
-        epoch = (await store.take_lease("server-1", name="server-1", target="", ttl_s=30.0)).epoch
+async def main(where: Path | str) -> None:
+    async with SqlStore(where) as store:
+        epoch = (await take(store, "server-1")).epoch
         await store.add_job(epoch, record())
         await store.commit_round(epoch, JOB, commit(0), now_s=0.0)
         for number in itertools.count(1):
@@ -23,4 +23,4 @@ async def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1])))
+    asyncio.run(main(sys.argv[1] if "://" in sys.argv[1] else Path(sys.argv[1])))

@@ -18,6 +18,7 @@ from hanse.messages import (
     TensorRef,
     UpdateRef,
 )
+from hanse.storage.records import Lease, Store
 
 DIGEST = Digest("0123456789abcdef" * 4)
 JOB = JobId("digits-1")
@@ -68,3 +69,7 @@ def commit(round_number: int, *, carried: Sequence[str] = (), **fields: Any) -> 
 def changed(value: Any, **fields: Any) -> Any:
     """Return *value* with *fields*, of whatever type they are, as no type checker would allow."""
     return msgspec.structs.replace(value, **fields)
+
+
+async def take(store: Store, server: str, *, seen: Lease | None = None, force: bool = False) -> Lease:
+    return await store.take_lease(server, name=server, target=f"{server}:8102", ttl_s=30.0, seen=seen, force=force)

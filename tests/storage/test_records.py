@@ -1,20 +1,32 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 
 import msgspec
 import pytest
 
-from hanse.errors import Conflict, ProtocolError
+from hanse.errors import Conflict, ProtocolError, StaleEpoch
+from hanse.ids import Ssid
 from hanse.job import LEGAL, JobState
 from hanse.messages import ITEM_BYTES, ModelRef, TaskFault
 from hanse.storage.records import (
-    check_client,
+    AuditEntry,
+    Lease,
+    Standby,
+    check_audit,
     check_commit,
+    check_disabling,
+    check_epoch,
     check_job,
+    check_key,
+    check_lease,
     check_model_ref,
     check_move,
     check_result,
+    check_standby,
+    check_successor,
+    check_taking,
     check_tasks,
     check_tensor_form,
     check_tensor_ref,
@@ -196,9 +208,69 @@ def test_a_job_moves_only_as_the_table_says_and_from_where_it_was_seen(
 
 
 def test_a_client_needs_a_name_that_is_one() -> None:
-    check_client("site-1")
+    check_disabling("site-1", "")
     with pytest.raises(ProtocolError, match=r"site\.1"):
-        check_client("site.1")
+        check_disabling("site.1", "")
+
+
+@pytest.mark.parametrize("wrong", ["a\0b", "\ud800"])
+def test_text_that_not_every_database_can_hold_is_refused_by_field(wrong: str) -> None:
+    entry = AuditEntry(1.0, "admin@demo", "job abort", "job-1", "ok")
+    refusals: list[tuple[str, Callable[[], object]]] = [
+        ("reason", lambda: check_disabling("site-1", wrong)),
+        ("AuditEntry", lambda: check_audit(changed(entry, reason=wrong))),
+        ("TaskKey.name", lambda: check_key(changed(key(), name=wrong))),
+        ("Standby", lambda: check_standby(Standby("a:1", "a", wrong, 5.0))),
+        ("Lease", lambda: check_lease(Lease(1, "a:1", Ssid("s"), ttl_s=4.0, name="a", target=wrong))),
+        ("Lease", lambda: check_lease(Lease(1, wrong, Ssid("s"), ttl_s=4.0, name="a", target=""))),
+        ("successor", lambda: check_successor(wrong)),
+    ]
+    for field, check in refusals:
+        with pytest.raises(ProtocolError) as caught:
+            check()
+        assert caught.value.field.startswith(field)
+
+
+def test_a_successor_may_be_nobody_in_particular() -> None:
+    check_successor("")
+    check_successor("server-2")
+
+
+LEASE = Lease(7, "a:1", Ssid("s-7"), beat=3, ttl_s=4.0, name="a")
+FREE = Lease(8, "", Ssid("s-8"), ttl_s=4.0)
+
+
+@pytest.mark.parametrize(
+    ("lease", "server", "seen", "may"),
+    [
+        (FREE, "b", None, True),
+        (FREE, "b", LEASE, True),
+        (changed(FREE, successor="b"), "b", None, True),
+        (changed(FREE, successor="c"), "b", None, False),
+        (changed(FREE, successor="c"), "b", FREE, True),
+        (LEASE, "a", None, True),
+        (LEASE, "b", None, False),
+        (LEASE, "b", LEASE, True),
+        (LEASE, "b", changed(LEASE, target="elsewhere", ttl_s=9.0), True),
+        (LEASE, "b", changed(LEASE, beat=2), False),
+        (LEASE, "b", changed(LEASE, epoch=6), False),
+        (LEASE, "b", changed(LEASE, holder="c:1"), False),
+    ],
+)
+def test_a_lease_goes_to_whom_it_is_free_for_whose_it_is_or_who_saw_it_stand_still(
+    lease: Lease, server: str, seen: Lease | None, may: bool
+) -> None:
+    if not may:
+        with pytest.raises(Conflict):
+            check_taking(lease, f"{server}:1", name=server, seen=seen, force=False)
+    check_taking(lease, f"{server}:1", name=server, seen=seen, force=not may)
+
+
+def test_only_the_leases_own_epoch_may_write() -> None:
+    check_epoch(7, 7)
+    for ours in (6, 8):
+        with pytest.raises(StaleEpoch, match=f"epoch {ours} has ended"):
+            check_epoch(ours, 7)
 
 
 def test_sessions_of_different_tenures_and_stores_have_different_names() -> None:

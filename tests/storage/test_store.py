@@ -1,34 +1,38 @@
 """The contract that every store keeps, and what a database adds to it: durability, fencing across processes, faults."""
 
 import asyncio
+import itertools
 import os
 import signal
-import sqlite3
-import stat
 import sys
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hanse.errors import Conflict, NotFound, ProtocolError, StaleEpoch, StoreFailed
+from hanse.errors import ConfigError, Conflict, NotFound, ProtocolError, StaleEpoch, StoreFailed
 from hanse.ids import JobId
 from hanse.job import JobState
 from hanse.messages import ModelRef, RoundView
-from hanse.storage import tables
 from hanse.storage.memory import MemoryStore
 from hanse.storage.records import AuditEntry, Lease, RunState, Standby, Store
 from hanse.storage.store import SqlStore
 
-from .samples import JOB, answer, changed, commit, ended, fault, model, record, task, tensor
+from .conftest import Where
+from .samples import JOB, answer, changed, commit, ended, fault, model, record, take, task, tensor
 
 EPOCH = 1
 
 
-@pytest.fixture(params=["memory", "sql"])
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
 def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return MemoryStore() if request.param == "memory" else SqlStore(tmp_path / "store" / "store.db")
+    if request.param == "memory":
+        return MemoryStore()
+    if request.param == "sqlite":
+        return SqlStore(tmp_path / "store" / "store.db")
+    return SqlStore(request.getfixturevalue("postgres_url"))
 
 
 @pytest.fixture
@@ -46,10 +50,6 @@ async def running(store: Store) -> Store:
     await store.add_job(EPOCH, record())
     await store.commit_round(EPOCH, JOB, commit(0), now_s=1001.0)
     return store
-
-
-async def take(store: Store, server: str, *, seen: Lease | None = None, force: bool = False) -> Lease:
-    return await store.take_lease(server, name=server, target=f"{server}:8102", ttl_s=30.0, seen=seen, force=force)
 
 
 async def everything(store: Store) -> object:
@@ -329,6 +329,16 @@ async def test_an_unknown_job_is_not_found(store: Store) -> None:
             await call
     assert await store.rounds(missing) == []
     assert await store.last_round(missing) is None
+
+
+@pytest.mark.parametrize("text", ["", "digits\0", "\ud800", "Digits-1"])
+async def test_what_can_be_no_jobs_id_is_not_found_either(running: Store, text: str) -> None:
+    strange = JobId(text)
+    for call in (running.job(strange), running.snapshot(strange), running.accept_answer(EPOCH, strange, answer())):
+        with pytest.raises(NotFound):
+            await call
+    assert await running.rounds(strange) == []
+    assert await running.last_round(strange) is None
 
 
 async def test_jobs_come_newest_first_by_state_and_number(store: Store) -> None:
@@ -704,8 +714,12 @@ async def test_what_is_not_valid_is_refused_before_anything_is_written(running: 
         running.issue_tasks(EPOCH, JOB, [task("site-2"), task("site-3", of=bad)]),
         running.accept_answer(EPOCH, JOB, changed(answer(), update=None)),
         running.commit_round(EPOCH, JOB, changed(commit(1), state=changed(commit(1).state, model=bad)), now_s=1.0),
+        running.issue_tasks(EPOCH, JOB, [task(name="tra\0in")]),
         running.set_disabled(EPOCH, "no.name", True),
+        running.set_disabled(EPOCH, "site-1", True, reason="\0"),
         running.audit(EPOCH, changed(AuditEntry(1.0, "a", "b", "c", "ok"), actor=3)),
+        running.audit(EPOCH, AuditEntry(1.0, "a\0", "b", "c", "ok")),
+        running.release_lease(EPOCH, successor="no.name"),
     ):
         with pytest.raises(ProtocolError):
             await write
@@ -795,35 +809,42 @@ async def test_writes_asked_for_together_all_happen_or_fail_alone(running: Store
     assert len((await running.snapshot(JOB)).answers) == 50
 
 
-# What only a database has to show -------------------------------------------------------------------------------------
+# Where a store is -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "workspace" / "store.db"
+async def test_a_file_is_named_by_its_path_or_by_a_url(path: Path) -> None:
+    async with SqlStore(path) as one, SqlStore(f"sqlite:///{path}") as other:
+        await take(one, "server-1")
+
+        assert await other.lease() == await one.lease()
 
 
-async def test_the_file_is_nobody_elses_to_read(path: Path) -> None:
-    async with SqlStore(path) as store:
-        await take(store, "server-1")
-        modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "store.db",
+        "/srv/hanse/store.db",
+        "sqlite:///relative.db",
+        "sqlite://",
+        "sqlite://host/store.db",
+        "sqlite:////srv/store.db?mode=ro",
+        "postgres://hanse@db.example/hanse",
+        "postgresql+asyncpg://hanse@db.example/hanse",
+        "mysql://hanse:s3cret@db.example/hanse?password=s3cret",
+    ],
+)
+def test_what_names_no_database_that_hanse_can_use_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^store is .*; expected sqlite:////.* or postgresql://") as caught:
+        SqlStore(url)
+    assert "s3cret" not in str(caught.value)
 
-    assert modes["store.db"] == 0o600
-    assert set(modes.values()) == {0o600}
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+# What a database adds: servers beside each other, and life after a kill ---------------------------------------------
 
 
-async def test_sessions_of_two_new_stores_differ(tmp_path: Path) -> None:
-    sessions = set()
-    for name in ("a.db", "b.db"):
-        async with SqlStore(tmp_path / name) as store:
-            sessions.add((await take(store, "server-1")).ssid)
-
-    assert len(sessions) == 2
-
-
-async def test_a_deposed_server_writes_nothing_into_the_file_of_its_successor(path: Path) -> None:
-    async with SqlStore(path) as old, SqlStore(path) as new:
+async def test_a_deposed_server_writes_nothing_beside_its_successor(where: Where) -> None:
+    async with SqlStore(where) as old, SqlStore(where) as new:
         first = await take(old, "server-1")
         await old.add_job(first.epoch, record())
         second = await take(new, "server-2", seen=first)
@@ -835,23 +856,64 @@ async def test_a_deposed_server_writes_nothing_into_the_file_of_its_successor(pa
         assert await old.snapshot(JOB) == await new.snapshot(JOB) == RunState(commit(0).state)
 
 
-async def test_of_many_who_take_the_lease_at_once_one_gets_it(path: Path) -> None:
-    stores = [SqlStore(path) for _ in range(4)]
-    for store in stores:
-        await store.open()
+@pytest.mark.parametrize("is_held", [False, True])
+async def test_of_many_who_may_take_the_lease_at_once_one_gets_it(where: Where, is_held: bool) -> None:
+    async with AsyncExitStack() as opened:
+        stores = [await opened.enter_async_context(SqlStore(where)) for _ in range(4)]
+        for turn in range(5):
+            if is_held:
+                await take(stores[0], f"holder-{turn}", force=True)
+            elif turn:
+                await stores[0].release_lease((await stores[0].lease()).epoch)
+            seen = await stores[0].lease()
 
-    outcomes = await asyncio.gather(
-        *(take(store, f"server-{n}") for n, store in enumerate(stores)),
-        return_exceptions=True,
-    )
+            outcomes = await asyncio.gather(
+                *(take(store, f"server-{n}", seen=seen if is_held else None) for n, store in enumerate(stores)),
+                return_exceptions=True,
+            )
 
-    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Conflict"] * 3 + ["Lease"]
-    for store in stores:
-        await store.close()
+            assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Conflict"] * 3 + ["Lease"]
+            assert await stores[1].lease() in outcomes
 
 
-async def test_writers_of_two_processes_worth_of_connections_do_not_lose_each_others_work(path: Path) -> None:
-    async with SqlStore(path) as one, SqlStore(path) as two:
+async def test_who_waits_for_the_lease_hears_of_what_another_server_does_to_it(where: Where) -> None:
+    async with SqlStore(where) as one, SqlStore(where) as other:
+        seen = await one.take_lease("a:1", name="a", target="", ttl_s=0.05)  # so that SQLite is looked at soon
+        for move in (one.renew_lease, one.release_lease):
+            waiting = asyncio.ensure_future(other.lease_moved(seen, within_s=3600.0))
+            await other.standbys()
+            await move(seen.epoch)
+
+            seen = await waiting
+            assert seen == await one.lease()
+
+
+async def test_a_takeover_ends_the_writes_of_the_tenure_before_at_once(where: Where) -> None:
+    async with SqlStore(where) as old, SqlStore(where) as new:
+        for _ in range(5):
+            epoch = (await take(old, "server-1", force=True)).epoch
+            are_busy = [asyncio.Event() for _ in range(4)]
+            writing = [asyncio.ensure_future(audit_until_refused(old, epoch, is_busy)) for is_busy in are_busy]
+            for is_busy in are_busy:
+                await is_busy.wait()
+
+            await take(new, "server-2", force=True)
+            written = len(await new.audit_log(100_000))
+
+            await asyncio.gather(*writing)
+            assert len(await new.audit_log(100_000)) == written
+
+
+async def audit_until_refused(store: Store, epoch: int, is_busy: asyncio.Event) -> None:
+    with suppress(StaleEpoch):
+        for number in itertools.count():
+            await store.audit(epoch, AuditEntry(float(number), "a", "b", "c", "ok"))
+            if number == 3:
+                is_busy.set()
+
+
+async def test_writers_of_two_processes_worth_of_connections_do_not_lose_each_others_work(where: Where) -> None:
+    async with SqlStore(where) as one, SqlStore(where) as two:
         epoch = (await take(one, "server-1")).epoch
 
         await asyncio.gather(
@@ -865,8 +927,8 @@ async def test_writers_of_two_processes_worth_of_connections_do_not_lose_each_ot
         assert len(await one.jobs()) == len(await two.jobs()) == 40
 
 
-async def test_a_cancelled_caller_leaves_the_store_usable(path: Path) -> None:
-    async with SqlStore(path) as store:
+async def test_a_cancelled_caller_leaves_the_store_usable(where: Where) -> None:
+    async with SqlStore(where) as store:
         epoch = (await take(store, "server-1")).epoch
         adding = asyncio.ensure_future(store.add_job(epoch, record()))
         await asyncio.sleep(0)
@@ -878,85 +940,12 @@ async def test_a_cancelled_caller_leaves_the_store_usable(path: Path) -> None:
         assert await store.job(JOB) == record()
 
 
-@pytest.mark.parametrize(
-    "content", [b"this is no database, whatever its name says" * 100, b"SQLite format 3\0" + b"\xff" * 5000]
-)
-def test_a_file_that_is_no_database_is_named_and_left_alone(path: Path, content: bytes) -> None:
-    path.parent.mkdir()
-    path.write_bytes(content)
-
-    asyncio.run(_refuses(path))
-
-    assert path.read_bytes() == content
-
-
-async def _refuses(damaged: Path) -> None:
-    with pytest.raises(StoreFailed, match="database") as caught:
-        await SqlStore(damaged).open()
-
-    assert str(damaged) in str(caught.value)
-
-
-async def test_a_path_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("a file where a folder should be")
-    for unusable in (tmp_path, tmp_path / "file" / "store.db"):
-        with pytest.raises(StoreFailed) as caught:
-            await SqlStore(unusable).open()
-        assert str(unusable) in str(caught.value)
-
-
-async def test_a_store_of_another_version_is_refused_and_left_alone(path: Path) -> None:
-    async with SqlStore(path):
-        pass
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE meta SET value = '999' WHERE key = 'schema_version'")
-    connection.close()
-
-    with pytest.raises(StoreFailed, match=f"version 999.*version {tables.SCHEMA_VERSION}"):
-        await SqlStore(path).open()
-
-
-async def test_a_store_that_failed_to_open_can_be_opened_later(tmp_path: Path) -> None:
-    blocker = tmp_path / "folder"
-    blocker.write_text("in the way")
-    store = SqlStore(blocker / "store.db")
-    with pytest.raises(StoreFailed):
-        await store.open()
-
-    blocker.unlink()
-    async with store:
-        assert await store.jobs() == []
-
-
-async def test_a_write_that_the_database_refuses_fails_with_a_sentence_and_the_next_one_works(path: Path) -> None:
-    async with SqlStore(path) as store:
-        epoch = (await take(store, "server-1")).epoch
-        with sqlite3.connect(path) as connection:
-            connection.execute(
-                "CREATE TRIGGER full BEFORE INSERT ON audit BEGIN SELECT RAISE(ROLLBACK, 'disk is full'); END"
-            )
-        outcomes = await asyncio.gather(
-            store.add_job(epoch, record("a")),
-            store.audit(epoch, AuditEntry(1.0, "a", "b", "c", "ok")),
-            return_exceptions=True,
-        )
-        assert isinstance(outcomes[1], StoreFailed)
-        assert "disk is full" in str(outcomes[1])
-        # The first may have had a transaction of its own; what it was told is what there is.
-        assert len(await store.jobs()) == (1 if outcomes[0] is None else 0)
-        connection.execute("DROP TRIGGER full")
-        connection.close()
-
-        await store.audit(epoch, AuditEntry(1.0, "a", "b", "c", "ok"))
-        assert len(await store.audit_log()) == 1
-
-
-async def test_what_was_answered_before_a_kill_is_there_after_it(path: Path) -> None:
+async def test_what_was_answered_before_a_kill_is_there_after_it(where: Where) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "tests.storage.committing",
-        str(path),
+        str(where),
         stdout=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[2],
     )
@@ -969,7 +958,7 @@ async def test_what_was_answered_before_a_kill_is_there_after_it(path: Path) -> 
     assert await process.wait() == -signal.SIGKILL
     answered = int(rest[-1]) if rest else answered
 
-    async with SqlStore(path) as store:
+    async with SqlStore(where) as store:
         run = await store.snapshot(JOB)
         rounds = await store.rounds(JOB)
 

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import Connection, Engine, event
 
 from hanse.errors import Conflict, StoreFailed
-from hanse.storage.store import sqlite_engine
+from hanse.storage.sqlite import sqlite_engine
 from hanse.storage.writer import MAX_GROUP, Writer
 
 

@@ -195,7 +195,9 @@ class _Desk:
                     release=release if isinstance(release, str) else "",
                 )
             )
-        return ok(ClientList(tuple(clients), await self._server.jobs.services.store.disabled_clients()))
+        disabled = await self._server.jobs.services.store.disabled_clients()
+        refused = tuple(each for each in self._server.refused.views() if each.name not in disabled)
+        return ok(ClientList(tuple(clients), disabled, refused))
 
     async def _disable(self, message: Message) -> None:
         request, who = expect(message, DisableClient), _asker(message)

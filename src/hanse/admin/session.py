@@ -55,6 +55,7 @@ from hanse.messages import (
     LogText,
     Message,
     PromoteServer,
+    RefusedClient,
     Register,
     Registered,
     RegisteredClient,
@@ -240,6 +241,10 @@ class AdminSession:
         """Return the names of the clients that are refused, each with the reason."""
         return (await self._ask("client.list", ListClients(), ClientList)).disabled
 
+    async def refused_clients(self) -> tuple[RefusedClient, ...]:
+        """Return who was refused lately, by the names that they gave, and why; none that is disabled."""
+        return (await self._ask("client.list", ListClients(), ClientList)).refused
+
     async def disable(self, client: str) -> None:
         """Refuse *client* from now on."""
         await self._command("client.disable", DisableClient(client))
@@ -289,7 +294,7 @@ class AdminSession:
         self._connector = Connector(
             self._uplink.cell,
             targets=settings.servers,
-            hello=lambda: Hello(PROTOCOL_VERSIONS, self._fqcn, settings.project, self._release),
+            hello=self._hello,
             tls=tls,
             rng=self._rng,
             on_welcome=self._on_welcome,
@@ -312,6 +317,11 @@ class AdminSession:
 
     async def _ready(self) -> None:
         await self._connector.wait_ready(self._patience_s)
+
+    def _hello(self) -> Hello:
+        """Return what opens a stream; raise ``Unauthenticated`` if the certificate that goes with it is not valid."""
+        self._registrant.require_valid()
+        return Hello(PROTOCOL_VERSIONS, self._fqcn, self._kit.settings.project, self._release)
 
     async def _on_welcome(self, link: Link, welcome: Welcome) -> None:
         def trust() -> None:
@@ -490,6 +500,10 @@ class BlockingAdminSession:
     def disabled_clients(self) -> dict[str, str]:
         """Return the names of the clients that are refused, each with the reason."""
         return run(self._session.disabled_clients())
+
+    def refused_clients(self) -> tuple[RefusedClient, ...]:
+        """Return who was refused lately, by the names that they gave, and why."""
+        return run(self._session.refused_clients())
 
     def disable(self, client: str) -> None:
         """Refuse *client* from now on."""

@@ -5,10 +5,12 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any, Final
 
+import msgspec
 from cyclopts import Parameter
 
 from hanse.admin.commands import AdminCommands
@@ -39,7 +41,8 @@ def start(kit: Annotated[Path, Parameter(help="The folder of the server's kit.")
     """
     show_logs(logging.INFO, as_json=output.is_json, verbose=output.verbose)
     loaded = Kit.load(kit, ServerSettings)
-    settings = loaded.settings
+    loaded.require_valid_at(datetime.now(UTC))
+    settings = _with_absolute_runs(loaded)
     workspace = make_private_folder(workspace_of(loaded))
     stops: SimpleQueue[str] = SimpleQueue()  # whose put may be called where a signal has interrupted anything
     store = SqlStore(settings.store) if settings.store else None
@@ -70,12 +73,18 @@ def start(kit: Annotated[Path, Parameter(help="The folder of the server's kit.")
         raise TenureLost(str(workspace))
 
 
+def _with_absolute_runs(kit: Kit[ServerSettings]) -> ServerSettings:
+    """Return the settings of *kit*, whose folder for runs is relative to it and not to wherever this process runs."""
+    runs = kit.settings.runs
+    return msgspec.structs.replace(kit.settings, runs=str(kit.resolve(runs).absolute()) if runs else "")
+
+
 def _overseer(settings: ServerSettings, workspace: Path, store: Store) -> OverseerAgent:
     return LeaseOverseer(
         store,
         holder=holder_of(workspace, settings.name),
         name=settings.name,
-        target=settings.address or settings.target,
+        target=settings.reached_at(settings.target),
         ttl_s=settings.lease_s,
     )
 

@@ -190,10 +190,18 @@ class ClientAgent:
     # The connection ---------------------------------------------------------------------------------------------------
 
     def _hello(self) -> Hello:
+        """Return what opens a stream; raise ``Unauthenticated`` once the certificate that goes with it is not valid."""
+        try:
+            self._registrant.require_valid()
+        except Unauthenticated:
+            self._session = None  # no token helps then, so there is no need to dial again without it
+            raise
         credentials = self._session.credentials if self._session else None
         return Hello(PROTOCOL_VERSIONS, self._uplink.cell.fqcn, self._settings.project, self._release, credentials)
 
     async def _on_welcome(self, link: Link, welcome: Welcome) -> None:
+        if self._own_transfers is not None:
+            await self._own_transfers.renew()
         if self._session is not None:
             # The stream was opened with the token, so the server knows who this is; TLS has told who the server is.
             self._uplink.trust(link.peer, ssid=welcome.ssid)

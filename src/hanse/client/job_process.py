@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -34,7 +35,7 @@ from hanse.cell.rpc import ClientTls
 from hanse.cell.transfer import TensorTransfers, Transfers
 from hanse.client.api import Site
 from hanse.client.job_cell import ClientJob, filters_of
-from hanse.client.process_spec import JobProcessSpec
+from hanse.client.process_spec import TAIL_CHARS, JobProcessSpec
 from hanse.client.registration import registered_by
 from hanse.client.trainer import MainThreadTrainer, Trainer, load_app
 from hanse.client.uplink import Uplink, first_error
@@ -42,7 +43,7 @@ from hanse.errors import HanseError, JobInvalid, TrainingFailed
 from hanse.identity.tokens import parse_token
 from hanse.ids import Digest, job_cell
 from hanse.launch.log_lines import FieldLogger, log_to_stderr
-from hanse.launch.process import read_spec
+from hanse.launch.process import last_lines, logged_before, read_spec
 from hanse.launch.surviving import LifeLine
 from hanse.messages import (
     PROTOCOL_VERSIONS,
@@ -72,7 +73,8 @@ class JobConnection:
     """The job's cell with its connection to the server: ``run`` is its life. Belongs to one event loop.
 
     *dial* and *transfers* stand in for gRPC where the server is in the same process; *keep_only* stands in for deleting
-    tensors that no longer matter, where the job's folder for tensors is not its alone.
+    tensors that no longer matter, where the job's folder for tensors is not its alone. *log_tail* gives the last lines
+    of the log that may go with a failure.
     """
 
     def __init__(
@@ -85,8 +87,9 @@ class JobConnection:
         dial: Dial | None = None,
         transfers: TensorTransfers | None = None,
         keep_only: Callable[[Collection[Digest]], object] | None = None,
+        log_tail: Callable[[], str] = lambda: "",
     ) -> None:
-        self._spec, self._wall = spec, wall
+        self._spec, self._wall, self._log_tail = spec, wall, log_tail
         self._credentials = spec.identity.credentials
         self._uplink = Uplink(job_cell(spec.client, spec.job_id), rng)
         self._log = FieldLogger(_log, {"job": spec.job_id})
@@ -119,6 +122,7 @@ class JobConnection:
             keep_only=keep_only or files.keep_only,
             trainer=trainer,
             filters=filters_of(spec.policy),
+            log_tail=log_tail,
         )
         self._uplink.cell.on(Channel.JOB, "goodbye", self._on_goodbye)
 
@@ -156,13 +160,16 @@ class JobConnection:
         """
         kind = "config" if isinstance(failure, JobInvalid) else "exception"
         reason = failure.why if isinstance(failure, TrainingFailed) else failure.reason
-        report = JobFailure(self._spec.job_id, kind, reason, failure.code)
+        log_tail = await asyncio.to_thread(self._log_tail)
+        report = JobFailure(self._spec.job_id, kind, reason, failure.code, log_tail)
         await self._uplink.ask_until_answered(Channel.SERVER, "job_failure", report)
 
     def _hello(self) -> Hello:
         return Hello(PROTOCOL_VERSIONS, self._uplink.cell.fqcn, self._spec.project, credentials=self._credentials)
 
     async def _on_welcome(self, link: Link, welcome: Welcome) -> None:
+        if self._own_transfers is not None:
+            await self._own_transfers.renew()
         self._uplink.trust(link.peer, ssid=welcome.ssid)
         self._log.info("connected", extra={"server": welcome.server, "target": self._connector.target})
 
@@ -186,6 +193,7 @@ class JobConnection:
 
 def main() -> int:
     """Run the job that standard input describes until asked to end; return the exit status."""
+    log_start = logged_before()
     log_to_stderr()
     signals = _catch_sigterm()
     line = LifeLine()
@@ -197,7 +205,7 @@ def main() -> int:
         sys.path.insert(0, spec.code)
     ending = _Ending()
     trainer = MainThreadTrainer(folder)
-    connection = run(_connection_of(spec, trainer))
+    connection = run(_connection_of(spec, trainer, partial(_log_tail, spec, log_start)))
     life = asyncio.run_coroutine_threadsafe(connection.run(), background_loop())
 
     def ended(life: Future[None]) -> None:
@@ -220,6 +228,8 @@ def main() -> int:
     try:
         serve(spec, trainer, folder)
     except HanseError as failure:
+        if failure.__cause__ is not None:
+            _log.error("the job's code failed", exc_info=failure.__cause__)
         _tell(connection, failure)
         _log.error("the job cannot go on: %s", failure.reason, extra={"job": spec.job_id})
         ending.begin(1)
@@ -245,8 +255,16 @@ def serve(spec: JobProcessSpec, trainer: MainThreadTrainer, folder: Path) -> Non
     trainer.serve_script(script, site)
 
 
-async def _connection_of(spec: JobProcessSpec, trainer: Trainer) -> JobConnection:
-    return JobConnection(spec, trainer, rng=random.Random())  # noqa: S311 - spreads retries, hides nothing
+async def _connection_of(spec: JobProcessSpec, trainer: Trainer, log_tail: Callable[[], str]) -> JobConnection:
+    rng = random.Random()  # noqa: S311 - spreads retries, hides nothing
+    return JobConnection(spec, trainer, rng=rng, log_tail=log_tail)
+
+
+def _log_tail(spec: JobProcessSpec, log_start: int) -> str:
+    """Return what the site lets the server know of the end of this process's log, which begins at *log_start*."""
+    if not spec.log:
+        return ""
+    return last_lines(Path(spec.log), spec.policy.log_lines, start=log_start)[-TAIL_CHARS:]
 
 
 class _Ending:

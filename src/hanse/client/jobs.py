@@ -22,7 +22,7 @@ from typing import Final
 import msgspec
 
 from hanse.cell.transfer import TensorTransfers
-from hanse.client.process_spec import PROCESS_MODULE, JobProcessSpec
+from hanse.client.process_spec import PROCESS_MODULE, TAIL_CHARS, JobProcessSpec
 from hanse.client.uplink import Uplink
 from hanse.client.workspace import JobFolder, StartedJob, job_folders
 from hanse.coordination.policy import may_run
@@ -34,7 +34,7 @@ from hanse.launch.process import Handle, Launcher
 from hanse.launch.surviving import Survivor, survivor_at
 from hanse.messages import AbortJob, Channel, Credentials, DeployJob, JobCredentials, JobEnded, Message, StartJob
 from hanse.settings import ClientSettings
-from hanse.storage.packages import MAX_PACKAGE_BYTES, unpack_package
+from hanse.storage.packages import MAX_PACKAGE_BYTES, comes_with, unpack_package
 from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
@@ -42,8 +42,6 @@ _log = logging.getLogger(__name__)
 STOP_GRACE_S: Final = 5.0
 """How long a job's process may take to end once asked; it needs two seconds at most."""
 
-TAIL_LINES: Final = 20
-TAIL_CHARS: Final = 8 * 1024
 _NOBODY: Final = JobCredentials(Credentials("", Token(""), "", Ssid("")))
 
 
@@ -204,7 +202,7 @@ class SiteJobs:
         spec = await asyncio.to_thread(unpack_package, packages.path(deploy.package), folder.code)
         if spec != deploy.spec:
             raise JobInvalid("package", got=f"another definition of {spec.name}", expected="the one that was announced")
-        if not _comes_with(spec, folder.code) and not _is_installed(spec):
+        if not _is_there(spec, folder.code) and not _is_installed(spec):
             raise JobInvalid("client", got=spec.client, expected="a module of the job, or one installed at the site")
         self._jobs[deploy.job_id] = _Job(deploy, folder)
         _log.info("job deployed", extra={"job": deploy.job_id, "job_name": deploy.name, "submitter": deploy.submitter})
@@ -249,6 +247,7 @@ class SiteJobs:
             # A file of the job must not stand in for the installed module that the site agreed to.
             code=str(folder.code) if settings.policy.job_code == "allow" else "",
             tensors=str(folder.tensors),
+            log=str(folder.log),
             site=settings.config,
             policy=settings.policy,
         )
@@ -259,7 +258,7 @@ class SiteJobs:
         if process.is_asked:
             return
         cause = cause_of(status, kills_before=process.kills.before, kills_after=process.kills.read())
-        tail = process.handle.log_tail(TAIL_LINES)[-TAIL_CHARS:]
+        tail = process.handle.log_tail(self._settings.policy.log_lines)[-TAIL_CHARS:]
         extra = {"job": job.deployed.job_id, "attempt": process.attempt, "status": status, "cause": cause}
         _log.warning("a job's process ended unasked", extra=extra)
         end = JobEnded(job.deployed.job_id, process.attempt, status, tail, cause)
@@ -311,17 +310,14 @@ def _is_installed(spec: JobSpec) -> bool:
     if spec.is_script:
         return False
     try:
-        return importlib.util.find_spec(_top_module(spec)) is not None
+        return importlib.util.find_spec(_module(spec).partition(".")[0]) is not None
     except (ImportError, ValueError):
         return False
 
 
-def _comes_with(spec: JobSpec, code: Path) -> bool:
-    if spec.is_script:
-        return (code / spec.client).is_file()
-    top = code / _top_module(spec)
-    return top.is_dir() or top.with_suffix(".py").is_file()
+def _is_there(spec: JobSpec, code: Path) -> bool:
+    return (code / spec.client).is_file() if spec.is_script else comes_with(code, _module(spec))
 
 
-def _top_module(spec: JobSpec) -> str:
-    return spec.client.partition(":")[0].partition(".")[0]
+def _module(spec: JobSpec) -> str:
+    return spec.client.partition(":")[0]

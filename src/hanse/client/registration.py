@@ -68,6 +68,15 @@ class Registrant:
     random_bytes: Callable[[int], bytes] = secrets.token_bytes
     wall: Callable[[], datetime] = utc_now
 
+    def require_valid(self) -> None:
+        """Return if the certificate, where there is one, is valid now.
+
+        Raises:
+            Unauthenticated: it has expired, or is not valid yet; the sentence says whose it is and since when.
+        """
+        if self.identity is not None:
+            self.identity.require_valid_at(self.wall())
+
     async def register(self, cell: Cell, link: Link, *, on_server_proven: Callable[[], None]) -> Registered:
         """Register over *link*, which is not up yet, and return what the server gives.
 
@@ -82,14 +91,22 @@ class Registrant:
             on_server_proven()
             request = Register(self.name, self.project, resources=self.resources, release=self.release)
         else:
-            proof = await self._identify(self.identity, cell, link)
+            proof = await self.identify(self.identity, cell, link)
             on_server_proven()
             request = Register(self.name, self.project, self.identity.certificate, proof, self.resources, self.release)
         reply = await cell.ask(SERVER, Channel.SERVER, "register", request, timeout_s=REGISTER_TIMEOUT_S, link=link)
         return registered_by(reply, to="register")
 
-    async def _identify(self, identity: Identity, cell: Cell, link: Link) -> bytes:
-        """Challenge the server; return the client's signature, once the server's has been found good."""
+    async def identify(self, identity: Identity, cell: Cell, link: Link) -> bytes:
+        """Challenge the server; return the client's signature, once the server's has been found good.
+
+        Nothing is registered by this.
+
+        Raises:
+            Unauthenticated: the server does not prove itself; the sentence says how.
+            ProtocolError: its answer cannot be.
+            HanseError: the link broke, the server did not answer in time, or does not serve now.
+        """
         nonce = self.random_bytes(NONCE_BYTES)
         challenge = Challenge(self.name, self.project, nonce, identity.certificate)
         reply = await cell.ask(SERVER, Channel.SERVER, "challenge", challenge, timeout_s=REGISTER_TIMEOUT_S, link=link)

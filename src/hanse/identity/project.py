@@ -36,7 +36,7 @@ import msgspec
 
 from hanse.errors import ConfigError
 from hanse.identity.certificates import ADMIN_ROLE, CLIENT_ROLE, SERVER_ROLE, Subject
-from hanse.ids import NAME_RULE, SERVER, is_dialable, is_name, is_target
+from hanse.ids import NAME_RULE, SERVER, is_dialable, is_name
 from hanse.job import Config
 from hanse.settings import AdminSettings, ClientSettings, ServerSettings, checked
 
@@ -266,7 +266,7 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
                 expected = "at least one name that clients can dial"
                 raise ConfigError(f"{where}.hosts", got=server.hosts, expected=expected)
             for address in addresses:
-                if not (is_target(address) and is_dialable(address)):
+                if not is_dialable(address):
                     expected = "hosts that clients can dial, without port or brackets"
                     raise ConfigError(f"{where}.hosts", got=address.rpartition(":")[0], expected=expected)
                 if address in taken:

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import stat
 import struct
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -188,7 +189,7 @@ class RunningProcess:
 
     def log_tail(self, lines: int = 20) -> str:
         """Return at most the last *lines* lines that this process has logged; its predecessors' are not among them."""
-        return tail_of(self._log_path, self._log_start, lines)
+        return last_lines(self._log_path, lines, start=self._log_start)
 
     def _force(self) -> None:
         if self._process.returncode is None:
@@ -198,6 +199,24 @@ class RunningProcess:
         # macOS answers EPERM for a group of which only the dead leader is left.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def last_lines(log_path: Path, lines: int, *, start: int) -> str:
+    """Return at most the last *lines* lines of the log file that lie behind its first *start* bytes."""
+    try:
+        with log_path.open("rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(start, end - _TAIL_BYTES))
+            text = log.read().decode("utf-8", errors="replace")
+    except OSError as error:
+        return f"(the log {log_path} cannot be read: {error.strerror})"
+    return "\n".join(text.splitlines()[-lines:]) if lines else ""
+
+
+def logged_before() -> int:
+    """Return how many bytes the file that this process's output goes to has now; 0 where it goes to no file."""
+    output = os.fstat(sys.stderr.fileno())
+    return output.st_size if stat.S_ISREG(output.st_mode) else 0
 
 
 async def ask_then_force(
@@ -216,18 +235,6 @@ async def ask_then_force(
     finally:
         if not has_ended:
             force()
-
-
-def tail_of(log_path: Path, log_start: int, lines: int) -> str:
-    """Return at most the last *lines* lines of the log from byte *log_start* on, of its last 64 KiB."""
-    try:
-        with log_path.open("rb") as log:
-            end = log.seek(0, os.SEEK_END)
-            log.seek(max(log_start, end - _TAIL_BYTES))
-            text = log.read().decode("utf-8", errors="replace")
-    except OSError as error:
-        return f"(the log {log_path} cannot be read: {error.strerror})"
-    return "\n".join(text.splitlines()[-lines:])
 
 
 def read_spec(stream: BinaryIO) -> bytes:

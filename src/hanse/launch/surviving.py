@@ -28,7 +28,7 @@ import msgspec
 
 from hanse.errors import ConfigError, Conflict
 from hanse.launch.held import HeldProcess, lock_nowait, started_at
-from hanse.launch.process import RunningProcess, ask_then_force, start_process, tail_of
+from hanse.launch.process import RunningProcess, ask_then_force, last_lines, start_process
 
 LOCK_FILE: Final = "process"
 LINE_FILE: Final = "life-line"
@@ -129,7 +129,7 @@ class Survivor:
 
     def log_tail(self, lines: int = 20) -> str:
         """Return at most the last *lines* lines that this process has logged; its predecessors' are not among them."""
-        return tail_of(self._log_path, self._log_start, lines)
+        return last_lines(self._log_path, lines, start=self._log_start)
 
     def _has_ended(self) -> None:
         self._loop.remove_reader(self._held.fileno())

@@ -74,14 +74,20 @@ class ServerLink:
         self._is_cut_off = True
 
     async def attach(self) -> RunSnapshot:
-        """Return where the run stands. Events that come before ``listen`` are kept for it."""
+        """Return where the run stands. Events that come before ``listen`` are kept for it.
+
+        Among them are the answers that were accepted since the last commit, or that it has carried on.
+        """
         reply = await self._ask("attach", Attach())
         if not isinstance(reply.payload, RunSnapshot):
             raise InternalError("reading the run's snapshot from its server")
         return reply.payload
 
     async def issue(self, tasks: IssueTasks) -> None:
-        """Journal *tasks* and have them handed to their clients; keys answered before bring their answers as events."""
+        """Journal *tasks* and have them handed to their clients; keys answered before bring their answers as events.
+
+        With no keys it only tells how long the run waits for what is out already.
+        """
         await self._ask("issue", tasks)
 
     async def cancel(self, keys: Sequence[TaskKey]) -> None:
@@ -90,13 +96,19 @@ class ServerLink:
             return
         await self._ask_once("cancel", CancelTasks(tuple(keys)))
 
-    async def commit(self, state: StateRef, *, took_s: float, answered: Sequence[ClientName]) -> None:
-        """Commit *state* as the run's newest."""
-        await self._ask("commit", CommitRound(state, took_s, tuple(answered)))
+    async def commit(
+        self, state: StateRef, *, took_s: float, answered: Sequence[ClientName], carried: Sequence[TaskKey] = ()
+    ) -> None:
+        """Commit *state* as the run's newest; of the tasks so far, those *carried* live on."""
+        await self._ask("commit", CommitRound(state, took_s, tuple(answered), tuple(carried)))
 
     async def ended(self, end: RunEnded) -> None:
         """Tell that the run's process has nothing more to do."""
         await self._ask("ended", end)
+
+    async def given_up(self, end: RunEnded) -> None:
+        """Tell, once, that the run's process ends without having reached its end: whoever wanted that may be away."""
+        await self._ask_once("ended", end)
 
     def heartbeat(self) -> None:
         """Tell that the run's process is alive."""

@@ -49,6 +49,7 @@ from hanse.messages import (
     Header,
     Heartbeat,
     HeartbeatReply,
+    Hello,
     JobFailure,
     Message,
     Payload,
@@ -69,10 +70,11 @@ from hanse.server.clients import Clients, Lifetimes
 from hanse.server.identities import identities_of
 from hanse.server.jobs import JobLimits, Jobs
 from hanse.server.lifetime import holder_of, only_user_of
-from hanse.server.listening import Place, server_tls
+from hanse.server.listening import SOCKET_FILE, Place, server_tls
 from hanse.server.overseer import HeldFor, OverseerAgent
 from hanse.server.payloads import expect
 from hanse.server.primacy import Primacy
+from hanse.server.refused import RefusedPeers
 from hanse.server.run_desk import answer_not_in_service
 from hanse.server.run_host import RunHost
 from hanse.server.run_manager import RunManager
@@ -161,6 +163,7 @@ class FederatedServer(BaseServer):
             session=lambda: self._primacy.service.ssid,
             clock=lambda: self.clock(),
         )
+        self._refused = RefusedPeers(lambda: self.clock())
         self._is_leaving = False
         self._tokens: set[str] = set()
         self._deployed: _Deployed | None = None
@@ -173,7 +176,7 @@ class FederatedServer(BaseServer):
 
         Not in service: COMM_ERROR. Not secure, another project, a bad certificate: UNAUTHENTICATED.
         """
-        return _answered(self._challenge, request)
+        return self._noting_refusal(request, _answered(self._challenge, request))
 
     def register_client(self, request: Message) -> Message:
         """Second half: verify who the client is, register it, and reply with token, token signature and SSID.
@@ -182,7 +185,7 @@ class FederatedServer(BaseServer):
         handler's refusal: UNAUTHENTICATED with the reason. An administrator is identified in the same way and gets a
         token of its role; it is no client, and is not counted as one.
         """
-        reply = _answered(self._register, request)
+        reply = self._noting_refusal(request, _answered(self._register, request))
         self._fire(EventType.CLIENT_REGISTER_PROCESSED, request, reason=reply.reason)
         return reply
 
@@ -331,13 +334,18 @@ class FederatedServer(BaseServer):
 
     @property
     def name(self) -> str:
-        """This server's name, as in its settings and its certificate."""
+        """What its settings and its certificate call the server."""
         return self._settings.name
 
     @property
     def clients(self) -> Clients:
         """The clients of this server."""
         return self._clients
+
+    @property
+    def refused(self) -> RefusedPeers:
+        """Who was refused lately, and why."""
+        return self._refused
 
     @property
     def reception(self) -> Reception:
@@ -394,8 +402,6 @@ class FederatedServer(BaseServer):
             stack.enter_context(only_user_of(where.workspace))
             self._clients.identities = identities_of(where, self.project_name, max_reg_duration_s=self.max_reg_duration)
             store = await stack.enter_async_context(self._store or _embedded_store(where.workspace))
-            for name, reason in (await store.disabled_clients()).items():
-                self._clients.set_disabled(ClientName(name), reason)
             admittance = self._admittance()
             cell = Cell(Fqcn(SERVER), gate=lambda *arrival: self._gate(admittance, *arrival))
             stack.push_async_callback(cell.close)
@@ -410,6 +416,7 @@ class FederatedServer(BaseServer):
                     wait_turn=self._primacy.wait_turn,
                     server=self._settings.name,
                     release=version("hanse"),
+                    on_refused=self._note_refused_hello,
                 ),
                 workspace=where.workspace,
                 runs=Path(self._settings.runs or where.workspace / "runs"),
@@ -496,6 +503,7 @@ class FederatedServer(BaseServer):
         is_contended = held is not None
         if held is None:
             held = HeldFor(await self._taken_lease(deployed), boot_time())
+        self._clients.disable_only(await deployed.store.disabled_clients())  # another server may have changed them
         lease = HeldLease(deployed.store, held.lease, is_contended=is_contended, taken_at=held.taken_at)
         services = RunServices(
             project=self.project_name,
@@ -520,7 +528,7 @@ class FederatedServer(BaseServer):
         return await deployed.store.take_lease(
             await asyncio.to_thread(holder_of, deployed.workspace, settings.name),
             name=settings.name,
-            target=settings.address or settings.target,
+            target=settings.reached_at(settings.target),
             ttl_s=settings.lease_s,
             force=True,
         )
@@ -634,10 +642,29 @@ class FederatedServer(BaseServer):
         if refused is not None:
             raise Unauthenticated(refused)
 
+    # who is refused
+
+    def _noting_refusal(self, request: Message, reply: Message) -> Message:
+        """Return *reply*, having noted whom it lets in or refuses for good."""
+        payload = request.payload
+        if isinstance(payload, Challenge | Register) and reply.return_code is not ReturnCode.COMM_ERROR:
+            if reply.return_code is not ReturnCode.OK:
+                code = reply.get_header(Header.ERROR_CODE) or ""
+                self._refused.note(payload.client, code=code, reason=reply.reason)
+            elif isinstance(payload, Register):
+                self._refused.forget(payload.client)
+        return reply
+
+    def _note_refused_hello(self, hello: Hello, error: HanseError) -> None:
+        name, job_id = split_cell(hello.fqcn)
+        if job_id is None and not error.retryable:
+            self._refused.note(name, code=error.code, reason=error.reason)
+
     # streams
 
     def _link_up(self, peer: Peer) -> None:
         if peer.kind == PeerKind.CLIENT:
+            self._refused.forget(peer.fqcn)
             self._note_stream(peer.fqcn)
         if self._primacy.tenure is not None:
             self._primacy.tenure.jobs.link_up(peer)
@@ -704,8 +731,8 @@ class FederatedServer(BaseServer):
     ) -> RunEnded:
         """Run a job in this process and return when it has ended; with a snapshot it continues from there.
 
-        *run_root* is the run's folder, *conf* the job; ``args.epoch`` says whose tenure the run is of. Without *snapshot*
-        the parent is asked where the run stands.
+        *run_root* is the run's folder, *conf* the job; ``args.epoch`` says whose tenure the run is of. Without
+        *snapshot* the parent is asked where the run stands.
 
         Raises:
             Conflict: there is no job cell (``create_job_cell`` makes it), or a run already.
@@ -777,12 +804,12 @@ def _from_stream(request: Message) -> Message:
 @contextmanager
 def _socket_of(where: Place) -> Iterator[Path]:
     """Give the path of the socket for runs' processes: in the workspace, or where that is too deep, apart."""
-    path = (where.workspace / "jobs.sock").absolute()
+    path = (where.workspace / SOCKET_FILE).absolute()
     if where.scheme != "grpc" or len(str(path)) <= MAX_SOCKET_PATH:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="hanse-") as folder:
-        yield Path(folder) / "jobs.sock"
+        yield Path(folder) / SOCKET_FILE
 
 
 def _embedded_store(workspace: Path) -> Store:

@@ -12,6 +12,8 @@ from hanse.ids import is_target
 DEFAULT_TARGET: Final = "0.0.0.0:6007"
 SCHEMES: Final = ("grpc", "memory")
 """``memory`` listens nowhere: cells of the same process dial in memory, as the simulator's do."""
+SOCKET_FILE: Final = "jobs.sock"
+"""Where in the workspace cells of this machine connect; elsewhere if the path would be too long for a socket."""
 TLS_FILES: Final = ("ssl_root_cert", "ssl_cert", "ssl_private_key")
 
 

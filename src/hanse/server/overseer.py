@@ -163,9 +163,15 @@ class LeaseOverseer:
             except Exception:  # noqa: BLE001 - who no longer watches would stand by for ever
                 _log.exception("watching the lease failed")
                 await asyncio.sleep(self._ttl_s)
-            before, self._primary = self._primary, self._judged()
-            if self._primary != before:
+            before, after = self._primary, self._judged()
+            if after == before:
+                continue
+            if after is not None and after.held is not None and before is not None and before.held is not None:
+                # From one tenure of its own to the next leads through the cold, with a word for each move.
+                self._primary = None
                 await asyncio.to_thread(self._call)
+            self._primary = after
+            await asyncio.to_thread(self._call)
 
     async def _follow(self) -> None:
         """Wait until the lease moves or something is due, and take it if it may be taken."""
@@ -186,7 +192,7 @@ class LeaseOverseer:
             )
             self._held = HeldFor(lease, taken_at)
             self._note(lease)
-            _log.info("the lease is taken", extra={"epoch": lease.epoch, "name": self._name})
+            _log.info("the lease is taken", extra={"epoch": lease.epoch, "server": self._name})
 
     async def _note_standing_by(self) -> None:
         """Tell the store, every so often, that this server stands by, for people to see."""
@@ -199,6 +205,8 @@ class LeaseOverseer:
     def _note(self, lease: Lease) -> None:
         is_anybodys = lease.holder == "" and lease.successor in ("", self._name)
         ttl_s = 0.0 if is_anybodys else lease.ttl_s
+        if lease.holder == self._holder:  # this server could not keep it, so let another one come first
+            ttl_s *= 2
         self._seen = lease
         self._watch = self._watch.observe(_sign(lease), ttl_s=ttl_s, now=self._clock())
 

@@ -112,8 +112,7 @@ class Primacy:
         """
         with self._observing:
             try:
-                while self._observe(agent):  # from one tenure to the next leads through the cold
-                    continue
+                self._observe(agent)
             except Exception:  # noqa: BLE001 - see above
                 _log.exception("taking the overseer's word failed")
 
@@ -147,8 +146,7 @@ class Primacy:
         """Serve nobody any more, for good."""
         self.service = shut_down(self.service)
 
-    def _observe(self, agent: OverseerAgent) -> bool:
-        """Move once by *agent*'s word; return whether there may be more to do."""
+    def _observe(self, agent: OverseerAgent) -> None:
         primary, cell = agent.primary(), self._cell()
         self._primary = primary
         is_me = primary is not None and (
@@ -156,12 +154,12 @@ class Primacy:
         )
         after = observe(self.service, primary_ssid=primary.ssid if primary else None, is_me=is_me)
         if after == self.service:
-            return False
+            return
         _log.info("service state", extra={"was": self.service.state.value, "is": after.state.value})
         self.service = after
         if after.state is not ServiceState.COLD2HOT:
             self._turn_cold()
-            return True
+            return
         try:
             run(self.begin(after.ssid, primary.held if primary is not None else None), TURN_TIMEOUT_S)
         except BaseException:
@@ -171,7 +169,6 @@ class Primacy:
             raise
         self.service = restored(self.service)
         run(self._let_in())
-        return False
 
     async def _let_in(self) -> None:
         """Let those in who wait for this server's turn."""
@@ -186,7 +183,8 @@ class Primacy:
     def _turn_cold(self, *, successor: str = "") -> None:
         """Stop serving before anyone else may start: send everybody away and park the runs."""
         run(self._send_away_and_park(successor), TURN_TIMEOUT_S)
-        self.service = parked(self.service)
+        if self.service.state is ServiceState.HOT2COLD:  # and not cold already, having lost its lease meanwhile
+            self.service = parked(self.service)
 
     async def _send_away_and_park(self, successor: str) -> None:
         self._send_everybody_away()

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hanse.errors import HanseError, InternalError
+from hanse.errors import HanseError, InternalError, TooFewClients
 from hanse.events import EventType, FLComponent, FLContext, Handlers
 from hanse.ids import Digest, JobId
 from hanse.job import JobSpec
@@ -124,7 +124,7 @@ class LocalRun:
                 end = RunEnded(completed=False, code=ABORTED, reason=self._aborted or "the run was aborted")
                 if not self._is_cut_off:
                     with contextlib.suppress(HanseError):  # the server knows, where it was the one that said so
-                        await self._link.ended(end)
+                        await self._link.given_up(end)
                 return end
             end = work.result()
             await self._link.ended(end)
@@ -141,8 +141,10 @@ class LocalRun:
             with self._importing(folder.code):
                 return await self._run(folder)
         except HanseError as error:
-            _log.error("run failed", extra={"job": self._manager.job_id, "code": error.code, "reason": error.reason})
-            return RunEnded(completed=False, code=error.code, reason=error.reason)
+            extra = {"job": self._manager.job_id, "code": error.code, "reason": error.reason}
+            _log.error("run failed", exc_info=error.__cause__, extra=extra)
+            client = error.client if isinstance(error, TooFewClients) else ""
+            return RunEnded(completed=False, code=error.code, reason=error.reason, client=client)
         except Exception:  # noqa: BLE001 - the edge of the run: the server must hear that it is over
             _log.exception("run failed", extra={"job": self._manager.job_id})
             bug = InternalError(f"driving run {self._manager.job_id}")
@@ -152,7 +154,12 @@ class LocalRun:
         files = TensorFiles(folder.tensors)
         snapshot = self._snapshot or await self._link.attach()
         federation = RunFederation(
-            self._link, files, clients=snapshot.clients, seed=self._spec.seed, lost=snapshot.lost_clients
+            self._link,
+            files,
+            clients=snapshot.clients,
+            seed=self._spec.seed,
+            lost=snapshot.lost_clients,
+            carried=snapshot.carried,
         )
         self._link.listen(federation)
         workflow = workflow_of(self._spec)
@@ -187,6 +194,8 @@ def _write_result(state: State, folder: RunFolder) -> tuple[Digest, int]:
     draft = folder.tensors / RESULT_FILE  # this tenure's own: another may be writing the same result
     write_safetensors(state.model, draft)
     results = TensorFiles(folder.result)
+    results.drop_unfinished()  # of a process that was killed at this very moment
     digest = results.put_file(draft)
+    results.sync([digest])
     draft.unlink()
     return digest, results.size(digest)

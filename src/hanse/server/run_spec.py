@@ -8,7 +8,7 @@ from hanse.messages import Credentials
 
 
 class RunProcessSpec(msgspec.Struct, frozen=True):
-    """All that a run's process needs: its job, its folder and the tenure that it serves, where its server listens, and what proves it there."""
+    """All that a run's process needs: its job, its folder, whose tenure it is of, its server and its proof."""
 
     job_id: JobId
     project: str

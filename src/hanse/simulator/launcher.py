@@ -24,7 +24,15 @@ from hanse.client.process_spec import PROCESS_MODULE as CLIENT_MODULE
 from hanse.client.process_spec import JobProcessSpec
 from hanse.client.task import TaskContext
 from hanse.client.trainer import START
-from hanse.errors import HanseError, InternalError, JobInvalid, SiteError, TrainingFailed
+from hanse.errors import (
+    HanseError,
+    ImportFailed,
+    InternalError,
+    JobInvalid,
+    MissingDependency,
+    SiteError,
+    TrainingFailed,
+)
 from hanse.events import Handlers
 from hanse.ids import ClientName, JobId
 from hanse.job import JobSpec
@@ -37,7 +45,20 @@ from hanse.server.run_folder import RunFolder
 from hanse.server.run_manager import LocalRun, RunManager
 from hanse.server.run_spec import RunProcessSpec
 from hanse.simulator.code import turn
-from hanse.simulator.exchange import Answer, Broken, Done, Faulty, Invalid, Load, Loaded, Raised, Request, Work
+from hanse.simulator.exchange import (
+    Answer,
+    Broken,
+    Done,
+    Faulty,
+    Invalid,
+    Load,
+    Loaded,
+    Missing,
+    Raised,
+    Request,
+    Unimportable,
+    Work,
+)
 from hanse.simulator.pool import Crew
 from hanse.storage.models import load_model, store_model
 from hanse.storage.tensors import TensorFiles
@@ -89,7 +110,7 @@ class TaskHandle:
 
     def log_tail(self, lines: int = 20) -> str:
         """Return the sentence that it failed with; empty when it did not."""
-        return "\n".join(self._said.splitlines()[-lines:])
+        return "\n".join(self._said.splitlines()[-lines:]) if lines else ""
 
     async def _live(self) -> int:
         try:
@@ -312,8 +333,14 @@ class CrewTrainer:
 
     def _error(self, answer: Answer, task: str) -> HanseError:
         match answer:
-            case Raised(why=why) | Broken(why=why):
+            case Broken(failure=failure):
+                return self._error(failure, START)
+            case Raised(why=why):
                 return TrainingFailed(self._client, task, why)
+            case Unimportable(error=error, python=python):
+                return ImportFailed(self._client, error, python=python)
+            case Missing(module=module, place=place):
+                return MissingDependency(self._client, module, place=place)
             case Invalid(expected=expected):
                 return JobInvalid("client", got=self._spec.spec.client, expected=expected)
             case Faulty(why=why):

@@ -24,9 +24,10 @@ from hanse.storage.records import (
     PackedTask,
     RunState,
     Standby,
+    check_audit,
     check_carried,
-    check_client,
     check_commit,
+    check_disabling,
     check_epoch,
     check_job,
     check_lease,
@@ -35,11 +36,11 @@ from hanse.storage.records import (
     check_result,
     check_running,
     check_standby,
+    check_successor,
     check_taking,
     check_tasks,
     has_moved,
     key_order,
-    pack,
     session_id,
     task_title,
     unpack,
@@ -137,6 +138,7 @@ class MemoryStore:
     async def release_lease(self, epoch: int, *, successor: str = "") -> None:
         """See ``Store``."""
         self._fence(epoch)
+        check_successor(successor)
         ssid = session_id(self._store_id, epoch + 1)
         self._set_lease(Lease(epoch + 1, "", ssid, ttl_s=self._lease.ttl_s, successor=successor))
 
@@ -240,7 +242,7 @@ class MemoryStore:
 
     async def set_disabled(self, epoch: int, client: str, disabled: bool, *, reason: str = "") -> None:
         """See ``Store``."""
-        check_client(client)
+        check_disabling(client, reason)
         self._fence(epoch)
         self._disabled.pop(client, None)
         if disabled:
@@ -253,7 +255,7 @@ class MemoryStore:
 
     async def audit(self, epoch: int, entry: AuditEntry) -> None:
         """See ``Store``."""
-        pack(entry)
+        check_audit(entry)
         self._fence(epoch)
         self._audit.append(entry)
 

@@ -399,14 +399,23 @@ def check_lease(lease: Lease) -> None:
     """Check a lease that somebody takes."""
     pack(lease)
     _expect(bool(lease.holder), "Lease.holder", lease.holder, "text")
+    check_text(lease.holder, "Lease.holder")
+    check_text(lease.target, "Lease.target")
     _expect(is_name(lease.name), "Lease.name", lease.name, "a server's name")
     _expect(0 < lease.ttl_s < math.inf, "Lease.ttl_s", lease.ttl_s, "a number of seconds above 0")
+
+
+def check_successor(name: str) -> None:
+    """Check the name of the server that is to have the lease next; nothing is nobody in particular."""
+    _expect(name == "" or is_name(name), "successor", name, "a server's name, or nothing")
 
 
 def check_standby(standby: Standby) -> None:
     """Check what a server says of itself that stands by."""
     pack(standby)
     _expect(is_name(standby.name), "Standby.name", standby.name, "a server's name")
+    check_text(standby.holder, "Standby.holder")
+    check_text(standby.target, "Standby.target")
 
 
 def check_carried(carried: Collection[TaskKey], journalled: Collection[TaskKey]) -> None:
@@ -416,9 +425,26 @@ def check_carried(carried: Collection[TaskKey], journalled: Collection[TaskKey])
             raise NotFound("task", task_title(key))
 
 
-def check_client(name: str) -> None:
-    """Check that *name* may name a client."""
-    _expect(is_name(name), "client", name, "a participant's name")
+def check_disabling(client: str, reason: str) -> None:
+    """Check the name of a client that is to be disabled or enabled, and the reason."""
+    _expect(is_name(client), "client", client, "a participant's name")
+    check_text(reason, "reason")
+
+
+def check_audit(entry: AuditEntry) -> None:
+    """Check an entry for the audit log."""
+    pack(entry)
+    for name in ("actor", "action", "object", "outcome", "reason"):
+        check_text(getattr(entry, name), f"AuditEntry.{name}")
+
+
+def check_text(text: str, field: str) -> None:
+    """Check that every database can hold *text* as text."""
+    try:
+        is_storable = b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        is_storable = False
+    _expect(is_storable, field, text, "Unicode text without zero characters")
 
 
 def check_key(key: TaskKey) -> None:
@@ -426,6 +452,7 @@ def check_key(key: TaskKey) -> None:
     _expect(0 <= key.round <= MAX_ROUND, "TaskKey.round", key.round, f"0 to {MAX_ROUND}")
     _expect(0 <= key.sequence <= MAX_ROUND, "TaskKey.sequence", key.sequence, f"0 to {MAX_ROUND}")
     _expect(0 < len(key.name) <= 200, "TaskKey.name", key.name, "1 to 200 characters")
+    check_text(key.name, "TaskKey.name")
     _expect(is_name(key.client), "TaskKey.client", key.client, "a participant's name")
 
 

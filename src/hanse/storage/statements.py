@@ -7,8 +7,18 @@ columns that its other parameters name.
 from collections.abc import Collection
 from typing import Any, Final
 
-from sqlalchemy import Column, ColumnElement, Select, bindparam, delete, func, insert, select, update
-from sqlalchemy.dialects import sqlite
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Select,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 
 from hanse.job import JobState
 from hanse.messages import TaskKey
@@ -21,14 +31,17 @@ def _given(column: Column[Any]) -> ColumnElement[bool]:
 
 
 STORE_ID: Final = select(meta.c.value).where(meta.c.key == "store_id")
+ADD_STORE_ID: Final = insert(meta)
 
-# Rows are locked where the database can: nobody takes the lease, or moves the job, between the look and the commit.
-EPOCH: Final = select(lease.c.epoch).with_for_update(read=True)
+# Rows are locked where the database can: nobody takes the lease, or moves the job, between the look and the commit. It
+# is the strongest lock also where only the epoch is compared, for two transactions that both want more could not have
+# it.
+EPOCH: Final = select(lease.c.epoch).with_for_update()
 LEASE: Final = select(*(column for column in lease.c if column is not lease.c.id))
 LEASE_TO_CHANGE: Final = LEASE.with_for_update()
 SET_LEASE: Final = update(lease)
 
-STANDBYS: Final = select(*(standbys.c[name] for name in Standby.__struct_fields__)).order_by(standbys.c.name)
+STANDBYS: Final = select(*(standbys.c[name] for name in Standby.__struct_fields__))
 ADD_STANDBY: Final = insert(standbys)
 DELETE_STANDBY: Final = delete(standbys).where(_given(standbys.c.name))
 
@@ -51,11 +64,12 @@ LAST_ROUND: Final = select(rounds.c.record).where(_given(rounds.c.job_id)).order
 _KEY_IN_RUN: Final = tuple(tasks.c[name] for name in TaskKey.__struct_fields__)
 _OF_RUN: Final = _given(tasks.c.job_id)
 _AT_KEY: Final = (_OF_RUN, *map(_given, _KEY_IN_RUN))
-ADD_NEW_TASKS: Final = sqlite.insert(tasks).on_conflict_do_nothing()
-TASKS: Final = select(tasks.c.task, tasks.c.model).where(_OF_RUN, tasks.c.answer.is_(None)).order_by(*_KEY_IN_RUN)
-ANSWERS: Final = (
-    select(tasks.c.answer).where(_OF_RUN, tasks.c.answer.is_not(None)).order_by(tasks.c.accepted, *_KEY_IN_RUN)
-)
+# As text, for SQLAlchemy knows this clause, which is the same in both databases, as a thing of either.
+ADD_NEW_TASKS: Final = text("""
+    INSERT INTO tasks (job_id, round, name, sequence, client, task, model)
+    VALUES (:job_id, :round, :name, :sequence, :client, :task, :model) ON CONFLICT DO NOTHING
+""")
+TASKS: Final = select(tasks.c.task, tasks.c.model, tasks.c.answer).where(_OF_RUN).order_by(tasks.c.accepted)
 TASK_KEYS: Final = select(*_KEY_IN_RUN).where(_OF_RUN)
 _last_accepted = tasks.alias("others")
 _NEXT_ACCEPTED: Final = (
@@ -69,14 +83,16 @@ RETRACT_ANSWER: Final = update(tasks).where(*_AT_KEY).values(answer=None, accept
 DELETE_TASKS: Final = delete(tasks).where(_OF_RUN)
 DELETE_TASK: Final = delete(tasks).where(*_AT_KEY)
 
-ADD_NEW_MODELS: Final = sqlite.insert(models).on_conflict_do_nothing()
+ADD_NEW_MODELS: Final = text("""
+    INSERT INTO models (job_id, digest, model) VALUES (:job_id, :digest, :model) ON CONFLICT DO NOTHING
+""")
 MODELS: Final = select(models.c.digest, models.c.model).where(_given(models.c.job_id))
 DELETE_MODELS: Final = delete(models).where(_given(models.c.job_id))
 DELETE_UNUSED_MODELS: Final = DELETE_MODELS.where(
     models.c.digest.not_in(select(tasks.c.model).where(_OF_RUN, tasks.c.model.is_not(None)))
 )
 
-DISABLED: Final = select(disabled.c.client, disabled.c.reason).order_by(disabled.c.client)
+DISABLED: Final = select(disabled.c.client, disabled.c.reason)
 DISABLE: Final = insert(disabled)
 ENABLE: Final = delete(disabled).where(_given(disabled.c.client))
 

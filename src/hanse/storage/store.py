@@ -1,38 +1,38 @@
 """``SqlStore``: the store in a database, through SQLAlchemy Core and one writer thread.
 
-SQLite (write-ahead log, every commit synced) needs nothing set up. ``Store`` and its records are in ``records`` and are
-re-exported here; ``memory`` has the same store without a database. Each method's work is one function of a connection,
-so that it is one transaction, or one savepoint of a shared one (``writer``).
+SQLite needs nothing set up; PostgreSQL is for servers that stand by for each other. ``Store`` and its records are in
+``records`` and are re-exported here; ``memory`` has the same store without a database. Each method's work is one
+function of a connection, so that it is one transaction, or one savepoint of a shared one (``writer``).
 """
 
 import asyncio
-import os
 import secrets
-import sqlite3
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, Engine, Select, create_engine, event
+from sqlalchemy import URL, Connection, Select, make_url
+from sqlalchemy.exc import ArgumentError
 
-from hanse.errors import Conflict, NotFound, StoreFailed
-from hanse.ids import JobId
+from hanse.errors import ConfigError, Conflict, NotFound, StoreFailed
+from hanse.ids import JobId, is_job_id
 from hanse.job import JobRecord, JobState
 from hanse.messages import CommitRound, RoundView, StateRef, TaskAssignment, TaskKey, TaskResult
 from hanse.storage import statements as sql
-from hanse.storage import tables
+from hanse.storage.database import Database, Listener
 from hanse.storage.records import (
     AuditEntry,
     Lease,
     RunState,
     Standby,
     Store,
+    check_audit,
     check_carried,
-    check_client,
     check_commit,
+    check_disabling,
     check_epoch,
     check_job,
     check_lease,
@@ -41,52 +41,65 @@ from hanse.storage.records import (
     check_result,
     check_running,
     check_standby,
+    check_successor,
     check_taking,
     check_tasks,
     has_moved,
-    pack,
+    key_order,
     session_id,
     task_title,
     unpack,
     unpack_task,
 )
-from hanse.storage.writer import BEGIN, Writer
+from hanse.storage.sqlite import SqliteDatabase
+from hanse.storage.tables import SCHEMA_VERSION, schema_version
+from hanse.storage.writer import Writer
 
 __all__ = ["AuditEntry", "Lease", "RunState", "SqlStore", "Standby", "Store"]
 
 T = TypeVar("T")
 
-BUSY_TIMEOUT_S: Final = 5.0
-"""How long a write waits for another process that writes to the same SQLite file."""
-
 
 class SqlStore:
-    """A ``Store`` in the SQLite file *path*, made (mode 0600, its folder 0700) when it is first opened."""
+    """A ``Store`` in a database: a SQLite file, by path or by ``sqlite:///`` and its absolute path, or PostgreSQL.
 
-    def __init__(self, path: Path, *, new_id: Callable[[], str] = lambda: secrets.token_hex(8)) -> None:
-        self._path, self._new_id = path, new_id
+    That is named ``postgresql://user@host/database``. The file is made (mode 0600, its folder 0700) when it is first
+    opened, the database must be there; its tables are made, and those of an earlier release become this one's.
+
+    Raises:
+        ConfigError: *where* names no database that Hanse can use.
+    """
+
+    def __init__(self, where: Path | str, *, new_id: Callable[[], str] = lambda: secrets.token_hex(8)) -> None:
+        self._database, self._new_id = database_at(where), new_id
+        self._name = self._database.name
         self._writer: Writer | None = None
+        self._listener: Listener | None = None
         self._store_id = ""
         self._moved = asyncio.Event()
 
     async def open(self) -> None:
-        """Open the database, and create its tables if it is new."""
+        """Open the database, and bring its tables to this release's form."""
         if self._writer is not None:
-            raise StoreFailed(f"opening {self._path}", "it is open already")
-        writer = Writer(self._connect, name=str(self._path))
+            raise StoreFailed(f"opening {self._name}", "it is open already")
+        writer = Writer(self._database.connect, name=self._name)
         writer.start()
         try:
             self._store_id = await writer.write(self._prepare)
         except BaseException:
             await writer.close()
             raise
-        self._writer = writer
+        self._writer, self._listener = writer, self._database.listener(self._wake)
 
     async def close(self) -> None:
         """Finish what was asked for before, and close the database."""
         writer, self._writer = self._writer, None
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            await listener.close()
         if writer is not None:
             await writer.close()
+        self._wake()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -104,18 +117,19 @@ class SqlStore:
         return await self._read(lambda connection: self._lease(connection, sql.LEASE))
 
     async def lease_moved(self, seen: Lease, *, within_s: float) -> Lease:
-        """See ``Store``.
-
-        Another process's change of the file is seen when the holder's next beat is due, a third of ``ttl_s`` later.
-        """
+        """See ``Store``."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + within_s
         while True:
+            if self._listener is not None:
+                await self._listener.listen()
             moved = self._moved
             lease, now = await self.lease(), loop.time()
             if has_moved(lease, seen) or now >= deadline:
                 return lease
-            next_look = min(deadline, now + seen.ttl_s / 3) if seen.ttl_s else deadline
+            # Where the database tells nobody, the next look is when the holder's next beat is due.
+            is_told = self._listener is not None or not seen.ttl_s
+            next_look = deadline if is_told else min(deadline, now + seen.ttl_s / 3)
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(next_look):
                     await moved.wait()
@@ -146,6 +160,7 @@ class SqlStore:
 
     async def release_lease(self, epoch: int, *, successor: str = "") -> None:
         """See ``Store``."""
+        check_successor(successor)
 
         def release(connection: Connection) -> Lease:
             lease = self._held_lease(connection, epoch)
@@ -166,7 +181,11 @@ class SqlStore:
 
     async def standbys(self) -> list[Standby]:
         """See ``Store``."""
-        return await self._read(lambda connection: [Standby(*row) for row in connection.execute(sql.STANDBYS)])
+
+        def read(connection: Connection) -> list[Standby]:
+            return sorted((Standby(*row) for row in connection.execute(sql.STANDBYS)), key=lambda standby: standby.name)
+
+        return await self._read(read)
 
     # Jobs ---------------------------------------------------------------------------------------------------------
 
@@ -176,7 +195,7 @@ class SqlStore:
 
         def add(connection: Connection) -> None:
             _fence(connection, epoch)
-            stored = connection.scalar(sql.JOB, {"of_job_id": record.job_id})
+            stored = connection.scalar(sql.JOB, _at_job(record.job_id))
             if stored is None:
                 row = {"job_id": record.job_id, "state": record.state.value, "last_round": -1, "record": blob}
                 connection.execute(sql.ADD_JOB, row)
@@ -210,7 +229,7 @@ class SqlStore:
         """See ``Store``."""
 
         def read(connection: Connection) -> JobRecord:
-            blob = connection.scalar(sql.JOB, {"of_job_id": job_id})
+            blob = connection.scalar(sql.JOB, _at_job(job_id))
             if blob is None:
                 raise NotFound("job", job_id)
             return unpack(blob, JobRecord)
@@ -276,7 +295,7 @@ class SqlStore:
         """See ``Store``."""
         state, view = check_commit(commit, now_s=now_s)
         number = commit.state.round
-        at_job = {"of_job_id": job_id}
+        at_job = _at_job(job_id)
 
         def commit_it(connection: Connection) -> None:
             _fence(connection, epoch)
@@ -300,7 +319,7 @@ class SqlStore:
         """See ``Store``."""
 
         def read(connection: Connection) -> list[RoundView]:
-            return [unpack(blob, RoundView) for blob in connection.scalars(sql.ROUNDS, {"of_job_id": job_id})]
+            return [unpack(blob, RoundView) for blob in connection.scalars(sql.ROUNDS, _at_job(job_id))]
 
         return await self._read(read)
 
@@ -308,7 +327,7 @@ class SqlStore:
         """See ``Store``."""
 
         def read(connection: Connection) -> RoundView | None:
-            blob = connection.scalar(sql.LAST_ROUND, {"of_job_id": job_id})
+            blob = connection.scalar(sql.LAST_ROUND, _at_job(job_id))
             return None if blob is None else unpack(blob, RoundView)
 
         return await self._read(read)
@@ -317,7 +336,7 @@ class SqlStore:
 
     async def set_disabled(self, epoch: int, client: str, disabled: bool, *, reason: str = "") -> None:
         """See ``Store``."""
-        check_client(client)
+        check_disabling(client, reason)
 
         def set_it(connection: Connection) -> None:
             _fence(connection, epoch)
@@ -329,11 +348,11 @@ class SqlStore:
 
     async def disabled_clients(self) -> dict[str, str]:
         """See ``Store``."""
-        return await self._read(lambda connection: {row.client: row.reason for row in connection.execute(sql.DISABLED)})
+        return await self._read(lambda connection: dict(sorted(map(tuple, connection.execute(sql.DISABLED)))))
 
     async def audit(self, epoch: int, entry: AuditEntry) -> None:
         """See ``Store``."""
-        pack(entry)
+        check_audit(entry)
 
         def append(connection: Connection) -> None:
             _fence(connection, epoch)
@@ -359,26 +378,27 @@ class SqlStore:
 
     def _opened(self) -> Writer:
         if self._writer is None:
-            raise StoreFailed(f"using {self._path}", "it is not open")
+            raise StoreFailed(f"using {self._name}", "it is not open")
         return self._writer
 
-    def _connect(self) -> Engine:
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        except OSError as error:
-            raise StoreFailed(f"opening {self._path}", error.strerror or str(error)) from error
-        return sqlite_engine(self._path)
-
     def _prepare(self, connection: Connection) -> str:
-        tables.create(connection, store_id=self._new_id())
+        if schema_version(connection) != SCHEMA_VERSION:
+            from hanse.storage.migrations import migrate  # noqa: PLC0415 - only an upgrade pays for Alembic
+
+            with self._database.migrating(connection):  # by another server meanwhile, maybe
+                migrate(connection, version=schema_version(connection), name=self._name)
+        if connection.scalar(sql.STORE_ID) is None:
+            connection.execute(sql.ADD_STORE_ID, {"key": "store_id", "value": self._new_id()})
         return str(connection.scalar(sql.STORE_ID))
 
     async def _move_lease(self, operation: Callable[[Connection], Lease]) -> Lease:
         lease = await self._write(operation)
+        self._wake()
+        return lease
+
+    def _wake(self) -> None:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
-        return lease
 
     def _lease(self, connection: Connection, query: Select[Any]) -> Lease:
         row = connection.execute(query).one()
@@ -395,26 +415,36 @@ class SqlStore:
         row = msgspec.structs.asdict(lease)
         del row["ssid"]
         connection.execute(sql.SET_LEASE, row)
+        self._database.announce(connection)
         return lease
 
 
-def sqlite_engine(path: Path) -> Engine:
-    """Return an engine for the SQLite file at *path*: write-ahead log, every commit synced, foreign keys held."""
-    # The driver must not begin transactions by itself (isolation_level None): it would do so late, and without
-    # taking the write lock, so that two servers could both read an epoch before either wrote.
-    options = {"timeout": BUSY_TIMEOUT_S, "isolation_level": None}
-    engine = create_engine(f"sqlite:///{path}", connect_args=options, pool_reset_on_return=None)
+def database_at(where: Path | str) -> Database:
+    """Return the database at *where*, a path or a URL.
 
-    @event.listens_for(engine, "connect")
-    def configure(connection: sqlite3.Connection, _record: object) -> None:
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql(connection.get_execution_options()[BEGIN])
-
-    return engine
+    Raises:
+        ConfigError: there is none that Hanse can use.
+    """
+    if isinstance(where, Path):
+        return SqliteDatabase(where)
+    try:
+        url = make_url(where)
+    except ArgumentError:
+        url = URL.create("no URL")
+    path = Path(url.database or "")
+    if url.drivername == "sqlite" and path.is_absolute() and not (url.host or url.query):
+        return SqliteDatabase(path)
+    # Without the URL's query, in which a password may be too.
+    shown = URL.create(url.drivername, url.username, None, url.host, url.port, url.database).render_as_string()
+    if url.drivername != "postgresql":
+        expected = "sqlite:////absolute/path/of/a/file or postgresql://user@host/database"
+        raise ConfigError("store", got=shown, expected=expected)
+    try:
+        from hanse.storage.postgres import PostgresDatabase  # noqa: PLC0415 - its driver is an extra
+    except ImportError as missing:
+        expected = "PostgreSQL's driver to be installed (pip install 'hanse[postgres]')"
+        raise ConfigError("store", got=shown, expected=expected) from missing
+    return PostgresDatabase(url, name=shown)
 
 
 def _fence(connection: Connection, epoch: int) -> None:
@@ -423,7 +453,7 @@ def _fence(connection: Connection, epoch: int) -> None:
 
 
 def _replace_job(connection: Connection, record: JobRecord, blob: bytes, *, was: JobState) -> None:
-    at_job = {"of_job_id": record.job_id}
+    at_job = _at_job(record.job_id)
     row = connection.execute(sql.JOB_TO_CHANGE, at_job).one_or_none()
     if row is None:
         raise NotFound("job", record.job_id)
@@ -435,7 +465,7 @@ def _replace_job(connection: Connection, record: JobRecord, blob: bytes, *, was:
 
 def _last_round(connection: Connection, job_id: JobId, *, doing: str) -> int:
     """Return the job's last committed round, -1 before there is one, having made sure that the job has not ended."""
-    row = connection.execute(sql.JOB_STATE, {"of_job_id": job_id}).one_or_none()
+    row = connection.execute(sql.JOB_STATE, _at_job(job_id)).one_or_none()
     if row is None:
         raise NotFound("job", job_id)
     check_running(job_id, JobState(row.state), doing)
@@ -444,7 +474,7 @@ def _last_round(connection: Connection, job_id: JobId, *, doing: str) -> int:
 
 def _keep_tasks(connection: Connection, job_id: JobId, kept: Collection[TaskKey]) -> None:
     """Delete the run's tasks but those *kept*, with their answers and the models that they hand out."""
-    at_job = {"of_job_id": job_id}
+    at_job = _at_job(job_id)
     if not kept:
         connection.execute(sql.DELETE_TASKS, at_job)
         connection.execute(sql.DELETE_MODELS, at_job)
@@ -457,18 +487,26 @@ def _keep_tasks(connection: Connection, job_id: JobId, kept: Collection[TaskKey]
 
 
 def _snapshot(connection: Connection, job_id: JobId) -> RunState:
-    at_job = {"of_job_id": job_id}
-    if connection.scalar(sql.JOB, at_job) is None:
+    at_job = _at_job(job_id)
+    if connection.execute(sql.JOB_STATE, at_job).one_or_none() is None:
         raise NotFound("job", job_id)
     state = connection.scalar(sql.RUN_STATE, at_job)
     models = {row.digest: row.model for row in connection.execute(sql.MODELS, at_job)}
+    rows = connection.execute(sql.TASKS, at_job).all()
+    tasks = [unpack_task(row.task, models.get(row.model)) for row in rows if row.answer is None]
     return RunState(
         None if state is None else unpack(state, StateRef),
-        tuple(unpack_task(row.task, models.get(row.model)) for row in connection.execute(sql.TASKS, at_job)),
-        tuple(unpack(answer, TaskResult) for answer in connection.scalars(sql.ANSWERS, at_job)),
+        # Sorted here, for a database may know another alphabet.
+        tuple(sorted(tasks, key=lambda task: key_order(task.key))),
+        tuple(unpack(row.answer, TaskResult) for row in rows if row.answer is not None),
     )
+
+
+def _at_job(job_id: JobId) -> dict[str, Any]:
+    """Return the parameters that find the job; what is no job's id, which a database may not take, finds none."""
+    return {"of_job_id": job_id if is_job_id(job_id) else ""}
 
 
 def _at_key(job_id: JobId, key: TaskKey) -> dict[str, Any]:
     """Return the parameters that find the task of *key*."""
-    return {"of_job_id": job_id} | {f"of_{name}": value for name, value in msgspec.structs.asdict(key).items()}
+    return _at_job(job_id) | {f"of_{name}": value for name, value in msgspec.structs.asdict(key).items()}

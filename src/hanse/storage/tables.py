@@ -1,8 +1,8 @@
 """The store's tables, as SQLAlchemy Core knows them.
 
 What is searched or compared is a column; all else is msgpack of the types in ``hanse.job`` and ``hanse.messages``,
-which add fields only with defaults, so that a newer release reads what an older one wrote. The schema has a version,
-kept in ``meta``.
+which add fields only with defaults, so that a newer release reads what an older one wrote. These are the tables as they
+are now; ``migrations`` makes them, step by step, and says which step was the last. A test holds the two together.
 """
 
 from typing import Final
@@ -20,12 +20,13 @@ from sqlalchemy import (
     String,
     Table,
     inspect,
-    select,
+    text,
 )
 
-from hanse.errors import StoreFailed
-
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = "0002"
+"""The migration that makes the schema below."""
+FIRST_RELEASE: Final = "0001"
+"""The schema of the first release, which did not note it down as the later ones do."""
 
 metadata = MetaData()
 
@@ -129,26 +130,9 @@ audit = Table(
 )
 
 
-def create(connection: Connection, *, store_id: str) -> None:
-    """Make the tables of a new store, called *store_id*; leave one that is there, of this version, as it is.
-
-    Raises:
-        StoreFailed: the store is of another version.
-    """
-    if inspect(connection).has_table(meta.name):
-        _check_version(connection)
-        return
-    metadata.create_all(connection, checkfirst=False)
-    connection.execute(
-        meta.insert(),
-        [{"key": "schema_version", "value": str(SCHEMA_VERSION)}, {"key": "store_id", "value": store_id}],
-    )
-    free = {"holder": "", "name": "", "target": "", "successor": ""}
-    connection.execute(lease.insert(), {"id": 1, "epoch": 0, "beat": 0, "ttl_s": 0.0, **free})
-
-
-def _check_version(connection: Connection) -> None:
-    version = connection.scalar(select(meta.c.value).where(meta.c.key == "schema_version"))
-    if version != str(SCHEMA_VERSION):
-        why = f"its schema is version {version}, and this release of Hanse works with version {SCHEMA_VERSION}"
-        raise StoreFailed("opening it", why)
+def schema_version(connection: Connection) -> str:
+    """Return which migration made the schema of the store, ``""`` when there is none."""
+    names = inspect(connection).get_table_names()
+    if "alembic_version" in names:
+        return str(connection.scalar(text("SELECT version_num FROM alembic_version")))
+    return FIRST_RELEASE if meta.name in names else ""

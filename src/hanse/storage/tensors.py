@@ -27,8 +27,9 @@ from typing import Final, Self, TypeVar
 
 from blake3 import blake3
 
-from hanse.errors import NotFound, ProtocolError, StoreFailed
+from hanse.errors import NotFound, ProtocolError
 from hanse.ids import Digest, is_digest
+from hanse.storage.disk import disk_failure
 
 T = TypeVar("T")
 
@@ -464,7 +465,7 @@ def _disk(doing: str, root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreFailed(doing, f"{error.strerror or error} (tensors are in {root})") from error
+        raise disk_failure(doing, error, root) from error
 
 
 def _hasher(buffer: bytes | memoryview = b"") -> blake3:

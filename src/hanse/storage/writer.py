@@ -4,10 +4,15 @@ A commit costs a write to the disk, whatever is in it. So the thread takes all o
 transaction, each behind a savepoint, commits, and only then answers: an operation that fails is undone alone, one that
 succeeds is durable when its caller hears of it, and the busier it gets, the larger the groups. Where the
 transaction itself fails, all of its operations have.
+
+A connection may be lost while nobody uses it, as when the database's server was started again. So a transaction that
+loses its connection before it is committed is tried once more, on a new one. What became of a commit that was lost is
+not known, and its callers hear that the store failed.
 """
 
 import asyncio
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +23,15 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from hanse.errors import StoreFailed
+from hanse.storage.disk import database_failure
 
 T = TypeVar("T")
 
 MAX_GROUP: Final = 512
 """Operations in one transaction at most, so that the first of them does not wait for too many others."""
+
+RETRY_WITHIN_S: Final = 1.0
+"""A connection that takes longer to turn out lost is not replaced at once: the callers have waited enough."""
 
 BEGIN: Final = "hanse_begin"
 """The execution option that tells the engine's ``begin`` event which kind of transaction this one is."""
@@ -119,16 +128,28 @@ class Writer:
         return group
 
     def _translated(self, error: Exception) -> Exception:
-        return StoreFailed(f"using {self._name}", str(error.orig)) if isinstance(error, DBAPIError) else error
+        if isinstance(error, DBAPIError):
+            return database_failure(error.orig or error, self._name)
+        return error
 
 
-def _run_group(engine: Engine, group: list[_Request]) -> list[_Outcome]:
+def _run_group(engine: Engine, group: list[_Request], *, may_retry: bool = True) -> list[_Outcome]:
     """Return each request's outcome after committing all; raise if the transaction cannot be begun or committed."""
+    began = time.monotonic()
     begin = "BEGIN IMMEDIATE" if any(request.is_write for request in group) else "BEGIN"
-    with engine.connect().execution_options(**{BEGIN: begin}) as connection, connection.begin() as transaction:
-        if len(group) == 1:  # nobody else's work to keep: a savepoint would only cost time
-            return [_attempt(connection, group[0], undo=transaction.rollback)]
-        return [_attempt_behind_savepoint(connection, request) for request in group]
+    outcomes: list[_Outcome] | None = None
+    try:
+        with engine.connect().execution_options(**{BEGIN: begin}) as connection, connection.begin() as transaction:
+            if len(group) == 1:  # nobody else's work to keep: a savepoint would only cost time
+                outcomes = [_attempt(connection, group[0], undo=transaction.rollback)]
+            else:
+                outcomes = [_attempt_behind_savepoint(connection, request) for request in group]
+        return outcomes
+    except DBAPIError as error:
+        is_lost_before_commit = outcomes is None and error.connection_invalidated
+        if not (may_retry and is_lost_before_commit and time.monotonic() - began <= RETRY_WITHIN_S):
+            raise
+    return _run_group(engine, group, may_retry=False)
 
 
 def _attempt_behind_savepoint(connection: Connection, request: _Request) -> _Outcome:
