@@ -1,10 +1,9 @@
-"""Measure, one JSON line a figure: ``python -m benchmarks [NAME ...]``; without names, all of them.
+"""Measure, one JSON line a figure: ``python -m benchmarks [NAME ...]``; without names, all that take seconds.
 
 Each line is ``{"name", "value", "unit", "target", ...}``. Deployed means a server, its job process, two agents and
 their job processes, mutual TLS, loopback, defaults. The figures are of one run on this machine, as busy as it is.
 """
 
-import itertools
 import json
 import os
 import resource
@@ -14,22 +13,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 from benchmarks.deployment import Deployment, MemoryPeak, deployment
+from benchmarks.endurance import endurance_jobs, endurance_rounds
+from benchmarks.figures import JOBS, Figure, figure, round_seconds
+from benchmarks.journal import journal
+from benchmarks.recovery import client_kill, restart
 
 ROOT = Path(__file__).resolve().parent.parent
-JOBS = Path(__file__).resolve().parent / "jobs"
 IDLE_S = 30.0
-Figure = dict[str, object]
-
-
-def figure(name: str, value: float, unit: str, target: str, **more: object) -> Figure:
-    """Return one line of output."""
-    return {"name": name, "value": round(value, 3), "unit": unit, "target": target, **more}
 
 
 def demo() -> Iterator[Figure]:
@@ -103,8 +98,7 @@ def bulk(running: Deployment) -> Iterator[Figure]:
     """100 MB of float32 noise in 10 tensors, changed by every client: bytes moved a second of round, and memory."""
     with MemoryPeak(running.server_processes) as peak:
         job = running.run(JOBS / "bulk")
-    commits = [each["committed_at"] for each in job["history"]]
-    seconds = [after - before for before, after in itertools.pairwise(commits[1:])]
+    seconds = round_seconds(job)
     model_mb = 10 * 2_500_000 * 4 / 1e6
     moved_mb = 2 * 2 * model_mb
     round_s = statistics.median(seconds)
@@ -112,64 +106,42 @@ def bulk(running: Deployment) -> Iterator[Figure]:
     yield figure("server_peak_mb", peak.mb, "MB", "< 400", note="anonymous memory, server and its job process")
 
 
-def killed(running: Deployment) -> Iterator[Figure]:
-    """A client's job process is killed in training: when the server knows, and when its code runs the task again."""
-    gate = Path(os.environ["HANSE_TEST_GATES"]) / "site-1-1"
-    noticed, again = [], []
-    for _ in range(5):
-        os.mkfifo(gate)
-        job = running.hanse("job", "submit", str(ROOT / "tests" / "e2e" / "job"))["job_id"]
-        with gate.open("wb"), _lines_of(running.root / "server.log") as lines:  # in the middle of its training
-            gate.unlink()
-            os.mkfifo(gate)
-            began = time.perf_counter()
-            running.job_process("site-1").kill()
-            next(line for line in lines if "process died" in line)
-            noticed.append(time.perf_counter() - began)
-            with gate.open("wb"):
-                again.append(time.perf_counter() - began)
-                gate.unlink()
-        running.hanse("job", "wait", job)
-    yield figure("client_kill_noticed_s", statistics.median(noticed), "s", "< 1", worst=round(max(noticed), 3))
-    yield figure("client_kill_again_s", statistics.median(again), "s", "< 5", worst=round(max(again), 3))
-
-
-@contextmanager
-def _lines_of(log: Path) -> Iterator[Iterable[str]]:
-    """Give the lines that are added to *log* from now on, each as it comes."""
-    command = ["tail", "-c", f"+{log.stat().st_size + 1}", "-F", str(log)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as tail:
-        try:
-            yield tail.stdout or []
-        finally:
-            tail.kill()
-
-
-ALONE: dict[str, Callable[[], Iterator[Figure]]] = {"help": help_, "install": install, "demo": demo}
+ALONE: dict[str, Callable[[], Iterator[Figure]]] = {
+    "help": help_,
+    "install": install,
+    "demo": demo,
+    "restart": restart,
+    "client_kill": client_kill,
+}
+LONG: dict[str, Callable[[], Iterator[Figure]]] = {
+    "journal": journal,
+    "endurance_rounds": endurance_rounds,
+    "endurance_jobs": endurance_jobs,
+}
+"""What takes minutes, or hours, is measured when its name is given."""
 DEPLOYED: dict[str, Callable[[Deployment], Iterator[Figure]]] = {
     "start": start,
     "idle": idle,
     "noop": noop,
     "bulk": bulk,
-    "killed": killed,
 }
 
 
 def main() -> int:
     """Print the figures that the command line names."""
+    alone = ALONE | LONG
     names = sys.argv[1:] or [*ALONE, *DEPLOYED]
-    if unknown := set(names) - set(ALONE) - set(DEPLOYED):
-        print(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join([*ALONE, *DEPLOYED])}")
+    if unknown := set(names) - set(alone) - set(DEPLOYED):
+        print(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join([*alone, *DEPLOYED])}")
         return 2
+    os.environ.pop("HANSE_KIT", None)
     for name in names:
-        if name in ALONE:
-            for line in ALONE[name]():
+        if name in alone:
+            for line in alone[name]():
                 print(json.dumps(line), flush=True)
     deployed = [name for name in names if name in DEPLOYED]
     if deployed:
-        os.environ.pop("HANSE_KIT", None)
-        with tempfile.TemporaryDirectory(prefix="hanse-gates-") as gates, deployment() as running:
-            os.environ["HANSE_TEST_GATES"] = gates
+        with deployment() as running:
             for name in dict.fromkeys(["start", *deployed]):
                 for line in DEPLOYED[name](running):
                     print(json.dumps(line), flush=True)

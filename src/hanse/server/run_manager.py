@@ -194,6 +194,8 @@ def _write_result(state: State, folder: RunFolder) -> tuple[Digest, int]:
     draft = folder.tensors / RESULT_FILE  # this tenure's own: another may be writing the same result
     write_safetensors(state.model, draft)
     results = TensorFiles(folder.result)
+    results.drop_unfinished()  # of a process that was killed at this very moment
     digest = results.put_file(draft)
+    results.sync([digest])
     draft.unlink()
     return digest, results.size(digest)
