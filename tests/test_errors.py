@@ -39,6 +39,7 @@ STABLE = {
     "VersionMismatch": ("version-mismatch", 12, False),
     "StoreFailed": ("store-failed", 12, True),
     "NoSpace": ("no-space", 12, True),
+    "TensorsLost": ("tensors-lost", 12, False),
     "StaleEpoch": ("stale-epoch", 12, False),
 }
 
@@ -69,6 +70,9 @@ SENTENCES = {
     ),
     errors.ProcessDied("site-1", 3): "the job's process at site-1 ended with status 3",
     errors.ProcessDied("server", -9): "the job's process at server was killed by signal 9",
+    errors.ProcessDied("site-1", errors.UNKNOWN_STATUS): (
+        "the job's process at site-1 ended, and its agent, which had not started it, cannot tell how"
+    ),
     errors.ProcessDied("server", 1, "oh"): "the job's process at server ended with status 1; its log ends with: oh",
     errors.UpdateRejected("site-3", "'w' as float16"): "site-3 sent 'w' as float16",
     errors.WorkflowFailed("fedavg", 2, "KeyError"): "workflow 'fedavg' failed in round 2: KeyError",
@@ -86,6 +90,10 @@ SENTENCES = {
         "writing x failed: the disk mounted at /data, which holds /data/ws, is full (No space left on device)"
     ),
     errors.StoreFailed("committing", "disk full"): "the store failed while committing: disk full",
+    errors.TensorsLost("tumour-1", 7, "ab12"): (
+        "tensor ab12 of round 7 of job tumour-1 is missing or damaged on the server's disk, so the run cannot go on; "
+        "check the disk, and submit the job again"
+    ),
     errors.StaleEpoch(ours=1, current=2): ("epoch 1 has ended (the store is at 2); this server may not write any more"),
 }
 

@@ -143,7 +143,7 @@ def test_from_kits_to_a_model_in_a_file(kits: Path, tmp_path: Path) -> None:
             assert hanse("job", "download", view["job_id"], model, status=4, **ada)["error"]["code"] == "conflict"
 
             stopped = hanse("client", "stop", kits / "site-1")
-            assert stopped == {"client": "stopped", "process": first.process.pid}
+            assert stopped == {"client": "stopped", "process": first.process.pid, "left": []}
             assert first.process.wait(10) == 0
             second.process.send_signal(signal.SIGINT)
             assert second.process.wait(10) == 0

@@ -2,14 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.deployment import HANSE, Deployment, deployment
+from benchmarks.deployment import HANSE, Deployment, deployment, free_port
 
 from hanse.doctor.findings import Check
 
@@ -65,13 +64,41 @@ def test_a_server_that_runs_says_so_by_its_own_kit(running: Deployment) -> None:
     assert f"the server runs as process {running.processes['server'].pid} and answers at 127.0.0.1:" in listen["text"]
 
 
+STANDBY = """
+[[standbys]]
+name = "standby"
+hosts = ["127.0.0.2"]
+listen = "127.0.0.2"
+port = {port}
+"""
+
+
+def test_a_standby_is_good_though_it_serves_nobody(tmp_path: Path) -> None:
+    shared = f'settings = {{ store = "sqlite:///{tmp_path}/store.db", runs = "{tmp_path}/runs" }}'
+    port = free_port()
+    more = STANDBY.format(port=port)
+    with deployment(clients=1, settings=shared, more=more, servers=("server", "standby")) as project:
+        project.start("server")
+        project.start("standby")
+
+        found = doctor(project.kit("standby"))
+        (answer,) = (line for line in found if line["check"] == "answer")
+        assert answer["verdict"] == "ok"
+        assert answer["text"].startswith("it runs, and serves nobody now (Server not in service: server at ")
+
+        found = doctor(project.kit("site-1"))
+        answers = {line["about"]: line["verdict"] for line in found if line["check"] == "answer"}
+        assert answers == {
+            f"localhost:{project.port}": "ok",
+            f"127.0.0.1:{project.port}": "ok",
+            f"127.0.0.2:{port}": "warn",
+        }
+
+
 @pytest.fixture
 def kits(hanse: Hanse, tmp_path: Path) -> Path:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     (tmp_path / "project.toml").write_text(
-        f'name = "demo"\n[server]\nhosts = ["127.0.0.1"]\nport = {port}\n[[clients]]\nname = "site-1"\n'
+        f'name = "demo"\n[server]\nhosts = ["127.0.0.1"]\nport = {free_port()}\n[[clients]]\nname = "site-1"\n'
     )
     assert hanse("provision", tmp_path / "project.toml", "--out", tmp_path / "kits").status == 0
     return tmp_path / "kits"

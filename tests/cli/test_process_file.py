@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hanse.cli.process_file import announced, holder, stop
+from hanse.cli.process_file import announced, stop
 from hanse.errors import Conflict, TimedOut
 
 SERVING = """
@@ -52,21 +52,6 @@ def test_a_process_that_does_not_end_is_killed_only_if_asked(tmp_path: Path) -> 
         assert process.poll() is None
         assert stop(tmp_path / "pid", what="the test", timeout_s=0.1, force=True) == process.pid
         assert process.wait(10) == -signal.SIGKILL
-
-
-def test_the_holder_of_a_file_is_known_while_it_lives_and_is_not_disturbed(tmp_path: Path) -> None:
-    assert holder(tmp_path / "pid") is None
-    with serving(tmp_path / "pid", "stubborn") as process:
-        assert holder(tmp_path / "pid") == process.pid
-        assert process.poll() is None
-    assert (tmp_path / "pid").read_text() == f"{process.pid}\n", "it was killed, and its number is left"
-    assert holder(tmp_path / "pid") is None
-
-
-def test_a_holder_that_does_not_tell_its_number_is_one_all_the_same(tmp_path: Path) -> None:
-    with serving(tmp_path / "pid"):
-        os.truncate(tmp_path / "pid", 0)
-        assert holder(tmp_path / "pid") == 0
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:

@@ -103,6 +103,49 @@ def test_an_ended_job_shows_its_reason_and_where_its_result_is() -> None:
     assert job_line(view("failed", reason="it broke"))[-1] == "it broke"
 
 
+def test_a_running_job_shows_each_client_that_it_waits_for_as_it_stands() -> None:
+    since = 1_700_000_000.0
+    whom = (
+        ClientView("site-1", "running", since=since),
+        ClientView("site-2", "starting", since=since, attempt=2),
+        ClientView("site-3", "lost", "not connected for 15 s", since),
+        *(ClientView(f"site-{number}", "suspect") for number in range(4, 30)),
+    )
+    waiting = (Waiting("the store"), Waiting("answers to 'train' of round 2 from 29 of 30 clients", whom, since))
+    lines = list(job_lines(view("running", waiting=waiting)))
+
+    begin = lines.index("waits for  the store")
+    assert lines[begin + 1] == "           for as long as it takes"
+    assert lines[begin + 2] == "waits for  answers to 'train' of round 2 from 29 of 30 clients"
+    assert lines[begin + 3] == f"           since {time_text(since)}, for as long as it takes"
+    assert lines[begin + 4] == f"           site-1: connected and working, since {time_text(since)}"
+    assert lines[begin + 5] == f"           site-2: its process is being started, start 2, since {time_text(since)}"
+    assert lines[begin + 6].endswith(f"since {time_text(since)}: not connected for 15 s")
+    assert lines[begin + 7] == "           site-4: suspect, for it is not connected"
+    assert "           and 9 more" in lines
+    assert job_line(view("running", waiting=waiting[:1]))[-1] == "the store"
+
+
+def test_a_job_that_ended_badly_shows_where_what_to_do_and_the_log() -> None:
+    failed = view(
+        "failed",
+        reason="only 1 of the 2 answers",
+        code="too-few-clients",
+        client="site-2",
+        cause="out-of-memory",
+        log_tail="epoch 3\nKilled",
+        advice="Use less.",
+    )
+    lines = list(job_lines(failed))
+
+    assert "at         site-2 (out-of-memory)" in lines
+    assert "advice     Use less. (hanse explain out-of-memory)" in lines
+    assert lines[-3:] == ["log        its last lines at site-2:", "           epoch 3", "           Killed"]
+    at_the_server = view("failed", reason="it broke", code="workflow-failed", advice="Mend it.", log_tail="Traceback")
+    assert "advice     Mend it. (hanse explain workflow-failed)" in job_lines(at_the_server)
+    assert "log        its last lines at the server:" in job_lines(at_the_server)
+
+
 def test_how_a_job_ended_is_the_exit_status() -> None:
     assert [job_status(state) for state in ("completed", "running", "failed", "aborted")] == [0, 0, 20, 21]
 

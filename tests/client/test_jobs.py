@@ -1,4 +1,5 @@
 import stat
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hanse.client.process_spec import PROCESS_MODULE
 from hanse.client.workspace import JobFolder
 from hanse.errors import NotFound, Unreachable
 from hanse.ids import Digest, Fqcn, JobId
+from hanse.launch.memory import KillCounter
 from hanse.messages import AbortJob, Channel, DeployJob, Heartbeat, JobEnded
 from hanse.settings import SitePolicy
 from hanse.storage.packages import MAX_PACKAGE_BYTES
@@ -175,6 +177,25 @@ async def test_site_decides_how_much_of_its_log_leaves_it(tmp_path: Path) -> Non
             here.launcher.launched[0].end(-9, "a patient's name\nthe last line")
 
             assert (await server.next(JobEnded)).log_tail == told
+
+
+@pytest.mark.parametrize(("killed_for_memory", "cause"), [(1, "out-of-memory"), (0, "")])
+async def test_end_tells_whether_memory_ran_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_for_memory: int, cause: str
+) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text("0::/site\n")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "memory.events").write_text("oom_kill 4\n")
+    monkeypatch.setattr("hanse.client.jobs.KillCounter", partial(KillCounter, proc=tmp_path, groups=tmp_path))
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        (tmp_path / "site" / "memory.events").write_text(f"oom_kill {4 + killed_for_memory}\n")
+        here.launcher.launched[0].end(-9)
+
+        assert (await server.next(JobEnded)).cause == cause
 
 
 async def test_end_is_reported_until_the_server_has_heard_of_it(tmp_path: Path) -> None:

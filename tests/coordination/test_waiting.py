@@ -195,7 +195,7 @@ def test_tasks_asked_one_by_one_are_told_together_and_different_ones_apart() -> 
 
     evaluating, training = told(run, *asks)
 
-    assert evaluating.what == "answers to 'evaluate' of round 1 from 1 of 1 clients"
+    assert evaluating.what == "answers to 'evaluate' of round 1 from 1 of 1 client"
     assert training.what == "answers to 'train' of round 1 from 2 of 2 clients"
     assert (training.since, training.until) == (posix(40), posix(140))
 
@@ -236,7 +236,7 @@ def test_what_an_earlier_round_left_is_waited_for_as_long_as_the_present_one(new
     asks = with_issue(asks, IssueTasks(new, None, deadline_s=50.0, then=THEN), run=run, now=70.0)
 
     left, *fresh = told(run, *asks)
-    assert left.what == "answers to 'train' of round 1 from 1 of 1 clients"
+    assert left.what == "answers to 'train' of round 1 from 1 of 1 client"
     assert (left.since, left.until, left.then) == (posix(40), posix(120), THEN)
     assert [waiting.until for waiting in fresh] == [posix(120)] * len(new)
 
@@ -248,7 +248,7 @@ def test_a_run_that_was_taken_up_waits_for_what_the_journal_has_out() -> None:
     asks = asks_taken_up(run, now=90.0)
     evaluating, training = told(run, *asks)
 
-    assert evaluating.what == "answers to 'evaluate' of round 1 from 1 of 1 clients"
+    assert evaluating.what == "answers to 'evaluate' of round 1 from 1 of 1 client"
     assert [(view.name, view.state) for view in training.whom] == [(ONE, "suspect"), (TWO, "suspect")]
     assert (training.since, training.until) == (posix(90), 0.0)
 

@@ -19,6 +19,7 @@ from hanse.cell.rpc import ServerTls
 from hanse.cli.failures import failure_of
 from hanse.doctor.checkup import Surroundings, examine
 from hanse.doctor.findings import Check, Finding, Verdict, first_failure
+from tests.postgres import Postgres
 
 from ..admin.world import Deployment, deployed, wait
 from ..cell.world import serving
@@ -29,6 +30,9 @@ Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 DAY_S = 86400.0
 SOON_S = 0.3
 """When what never answers is given up; nothing waits for this but what would wait for ever."""
+
+GIVEN_UP_S = 3.0
+"""The same, where a handshake comes first."""
 
 LOCAL = [Check.SETTINGS, Check.KEY, Check.CERTIFICATE, Check.DATES, Check.WORKSPACE, Check.DISK]
 WAY = [Check.PROXY, Check.NAME, Check.PORT, Check.TLS, Check.ANSWER, Check.IDENTITY, Check.CLOCK, Check.VERSIONS]
@@ -244,7 +248,7 @@ def test_a_port_that_never_says_a_word_is_given_up(kits: Path, copy_of: Copy) ->
 
 def test_a_silent_port_does_not_hold_up_another(server: Deployment, kits: Path, copy_of: Copy) -> None:
     with silent() as target:
-        found = findings(copy_of(kits / "site-1", target=f'{target}", "{server.target}'), patience_s=3.0)
+        found = findings(copy_of(kits / "site-1", target=f'{target}", "{server.target}'), patience_s=GIVEN_UP_S)
 
     at_silent, at_server = (finding for finding in found if finding.check is Check.TLS)
     assert (at_silent.verdict, at_server.verdict) == (Verdict.WARN, Verdict.OK)
@@ -300,6 +304,22 @@ async def test_a_server_that_does_not_prove_itself_is_found(kits: Path, copy_of:
     found = await against(kits / "site-1", tls_of(kits / "server"), copy_of, authorize=anybody)
 
     assert "challenge" in assert_fails_at(Check.IDENTITY, found, 12)
+
+
+def test_a_server_that_does_not_answer_a_hello_is_given_up(kits: Path, copy_of: Copy) -> None:
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(kits / "server" / "cert.pem", kits / "server" / "key.pem")
+    tls.set_alpn_protocols(["h2"])
+    with on_the_loop(Mute(tls)) as port:
+        found = findings(copy_of(kits / "site-1", target=f"127.0.0.1:{port}"), patience_s=GIVEN_UP_S)
+
+    assert f"127.0.0.1:{port} did not answer 'hello' within" in assert_fails_at(Check.ANSWER, found, 12)
+
+
+def test_a_running_server_whose_settings_have_no_target_any_more_is_not_asked(kits: Path, copy_of: Copy) -> None:
+    found = findings(copy_of(kits / "server", target="nowhere"), process_in=lambda _: 42)
+
+    assert of(Check.LISTEN, found).text.startswith("target is 'nowhere'; expected host:port")
 
 
 def test_a_clock_that_is_off_by_a_day_is_found(server: Deployment, kits: Path, copy_of: Copy) -> None:
@@ -382,6 +402,18 @@ class TlsEndingProxy(Relay):
     async def opened(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
         host, _, port = self._target.rpartition(":")
         return await asyncio.open_connection(host, int(port), ssl=self._inner)
+
+
+class Mute(Relay):
+    """Opens HTTP/2 and says no more."""
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))  # empty settings
+        try:
+            while await reader.read(1024):
+                pass
+        finally:
+            writer.transport.abort()
 
 
 async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
@@ -473,6 +505,64 @@ def test_a_store_that_is_none_is_found(kits: Path, copy_of: Copy) -> None:
     found = findings(kit)
 
     assert "is no SQLite database" in of(Check.STORE, found).text
+    assert exit_status(found) == 12
+
+
+def test_a_store_of_its_own_choice_is_looked_at_where_it_is(kits: Path, copy_of: Copy, tmp_path: Path) -> None:
+    file = tmp_path / "elsewhere.db"
+    kit = copy_of(kits / "server", target=closed_target(), more=f'store = "sqlite:///{file}"\nruns = "{tmp_path}/runs"')
+    found = findings(kit)
+
+    assert of(Check.STORE, found).text == f"{file} will be made"
+    assert of(Check.RUNS, found).text == f"{tmp_path / 'runs'} will be made"
+    assert [finding.check for finding in found].count(Check.DISK) == 2, "where the workspace is, and where the runs are"
+    assert not file.exists()
+    file.write_text("something else")
+    assert of(Check.STORE, findings(kit)).verdict is Verdict.FAIL
+
+
+def test_a_database_that_answers_is_good_and_nothing_is_made_in_it(
+    kits: Path, copy_of: Copy, postgres: Postgres
+) -> None:
+    database = postgres.new_database()
+    kit = copy_of(kits / "server", target=closed_target(), more=f'store = "{postgres.url(database)}"')
+    found = findings(kit)
+
+    assert of(Check.STORE, found).text == f"postgresql://hanse@127.0.0.1:{postgres.port}/{database} answers"
+    assert of(Check.CLOCK, found).verdict is Verdict.OK
+    assert of(Check.CLOCK, found).text.endswith("of the database's")
+    assert exit_status(found) == 0
+    tables = "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'public'"
+    assert postgres.execute(tables, database=database) == [(0,)]
+
+    off = of(Check.CLOCK, findings(kit, wall=lambda: time.time() - DAY_S))
+    assert off.verdict is Verdict.FAIL
+    assert "behind the database's" in off.text
+
+
+def test_a_database_that_is_not_there_or_lets_nobody_in_is_found_and_no_password_is_told(
+    kits: Path, copy_of: Copy, postgres: Postgres
+) -> None:
+    refused = f"postgresql://hanse:hunter2@127.0.0.1:{postgres.port}/postgres"
+    kit = copy_of(kits / "server", target=closed_target(), more=f'store = "{refused}"')
+    (kit / "settings.toml").chmod(0o600)
+    found = findings(kit)
+
+    assert of(Check.STORE, found).text.startswith(
+        f"the store failed while opening postgresql://hanse@127.0.0.1:{postgres.port}/postgres"
+    )
+    assert "password authentication failed" in of(Check.STORE, found).text
+    assert "hunter2" not in "".join(finding.text for finding in found)
+    assert exit_status(found) == 12
+
+
+def test_a_database_that_never_answers_is_given_up(kits: Path, copy_of: Copy) -> None:
+    pytest.importorskip("psycopg", reason="PostgreSQL's driver is an extra")
+    with silent() as target:
+        kit = copy_of(kits / "server", target=closed_target(), more=f'store = "postgresql://hanse@{target}/hanse"')
+        found = findings(kit, patience_s=SOON_S)
+
+    assert of(Check.STORE, found).text == "the store's database did not answer 'SELECT' within 0.3 s"
     assert exit_status(found) == 12
 
 

@@ -17,6 +17,7 @@ from hanse.doctor.machine import (
     judge_disk,
     judge_listen,
     judge_listening,
+    judge_runs,
     judge_store_file,
     judge_workspace,
     look_at_folder,
@@ -85,6 +86,19 @@ def test_a_workspace_that_others_can_look_into_is_a_warning(tmp_path: Path):
     assert finding.text.endswith("which has mode 0750: chmod 700")
 
 
+def test_the_folder_for_runs_may_be_anybodys_that_can_be_written_to(tmp_path: Path):
+    assert judge_runs(look_at_folder(tmp_path)).text == str(tmp_path)
+    assert judge_runs(look_at_folder(tmp_path / "runs")).text == f"{tmp_path / 'runs'} will be made"
+    assert judge_runs(replace(FOLDER, owner=1001, mode=0o770)).verdict is Verdict.OK
+
+    barred = judge_runs(replace(FOLDER, is_usable=False))
+    assert barred.text == (
+        "runs is '/srv/hanse'; expected a folder that can be written to; user 1000 may not write in /srv/hanse"
+    )
+    (tmp_path / "file").write_text("")
+    assert judge_runs(look_at_folder(tmp_path / "file")).text.endswith(f"and {tmp_path / 'file'} is none")
+
+
 @pytest.mark.parametrize(
     ("free", "verdict"),
     [
@@ -130,6 +144,11 @@ def test_a_store_is_a_database_or_is_not_there_yet(tmp_path: Path):
     path.write_bytes(b"something else")
     finding = judge_store_file(path, first_bytes_of(path))
     assert isinstance(finding.error, StoreFailed)
+    path.unlink()
+    path.mkdir()
+    finding = judge_store_file(path, first_bytes_of(path))
+    assert finding.text == f"the store failed while opening {path}: Is a directory"
+    path.rmdir()
     path.write_bytes(b"")  # what a server leaves that was killed when it had just made the file
     assert judge_store_file(path, first_bytes_of(path)).verdict is Verdict.OK
 

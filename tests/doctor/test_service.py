@@ -16,7 +16,7 @@ from hanse.doctor.service import (
     judge_identity,
     judge_versions,
 )
-from hanse.errors import EnvironmentFault, NotInService, ProtocolError, TimedOut, Unauthenticated
+from hanse.errors import EnvironmentFault, NotInService, TimedOut, Unauthenticated, VersionMismatch
 from hanse.ids import Ssid
 from hanse.messages import ReturnCode, Welcome
 
@@ -76,6 +76,11 @@ def test_a_clock_off_by_a_day_says_which_way_and_what_to_do():
     assert "86400 s behind the server's" in judge_clock(TARGET, ClockReading(DAY_S, 2 * DAY_S, DAY_S)).text
 
 
+def test_another_clock_than_the_servers_is_called_what_it_is():
+    assert judge_clock("db", read_at(1000.0), whose="the database").text == "within 0.5 s of the database's"
+    assert "60 s ahead of the database's" in judge_clock("db", read_at(940.0), whose="the database").text
+
+
 def test_a_server_that_does_not_tell_its_time_is_judged_by_its_certificate():
     finding = judge_clock(TARGET, None)
 
@@ -108,14 +113,14 @@ def test_a_refusal_is_told_as_the_server_told_it(refusal: Any, text: str):
 
 
 def test_a_server_that_speaks_no_common_version_is_called_that():
-    told = RemoteError(
-        "Hello.versions is [1]; expected one of [2, 3]", return_code=ReturnCode.INVALID_REQUEST, error_code="protocol"
-    )
+    here = VersionMismatch("site-1", release="0.1", versions=(1,), our_release="0.9", our_versions=(8, 9))
+    told = RemoteError(here.reason, return_code=ReturnCode.INVALID_REQUEST, error_code=here.code)
     finding = judge_answer(TARGET, Answer(refusal=told))
 
-    assert isinstance(finding.error, ProtocolError)
-    assert "expected one of [2, 3]" in finding.text
-    assert finding.text.endswith("expected version 1; update Hanse where it is older")
+    assert finding.text == f"the server at {TARGET} says: {here.reason}; update Hanse where it is older"
+    assert finding.error is not None
+    assert not finding.error.retryable
+    assert judge_answer(TARGET, Answer(refusal=here)).error is here
 
 
 def test_a_server_has_proven_itself_or_it_is_doubted_or_nothing_is_proven():

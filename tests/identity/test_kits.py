@@ -135,6 +135,50 @@ def test_each_role_has_its_settings():
         settings_kind("job")
 
 
+@pytest.mark.parametrize(
+    ("role", "kind"), [("server", ServerSettings), ("client", ClientSettings), ("admin:lead", AdminSettings)]
+)
+def test_a_certificate_says_of_which_kind_a_kit_is(
+    folder: Path, make_identity: IdentityMaker, role: str, kind: type[object]
+):
+    (folder / "cert.pem").write_bytes(make_identity("site-1", role=role).certificate)
+
+    assert kind_of(folder) is kind
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"), [(SETTINGS, ClientSettings), ('project = "demo"\ntarget = "0.0.0.0:1"\n', ServerSettings)]
+)
+@pytest.mark.parametrize("certificate", [None, b"nothing"])
+def test_where_no_certificate_says_it_the_settings_do(
+    tmp_path: Path, settings: str, kind: type[object], certificate: bytes | None
+):
+    (tmp_path / "settings.toml").write_text(settings)
+    if certificate is not None:
+        (tmp_path / "cert.pem").write_bytes(certificate)
+
+    assert kind_of(tmp_path) is kind
+
+
+def test_a_folder_without_anything_is_of_no_kind(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"settings\.toml"):
+        kind_of(tmp_path)
+    (tmp_path / "request.pem").write_bytes(b"")
+    with pytest.raises(ConfigError, match="what 'hanse kit install' makes of it"):
+        kind_of(tmp_path)
+
+
+def test_a_kit_is_valid_as_long_as_its_certificate(folder: Path, tmp_path: Path):
+    kit = Kit.load(folder, ClientSettings)
+    assert kit.identity is not None
+
+    kit.require_valid_at(kit.identity.expires)
+    with pytest.raises(Unauthenticated, match="the certificate of 'site-1' expired"):
+        kit.require_valid_at(kit.identity.expires + timedelta(seconds=1))
+    without = dataclasses.replace(kit, identity=None)
+    without.require_valid_at(kit.identity.expires + timedelta(days=9999))
+
+
 @pytest.fixture
 def server_folder(tmp_path: Path, authority: Authority, server: Identity) -> Path:
     """The kit of a server that shares what it knows with others."""
@@ -183,47 +227,3 @@ def test_settings_with_a_password_are_refused_when_others_can_read_them(server_f
 
     settings.chmod(0o600)
     assert Kit.load(server_folder, ServerSettings)
-
-
-@pytest.mark.parametrize(
-    ("role", "kind"), [("server", ServerSettings), ("client", ClientSettings), ("admin:lead", AdminSettings)]
-)
-def test_a_certificate_says_of_which_kind_a_kit_is(
-    folder: Path, make_identity: IdentityMaker, role: str, kind: type[object]
-):
-    (folder / "cert.pem").write_bytes(make_identity("site-1", role=role).certificate)
-
-    assert kind_of(folder) is kind
-
-
-@pytest.mark.parametrize(
-    ("settings", "kind"), [(SETTINGS, ClientSettings), ('project = "demo"\ntarget = "0.0.0.0:1"\n', ServerSettings)]
-)
-@pytest.mark.parametrize("certificate", [None, b"nothing"])
-def test_where_no_certificate_says_it_the_settings_do(
-    tmp_path: Path, settings: str, kind: type[object], certificate: bytes | None
-):
-    (tmp_path / "settings.toml").write_text(settings)
-    if certificate is not None:
-        (tmp_path / "cert.pem").write_bytes(certificate)
-
-    assert kind_of(tmp_path) is kind
-
-
-def test_a_folder_without_anything_is_of_no_kind(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"settings\.toml"):
-        kind_of(tmp_path)
-    (tmp_path / "request.pem").write_bytes(b"")
-    with pytest.raises(ConfigError, match="what 'hanse kit install' makes of it"):
-        kind_of(tmp_path)
-
-
-def test_a_kit_is_valid_as_long_as_its_certificate(folder: Path, tmp_path: Path):
-    kit = Kit.load(folder, ClientSettings)
-    assert kit.identity is not None
-
-    kit.require_valid_at(kit.identity.expires)
-    with pytest.raises(Unauthenticated, match="the certificate of 'site-1' expired"):
-        kit.require_valid_at(kit.identity.expires + timedelta(seconds=1))
-    without = dataclasses.replace(kit, identity=None)
-    without.require_valid_at(kit.identity.expires + timedelta(days=9999))

@@ -1,13 +1,17 @@
 """Full disks and databases are told apart, and named."""
 
 import errno
+import os
 import sqlite3
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hanse.errors import NoSpace, StoreFailed
 from hanse.storage.disk import database_failure, disk_failure, mount_point
+from hanse.storage.tensors import TensorFiles
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -68,3 +72,33 @@ def test_another_failure_of_the_database_is_one_line() -> None:
 
     assert type(error) is StoreFailed
     assert error.reason == "the store failed while using store: no route to host"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a disk of one mebibyte, where this process may."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        if "tmpfs" in os.environ.get("HANSE_TEST_REQUIRE", ""):
+            pytest.fail(f"no tmpfs can be mounted: {mounted.stderr}")
+        pytest.skip(f"no tmpfs can be mounted: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full_is_named_and_goes_on_when_there_is_room(small_disk: Path) -> None:
+    files = TensorFiles(small_disk / "runs" / "digits-1" / "tensors")
+    first = files.put(os.urandom(700_000))
+
+    with pytest.raises(NoSpace) as caught:
+        files.put(os.urandom(700_000))
+
+    assert (caught.value.disk, caught.value.folder) == (str(small_disk), str(files.root))
+    files.path(first).unlink()
+    assert files.has(files.put(os.urandom(700_000)))

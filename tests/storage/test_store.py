@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hanse.errors import Conflict, NotFound, ProtocolError, StaleEpoch, StoreFailed
+from hanse.errors import ConfigError, Conflict, NotFound, ProtocolError, StaleEpoch, StoreFailed
 from hanse.ids import JobId
 from hanse.job import JobState
 from hanse.messages import ModelRef, RoundView
@@ -807,6 +807,37 @@ async def test_writes_asked_for_together_all_happen_or_fail_alone(running: Store
     assert isinstance(outcomes[50], NotFound)
     assert outcomes[51] == answer("site-7")
     assert len((await running.snapshot(JOB)).answers) == 50
+
+
+# Where a store is -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_file_is_named_by_its_path_or_by_a_url(path: Path) -> None:
+    async with SqlStore(path) as one, SqlStore(f"sqlite:///{path}") as other:
+        await take(one, "server-1")
+
+        assert await other.lease() == await one.lease()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "store.db",
+        "/srv/hanse/store.db",
+        "sqlite:///relative.db",
+        "sqlite://",
+        "sqlite://host/store.db",
+        "sqlite:////srv/store.db?mode=ro",
+        "postgres://hanse@db.example/hanse",
+        "postgresql+asyncpg://hanse@db.example/hanse",
+        "mysql://hanse:s3cret@db.example/hanse?password=s3cret",
+    ],
+)
+def test_what_names_no_database_that_hanse_can_use_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^store is .*; expected sqlite:////.* or postgresql://") as caught:
+        SqlStore(url)
+    assert "s3cret" not in str(caught.value)
 
 
 # What a database adds: servers beside each other, and life after a kill ---------------------------------------------

@@ -11,10 +11,11 @@ from cyclopts import Parameter
 from hanse.cli.failures import failure_of
 from hanse.cli.logs import show_logs
 from hanse.cli.output import TEXT, Output
-from hanse.cli.process_file import SERVER_FILE, holder
+from hanse.cli.process_file import SERVER_FILE
 from hanse.client.workspace import CLIENT_FILE
 from hanse.doctor.checkup import Surroundings, examine
 from hanse.doctor.findings import Check, Finding, Verdict, first_failure
+from hanse.launch.held import held_by
 
 _SHOWN: Final = {Verdict.OK: "ok", Verdict.WARN: "warn", Verdict.FAIL: "FAIL", Verdict.SKIP: "skip"}
 _CHECK_COLUMNS: Final = max(map(len, Check))
@@ -59,4 +60,4 @@ def _as_json(finding: Finding) -> dict[str, str]:
 
 
 def _process_in(workspace: Path) -> int | None:
-    return next((number for name in _LOCKED if (number := holder(workspace / name)) is not None), None)
+    return next((number for name in _LOCKED if (number := held_by(workspace / name)) is not None), None)

@@ -4,7 +4,6 @@ The process holds a lock on the file for as long as it lives, however it ends, s
 never taken for a running process, and never is another process stopped that has got the number since.
 """
 
-import fcntl
 import os
 import signal
 from collections.abc import Iterator
@@ -39,23 +38,6 @@ def announced(path: Path, *, what: str) -> Iterator[None]:
             yield
         finally:
             os.ftruncate(descriptor, 0)
-
-
-def holder(path: Path) -> int | None:
-    """Return the number of the process that holds the file at *path*, 0 if it does not tell; ``None``: none does."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        # A lock that others may share: of two that ask this at once, neither takes the other for the holder.
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return number_in(descriptor)
-    else:
-        return None
-    finally:
-        os.close(descriptor)
 
 
 def stop(path: Path, *, what: str, timeout_s: float, force: bool = False) -> int | None:

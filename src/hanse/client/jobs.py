@@ -29,6 +29,7 @@ from hanse.coordination.policy import may_run
 from hanse.errors import HanseError, JobInvalid, NotFound, ProtocolError, SiteRefused
 from hanse.ids import ClientName, JobId, Ssid, Token, is_job_id
 from hanse.job import JobSpec
+from hanse.launch.memory import KillCounter, cause_of
 from hanse.launch.process import Handle, Launcher
 from hanse.launch.surviving import Survivor, survivor_at
 from hanse.messages import AbortJob, Channel, Credentials, DeployJob, JobCredentials, JobEnded, Message, StartJob
@@ -50,6 +51,7 @@ class _Process:
 
     handle: Handle
     attempt: int
+    kills: KillCounter
     is_asked: bool = False
     watcher: asyncio.Task[None] | None = None
 
@@ -186,7 +188,7 @@ class SiteJobs:
             _log.warning("a job's process is ended: it cannot be taken over", extra={**extra, "reason": error.strerror})
             return None
         job = _Job(started.deployed, folder)
-        self._run(job, _Process(survivor, started.attempt))
+        self._run(job, _Process(survivor, started.attempt, KillCounter(survivor.pid)))
         _log.info("job taken over from an agent that was killed", extra={**extra, "attempt": started.attempt})
         return job
 
@@ -209,6 +211,7 @@ class SiteJobs:
         self._serving_group()
         terms = self._terms(job.deployed, job.folder)
         await asyncio.to_thread(job.folder.note, StartedJob(job.deployed, start.attempt, terms))
+        kills = KillCounter()
         handle = await self._launcher.launch(
             PROCESS_MODULE,
             spec=msgspec.msgpack.encode(self._process_spec(job.deployed, job.folder, start.identity)),
@@ -218,7 +221,7 @@ class SiteJobs:
         )
         if self._group is None:  # the agent has begun to stop meanwhile
             await handle.stop(STOP_GRACE_S)
-        self._run(job, _Process(handle, start.attempt))
+        self._run(job, _Process(handle, start.attempt, kills))
         _log.info("job started", extra={"job": start.job_id, "attempt": start.attempt, "pid": handle.pid})
 
     def _run(self, job: _Job, process: _Process) -> None:
@@ -254,10 +257,11 @@ class SiteJobs:
         status = await process.handle.wait()
         if process.is_asked:
             return
+        cause = cause_of(status, kills_before=process.kills.before, kills_after=process.kills.read())
         tail = process.handle.log_tail(self._settings.policy.log_lines)[-TAIL_CHARS:]
-        extra = {"job": job.deployed.job_id, "attempt": process.attempt, "status": status}
+        extra = {"job": job.deployed.job_id, "attempt": process.attempt, "status": status, "cause": cause}
         _log.warning("a job's process ended unasked", extra=extra)
-        end = JobEnded(job.deployed.job_id, process.attempt, status, tail)
+        end = JobEnded(job.deployed.job_id, process.attempt, status, tail, cause)
         try:
             await self._uplink.ask_until_answered(Channel.SERVER, "job_ended", end)
         except HanseError as error:

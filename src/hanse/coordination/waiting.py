@@ -183,8 +183,9 @@ def _waiting_for_tasks(run: Run, group: Collection[Ask], posix: Callable[[float]
     missing = sorted({key.client for ask in group for key in _open_keys(ask, run)})
     first = min(group, key=lambda ask: ask.since)
     key = first.keys[0]
+    clients = f"{len(missing)} of {len(asked)} client{'s' if len(asked) > 1 else ''}"
     return Waiting(
-        what=f"answers to {key.name!r} of round {key.round} from {len(missing)} of {len(asked)} clients",
+        what=f"answers to {key.name!r} of round {key.round} from {clients}",
         whom=tuple(_view(run, client, posix) for client in missing),
         since=posix(first.since),
         until=min((posix(ask.until) for ask in group if ask.until is not None), default=0.0),

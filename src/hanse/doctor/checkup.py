@@ -20,7 +20,7 @@ from hanse.cell.listener import split_target
 from hanse.cell.rpc import ClientTls
 from hanse.client.registration import Registrant
 from hanse.doctor import probes
-from hanse.doctor.findings import Check, Finding, Verdict, fail, skip, with_spares
+from hanse.doctor.findings import Check, Finding, Verdict, fail, ok, skip, with_spares
 from hanse.doctor.kit import KitFacts, judge_certificate, judge_dates, judge_key, judge_settings, read_kit
 from hanse.doctor.machine import (
     LEAST_FREE_BYTES,
@@ -32,6 +32,7 @@ from hanse.doctor.machine import (
     judge_disk,
     judge_listen,
     judge_listening,
+    judge_runs,
     judge_store_file,
     judge_workspace,
     look_at_folder,
@@ -39,8 +40,8 @@ from hanse.doctor.machine import (
 )
 from hanse.doctor.probes import Way
 from hanse.doctor.route import Trust, judge_name, judge_port, judge_proxy, judge_tls, proxy_for
-from hanse.doctor.service import judge_answer, judge_clock, judge_identity, judge_versions
-from hanse.errors import ConfigError, HanseError
+from hanse.doctor.service import ClockReading, judge_answer, judge_clock, judge_identity, judge_versions
+from hanse.errors import ConfigError, HanseError, NotInService, TimedOut
 from hanse.identity.certificates import certificate_der
 from hanse.identity.kits import CERTIFICATE_FILE, KEY_FILE, Kit
 from hanse.identity.project import AnySettings
@@ -63,6 +64,12 @@ _WAY: Final = (
     Check.VERSIONS,
 )
 _SERVING: Final = (Check.LISTEN, Check.ANSWER, Check.IDENTITY, Check.VERSIONS)
+
+SQLITE: Final = "sqlite:///"
+"""What the URL of a file begins with, before its absolute path."""
+
+STORE_FILE: Final = "store.db"
+"""Where in its workspace a server has its store, if no other is named."""
 
 DialSettings: TypeAlias = ClientSettings | AdminSettings
 
@@ -106,7 +113,7 @@ async def examine(folder: Path, around: Surroundings) -> AsyncIterator[Finding]:
             yield finding
     else:
         if isinstance(settings, ClientSettings):
-            for finding in _examine_workspace(folder / settings.workspace, around):
+            for finding in _examine_workspace((folder / settings.workspace).absolute(), around):
                 yield finding
         ways = await asyncio.gather(*(_examine_way(facts, settings, target, around) for target in settings.servers))
         for way in with_spares(ways):
@@ -115,14 +122,13 @@ async def examine(folder: Path, around: Surroundings) -> AsyncIterator[Finding]:
 
 
 def _examine_workspace(workspace: Path, around: Surroundings) -> list[Finding]:
-    found = look_at_folder(workspace.absolute(), around.process_in(workspace.absolute()))
-    disk = judge_disk(
-        found.nearest,
-        free_bytes(found.nearest),
-        least_bytes=around.least_free_bytes,
-        low_bytes=around.low_free_bytes,
-    )
-    return [judge_workspace(found), disk]
+    found = look_at_folder(workspace, around.process_in(workspace))
+    return [judge_workspace(found), _disk_at(found.nearest, around)]
+
+
+def _disk_at(place: Path, around: Surroundings) -> Finding:
+    least, low = around.least_free_bytes, around.low_free_bytes
+    return judge_disk(place, free_bytes(place), least_bytes=least, low_bytes=low)
 
 
 # The way to a server --------------------------------------------------------------------------------------------------
@@ -194,17 +200,46 @@ async def _examine_server(facts: KitFacts, settings: ServerSettings, around: Sur
     for finding in _examine_workspace(workspace, around):
         yield finding
     yield judge_descriptors(descriptor_limit(), settings)
-    store = workspace / "store.db"
-    yield judge_store_file(store, first_bytes_of(store))
+    if settings.runs:
+        runs = look_at_folder((facts.folder / settings.runs).absolute())
+        yield judge_runs(runs)
+        yield _disk_at(runs.nearest, around)
+    async for finding in _examine_store(settings, workspace, around):
+        yield finding
     process = around.process_in(workspace)
-    steps = _listening(settings) if process is None else _serving(facts, settings, process, around)
+    steps = _listening(settings, around) if process is None else _serving(facts, settings, process, around)
     for finding in await _until_failure(steps, _SERVING):
         yield finding
 
 
-async def _listening(settings: ServerSettings) -> AsyncGenerator[Finding, None]:
+async def _examine_store(settings: ServerSettings, workspace: Path, around: Surroundings) -> AsyncIterator[Finding]:
+    url = settings.store
+    if not url or url.startswith(SQLITE):
+        path = Path(url.removeprefix(SQLITE)) if url else workspace / STORE_FILE
+        yield judge_store_file(path, first_bytes_of(path))
+        return
+
+    def ask() -> tuple[str, ClockReading]:
+        from hanse.doctor.database import ask_database  # noqa: PLC0415 - what it imports is for servers alone
+
+        return ask_database(url, around.wall)
+
+    deadline = asyncio.get_running_loop().time() + around.patience_s
+    try:
+        name, clock = await probes.answer_of(ask, deadline, name="store")
+    except HanseError as error:
+        yield fail(Check.STORE, error)
+    except TimeoutError:
+        yield fail(Check.STORE, TimedOut("the store's database", "SELECT", around.patience_s))
+    else:
+        yield ok(Check.STORE, f"{name} answers")
+        yield judge_clock(name, clock, whose="the database")
+
+
+async def _listening(settings: ServerSettings, around: Surroundings) -> AsyncGenerator[Finding, None]:
     """Yield whether a server that does not run could listen."""
-    yield judge_listen(settings.target, await asyncio.to_thread(probes.listening_problem, settings.target))
+    deadline = asyncio.get_running_loop().time() + around.patience_s
+    yield judge_listen(settings.target, await probes.listening_problem(settings.target, deadline))
     yield skip(Check.ANSWER, "the server does not run")
 
 
@@ -214,9 +249,13 @@ async def _serving(
     """Yield how the server is that runs as *process*."""
     deadline = asyncio.get_running_loop().time() + around.patience_s
     kit, target = facts.kit, settings.target
-    host, port = split_target(target)
     if isinstance(kit, HanseError):
         yield skip(Check.LISTEN, "the kit does not hold together")
+        return
+    try:
+        host, port = split_target(target)
+    except ConfigError as error:
+        yield fail(Check.LISTEN, error)
         return
     if port:
         addresses, _ = await probes.addresses_of(reachable(host), port, deadline)
@@ -238,6 +277,10 @@ async def _serving(
         wall=around.wall,
         deadline=deadline,
     )
+    if isinstance(answer.refusal, NotInService):
+        yield ok(Check.ANSWER, f"it runs, and serves nobody now ({answer.refusal.reason})")
+        yield skip(Check.IDENTITY, "a server that does not serve proves nothing")
+        return
     yield judge_answer(here, answer)
     yield judge_identity(here, answer)
     yield judge_versions(here, around.release, answer.welcome)

@@ -17,6 +17,7 @@ class Check(StrEnum):
     WORKSPACE = "workspace"
     DISK = "disk"
     DESCRIPTORS = "descriptors"
+    RUNS = "runs"
     STORE = "store"
     LISTEN = "listen"
     PROXY = "proxy"

@@ -6,6 +6,7 @@ part of the facts.
 
 import asyncio
 import base64
+import functools
 import os
 import socket
 import ssl
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -29,11 +30,14 @@ from hanse.client.registration import Registrant
 from hanse.doctor.route import Handshake, PortFacts, Proxy
 from hanse.doctor.service import Answer, ClockReading
 from hanse.errors import ConfigError, HanseError, TimedOut
+from hanse.identity.certificates import Identity
 from hanse.ids import SERVER, Fqcn
 from hanse.messages import Hello, Welcome
 
 Address: TypeAlias = tuple[socket.AddressFamily, Any]
 """A family, and a socket's address of that."""
+
+T = TypeVar("T")
 
 MAX_PROXY_ANSWER_BYTES: Final = 8192
 
@@ -51,34 +55,48 @@ class Way:
     proxy: Proxy | None = None
 
 
+async def answer_of(work: Callable[[], T], deadline: float, *, name: str) -> T:
+    """Return what *work* returns, done in a thread called *name*.
+
+    Not in an executor's: *work* may take as long as it likes after the deadline, and a process that ends waits for
+    executors.
+
+    Raises:
+        TimeoutError: it has not returned in time.
+        Exception: what *work* raises.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def settle(give: Callable[[], None]) -> None:
+        if not answer.done():
+            give()
+
+    def run() -> None:
+        try:
+            value = work()
+            give = functools.partial(answer.set_result, value)
+        except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
+            give = functools.partial(answer.set_exception, error)
+        with suppress(RuntimeError):  # nobody waits any more, and the loop has gone
+            loop.call_soon_threadsafe(settle, give)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    async with asyncio.timeout_at(deadline):
+        return await answer
+
+
 async def addresses_of(host: str, port: int, deadline: float) -> tuple[tuple[Address, ...], str]:
     """Return the addresses of *host*, and in words why there are none."""
-    loop = asyncio.get_running_loop()
-    found: asyncio.Future[list[Any] | str] = loop.create_future()
-
-    def settle(outcome: list[Any] | str) -> None:
-        if not found.done():
-            found.set_result(outcome)
-
-    def resolve() -> None:
-        try:
-            outcome: list[Any] | str = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            outcome = _why(error)
-        with suppress(RuntimeError):  # nobody waits any more, and the loop has gone
-            loop.call_soon_threadsafe(settle, outcome)
-
-    # A thread of its own, and no executor's: the system's resolver takes as long as it likes, and a process that ends
-    # waits for executors.
-    threading.Thread(target=resolve, name=f"addresses of {host}", daemon=True).start()
     try:
-        async with asyncio.timeout_at(deadline):
-            outcome = await found
-    except TimeoutError:
-        return (), "no answer in time"
-    if isinstance(outcome, str):
-        return (), outcome
-    return tuple(dict.fromkeys((family, address) for family, _, _, _, address in outcome)), ""
+        found = await answer_of(
+            lambda: socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM),
+            deadline,
+            name=f"addresses of {host}",
+        )
+    except (OSError, UnicodeError) as error:
+        return (), _why(error)
+    return tuple(dict.fromkeys((family, address) for family, _, _, _, address in found)), ""
 
 
 def in_words(address: Address) -> str:
@@ -147,10 +165,9 @@ async def greeting_of(
                 before = wall()
                 welcome = await say_hello(pipe, hello)
                 answer = Answer(welcome, clock=_reading(before, welcome, wall()))
-                if registrant.identity is None:
-                    return answer
-                await _challenge(pipe, target, hello.fqcn, registrant)
-                return replace(answer, is_proven=True)
+                if registrant.identity is not None:
+                    await _challenge(pipe, target, hello.fqcn, registrant, registrant.identity)
+                return replace(answer, is_proven=registrant.identity is not None)
             finally:
                 await pipe.close()
     except HanseError as error:
@@ -168,16 +185,16 @@ async def shown_at(way: Way, *, tls: bool, deadline: float) -> bytes | None:
     return None if certificate is None else certificate.public_bytes(serialization.Encoding.DER)
 
 
-def listening_problem(target: str) -> OSError | HanseError | None:
+async def listening_problem(target: str, deadline: float) -> OSError | HanseError | None:
     """Return why *target* could not be listened on; ``None``: it could. Nothing listens there by this."""
     try:
         host, port = split_target(target)
-        places = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except HanseError as error:
         return error
-    except (OSError, UnicodeError) as error:
-        return ConfigError("target", got=target, expected=f"an address of this machine ({_why(error)})")
-    for family, _, _, _, address in places:
+    places, problem = await addresses_of(host, port, deadline)
+    if problem:
+        return ConfigError("target", got=target, expected=f"an address of this machine ({problem})")
+    for family, address in places:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
             try:
@@ -191,20 +208,18 @@ def _reading(before: float, welcome: Welcome, after: float) -> ClockReading | No
     return ClockReading(before, welcome.sent_at, after) if welcome.sent_at else None
 
 
-async def _challenge(pipe: Pipe, target: str, fqcn: Fqcn, registrant: Registrant) -> None:
+async def _challenge(pipe: Pipe, target: str, fqcn: Fqcn, registrant: Registrant, identity: Identity) -> None:
     """Return when the server at the other end of *pipe* has proven itself.
 
     Raises:
         HanseError: it has not.
     """
-    if registrant.identity is None:
-        return
     cell = Cell(fqcn)
     link = StreamLink(Peer(SERVER, "server", "mtls", proven=False, routes=True), pipe)
     cell.attach(link)
     reading = asyncio.create_task(link.run(cell.receive), name=f"link to {target}")  # awaited below
     try:
-        await registrant.identify(registrant.identity, cell, link)
+        await registrant.identify(identity, cell, link)
     finally:
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)

@@ -6,9 +6,9 @@ from typing import Final
 
 from hanse.cell.cell import RemoteError
 from hanse.doctor.findings import Check, Finding, fail, ok, skip, warn
-from hanse.errors import EnvironmentFault, HanseError, NotInService, ProtocolError
+from hanse.errors import EnvironmentFault, HanseError, NotInService, ProtocolError, VersionMismatch
 from hanse.identity.authorities import BACKDATED
-from hanse.messages import PROTOCOL_VERSIONS, Welcome
+from hanse.messages import Welcome
 
 LOOSE_CLOCK_S: Final = 30.0
 """Clocks that are further apart than this make logs hard to compare."""
@@ -55,14 +55,10 @@ def judge_answer(target: str, answer: Answer) -> Finding:
     if answer.welcome is not None:
         return ok(Check.ANSWER, f"{answer.welcome.server!r} answers", about=target)
     refusal = answer.refusal or ProtocolError("answer", got=None, expected="a welcome")
-    if isinstance(refusal, RemoteError) and refusal.error_code == ProtocolError.code:
-        spoken = ", ".join(map(str, PROTOCOL_VERSIONS))
-        error = ProtocolError(
-            f"the protocol that {target} speaks",
-            got=refusal.reason,
-            expected=f"version {spoken}; update Hanse where it is older",
-        )
-        return fail(Check.ANSWER, error, about=target)
+    if isinstance(refusal, RemoteError) and refusal.error_code == VersionMismatch.code:
+        why = f"the server at {target} says: {refusal.reason}; update Hanse where it is older"
+        told = RemoteError(why, return_code=refusal.return_code, error_code=refusal.error_code)
+        return fail(Check.ANSWER, told, about=target)
     if isinstance(refusal, NotInService):
         why = f"the server at {target} starts, stops or stands by for another, and serves nobody now ({refusal.reason})"
         return fail(Check.ANSWER, NotInService(why), about=target)
@@ -78,17 +74,17 @@ def judge_identity(target: str, answer: Answer) -> Finding:
     return ok(Check.IDENTITY, "the server has proven who it is; nothing was registered", about=target)
 
 
-def judge_clock(target: str, reading: ClockReading | None) -> Finding:
-    """Return whether this machine and the server agree on the time of day."""
+def judge_clock(target: str, reading: ClockReading | None, *, whose: str = "the server") -> Finding:
+    """Return whether this machine and *whose* clock was read at *target* agree on the time of day."""
     if reading is None:
-        text = "the server does not tell its time; by this machine's, both certificates are valid"
+        text = f"{whose} does not tell its time; by this machine's, both certificates are valid"
         return ok(Check.CLOCK, text, about=target)
     apart_s = abs(reading.ahead_s)
     if apart_s <= LOOSE_CLOCK_S:
         return ok(
-            Check.CLOCK, f"within {max(apart_s, reading.after - reading.before):.1f} s of the server's", about=target
+            Check.CLOCK, f"within {max(apart_s, reading.after - reading.before):.1f} s of {whose}'s", about=target
         )
-    text = f"this machine's clock is {apart_s:.0f} s {'ahead of' if reading.ahead_s > 0 else 'behind'} the server's"
+    text = f"this machine's clock is {apart_s:.0f} s {'ahead of' if reading.ahead_s > 0 else 'behind'} {whose}'s"
     if apart_s <= WRONG_CLOCK_S:
         return warn(Check.CLOCK, f"{text}: set both by NTP, or their logs cannot be compared", about=target)
     error = EnvironmentFault(f"{text}: set both by NTP; certificates that are made now will not be valid at both")

@@ -32,6 +32,23 @@ def lock_nowait(descriptor: int) -> bool:
     return True
 
 
+def held_by(path: Path) -> int | None:
+    """Return the number of the process that holds the file at *path*, 0 if it does not tell; ``None``: none does."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        # A lock that others may share, for as long as it takes to close the file: whoever else only asks gets one too.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return number_in(descriptor)
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def only_holder(path: Path, *, what: str) -> Iterator[int]:
     """Hold the file at *path* for *what* until the end of the block, or of this process; give its descriptor.

@@ -35,16 +35,12 @@ class Database(Protocol):
         """Return an engine for the writer's thread, which calls this.
 
         Raises:
-            StoreFailed: there can be no such database.
+            StoreFailed: there can be no such database. The engine, too, may raise this when it connects.
         """
         ...
 
     def migrating(self, connection: Connection) -> AbstractContextManager[None]:
-        """Let the block take the time it needs; others who come to migrate wait until its transaction ends.
-
-        Raises:
-            StoreFailed: the database cannot hold a store.
-        """
+        """Let the block take the time it needs; others who come to migrate wait until its transaction ends."""
         ...
 
     def announce(self, connection: Connection) -> None:

@@ -53,10 +53,9 @@ _MIGRATION_LOCK: Final = int.from_bytes(b"hanse", "big")
 class PostgresDatabase:
     """The database at *url*; what the URL leaves out comes from libpq: environment, service and password files."""
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, *, name: str) -> None:
         self._url = url.set(drivername="postgresql+psycopg")
-        # Without the URL's query, where a password may be too.
-        self.name = URL.create("postgresql", url.username, None, url.host, url.port, url.database).render_as_string()
+        self.name = name
 
     def connect(self) -> Engine:
         """See ``Database``."""
@@ -66,7 +65,12 @@ class PostgresDatabase:
 
         @event.listens_for(engine, "do_connect")
         def connect(_dialect: object, _record: object, args: Any, options: dict[str, Any]) -> psycopg.Connection[Any]:
-            return _Connection.connect(*args, **{**_DEFAULTS, **options})
+            connection = _Connection.connect(*args, **{**_DEFAULTS, **options})
+            encoding = connection.info.parameter_status("server_encoding")
+            if encoding != "UTF8":
+                connection.close()
+                raise StoreFailed(f"opening {self.name}", f"its encoding is {encoding}; make it with ENCODING 'UTF8'")
+            return connection
 
         @event.listens_for(engine, "connect")
         def configure(connection: psycopg.Connection[Any], _record: object) -> None:
@@ -84,10 +88,6 @@ class PostgresDatabase:
     @contextmanager
     def migrating(self, connection: Connection) -> Iterator[None]:
         """See ``Database``."""
-        encoding = connection.scalar(text("SHOW server_encoding"))
-        if encoding != "UTF8":
-            why = f"its encoding is {encoding}; make it with ENCODING 'UTF8'"
-            raise StoreFailed(f"opening {self.name}", why)
         driver = connection.connection.driver_connection
         assert isinstance(driver, _Connection)  # noqa: S101 - connect, above, made it
         driver.answer_within_s = MIGRATION_TIMEOUT_S
@@ -98,7 +98,7 @@ class PostgresDatabase:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
             yield
         finally:
-            driver.answer_within_s = ANSWER_WITHIN_S
+            del driver.answer_within_s  # as of all connections again
 
     def announce(self, connection: Connection) -> None:
         """See ``Database``."""

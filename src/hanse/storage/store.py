@@ -430,20 +430,21 @@ def database_at(where: Path | str) -> Database:
     try:
         url = make_url(where)
     except ArgumentError:
-        url = URL.create("")
+        url = URL.create("no URL")
     path = Path(url.database or "")
     if url.drivername == "sqlite" and path.is_absolute() and not (url.host or url.query):
         return SqliteDatabase(path)
+    # Without the URL's query, in which a password may be too.
+    shown = URL.create(url.drivername, url.username, None, url.host, url.port, url.database).render_as_string()
     if url.drivername != "postgresql":
-        shown = url.render_as_string() if url.drivername else "no URL"
         expected = "sqlite:////absolute/path/of/a/file or postgresql://user@host/database"
         raise ConfigError("store", got=shown, expected=expected)
     try:
         from hanse.storage.postgres import PostgresDatabase  # noqa: PLC0415 - its driver is an extra
     except ImportError as missing:
         expected = "PostgreSQL's driver to be installed (pip install 'hanse[postgres]')"
-        raise ConfigError("store", got=url.render_as_string(), expected=expected) from missing
-    return PostgresDatabase(url)
+        raise ConfigError("store", got=shown, expected=expected) from missing
+    return PostgresDatabase(url, name=shown)
 
 
 def _fence(connection: Connection, epoch: int) -> None:
