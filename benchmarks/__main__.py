@@ -1,10 +1,9 @@
-"""Measure, one JSON line a figure: ``python -m benchmarks [NAME ...]``; without names, all of them.
+"""Measure, one JSON line a figure: ``python -m benchmarks [NAME ...]``; without names, all that take seconds.
 
 Each line is ``{"name", "value", "unit", "target", ...}``. Deployed means a server, its job process, two agents and
 their job processes, mutual TLS, loopback, defaults. The figures are of one run on this machine, as busy as it is.
 """
 
-import itertools
 import json
 import os
 import resource
@@ -19,16 +18,13 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.deployment import Deployment, MemoryPeak, deployment
+from benchmarks.endurance import endurance_jobs, endurance_rounds
+from benchmarks.figures import JOBS, Figure, figure, round_seconds
+from benchmarks.journal import journal
+from benchmarks.recovery import client_kill, restart
 
 ROOT = Path(__file__).resolve().parent.parent
-JOBS = Path(__file__).resolve().parent / "jobs"
 IDLE_S = 30.0
-Figure = dict[str, object]
-
-
-def figure(name: str, value: float, unit: str, target: str, **more: object) -> Figure:
-    """Return one line of output."""
-    return {"name": name, "value": round(value, 3), "unit": unit, "target": target, **more}
 
 
 def demo() -> Iterator[Figure]:
@@ -102,8 +98,7 @@ def bulk(running: Deployment) -> Iterator[Figure]:
     """100 MB of float32 noise in 10 tensors, changed by every client: bytes moved a second of round, and memory."""
     with MemoryPeak(running.server_processes) as peak:
         job = running.run(JOBS / "bulk")
-    commits = [each["committed_at"] for each in job["history"]]
-    seconds = [after - before for before, after in itertools.pairwise(commits[1:])]
+    seconds = round_seconds(job)
     model_mb = 10 * 2_500_000 * 4 / 1e6
     moved_mb = 2 * 2 * model_mb
     round_s = statistics.median(seconds)
@@ -111,7 +106,19 @@ def bulk(running: Deployment) -> Iterator[Figure]:
     yield figure("server_peak_mb", peak.mb, "MB", "< 400", note="anonymous memory, server and its job process")
 
 
-ALONE: dict[str, Callable[[], Iterator[Figure]]] = {"help": help_, "install": install, "demo": demo}
+ALONE: dict[str, Callable[[], Iterator[Figure]]] = {
+    "help": help_,
+    "install": install,
+    "demo": demo,
+    "restart": restart,
+    "client_kill": client_kill,
+}
+LONG: dict[str, Callable[[], Iterator[Figure]]] = {
+    "journal": journal,
+    "endurance_rounds": endurance_rounds,
+    "endurance_jobs": endurance_jobs,
+}
+"""What takes minutes, or hours, is measured when its name is given."""
 DEPLOYED: dict[str, Callable[[Deployment], Iterator[Figure]]] = {
     "start": start,
     "idle": idle,
@@ -122,17 +129,18 @@ DEPLOYED: dict[str, Callable[[Deployment], Iterator[Figure]]] = {
 
 def main() -> int:
     """Print the figures that the command line names."""
+    alone = ALONE | LONG
     names = sys.argv[1:] or [*ALONE, *DEPLOYED]
-    if unknown := set(names) - set(ALONE) - set(DEPLOYED):
-        print(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join([*ALONE, *DEPLOYED])}")
+    if unknown := set(names) - set(alone) - set(DEPLOYED):
+        print(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join([*alone, *DEPLOYED])}")
         return 2
+    os.environ.pop("HANSE_KIT", None)
     for name in names:
-        if name in ALONE:
-            for line in ALONE[name]():
+        if name in alone:
+            for line in alone[name]():
                 print(json.dumps(line), flush=True)
     deployed = [name for name in names if name in DEPLOYED]
     if deployed:
-        os.environ.pop("HANSE_KIT", None)
         with deployment() as running:
             for name in dict.fromkeys(["start", *deployed]):
                 for line in DEPLOYED[name](running):

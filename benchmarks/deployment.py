@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -9,25 +10,34 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
+from hanse.client.workspace import job_folders
+from hanse.launch.surviving import pid_at
+
 HANSE = [str(Path(sys.executable).with_name("hanse"))]
+ADMIN = "admin@bench"
+START_WITHIN_S = 60.0
+STOP_WITHIN_S = 60.0
+MARK = "HANSE_TEST_DEPLOYMENT"
+"""The variable that all processes of a deployment have in their environment, whoever has started them."""
 PROJECT = """
 name = "bench"
 organisation = "Bench"
 
 [server]
-hosts = ["localhost", "127.0.0.1"]
-listen = "127.0.0.1"
+hosts = {hosts}
+listen = "{listen}"
 port = {port}
 {settings}
 
 {clients}
+{more}
 [[admins]]
 name = "admin@bench"
 role = "admin"
@@ -35,29 +45,84 @@ role = "admin"
 
 
 class Deployment:
-    """A provisioned project and its running processes; ``processes`` maps participants' names to theirs."""
+    """A provisioned project and its running processes; ``processes`` maps participants' names to theirs.
 
-    def __init__(self, root: Path, *, clients: int, settings: str = "") -> None:
+    ``settings`` are lines of the project's server, ``more`` further sections of the project. What a participant is
+    started with beyond its kit is in ``prefixes`` (words before the command), ``environments``, and ``programs`` (what
+    is started in place of ``hanse``).
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        clients: int,
+        settings: str = "",
+        more: str = "",
+        servers: Sequence[str] = ("server",),
+        hosts: Sequence[str] = ("localhost", "127.0.0.1"),
+        listen: str = "127.0.0.1",
+    ) -> None:
         self.root = root
+        self.shared = root
+        """What several servers share; a server alone has it all."""
+        self.servers = list(servers)
         self.names = [f"site-{number}" for number in range(1, clients + 1)]
+        self.port = free_port()
         self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.environments: dict[str, dict[str, str]] = {}
+        self.prefixes: dict[str, list[str]] = {}
+        self.programs: dict[str, list[str]] = {}
         sections = "".join(f'[[clients]]\nname = "{name}"\n\n' for name in self.names)
         project = root / "project.toml"
-        project.write_text(PROJECT.format(port=_free_port(), clients=sections, settings=settings))
+        project.write_text(
+            PROJECT.format(
+                port=self.port,
+                clients=sections,
+                settings=settings,
+                more=more,
+                hosts=json.dumps(list(hosts)),
+                listen=listen,
+            )
+        )
         provision = [*HANSE, "provision", str(project), "--out", str(root / "kits")]
         subprocess.run(provision, check=True, stdout=subprocess.DEVNULL)
+
+    def kit(self, name: str) -> Path:
+        """Return the folder of a participant's kit."""
+        return self.root / "kits" / name
+
+    def workspace(self, name: str) -> Path:
+        """Return the folder in which a participant keeps its things."""
+        return self.kit(name) / "workspace"
+
+    def log(self, name: str) -> Path:
+        """Return the file with what a participant's process has said, all its starts in one."""
+        return self.root / f"{name}.log"
+
+    def configure(self, name: str, **settings: object) -> None:
+        """Change a participant's settings, from its next start on; the values are such as JSON and TOML write alike."""
+        path = self.kit(name) / "settings.toml"
+        kept = [line for line in path.read_text().splitlines() if line.partition(" = ")[0] not in settings]
+        path.write_text("\n".join([*(f"{key} = {json.dumps(value)}" for key, value in settings.items()), *kept]) + "\n")
 
     def start(self, *names: str) -> float:
         """Start these participants; return the seconds until each has said that it is ready."""
         began = time.perf_counter()
         for name in names:
-            kind = "server" if name == "server" else "client"
-            with (self.root / f"{name}.log").open("a") as log:
-                command = [*HANSE, kind, "start", str(self.root / "kits" / name)]
-                self.processes[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+            kind = "server" if name in self.servers else "client"
+            program = self.programs.get(name, HANSE)
+            command = [*self.prefixes.get(name, []), *program, kind, "start", str(self.kit(name))]
+            with self.log(name).open("a") as log:
+                self.processes[name] = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=log, text=True, env=self._environment_of(name)
+                )
         for name in names:
-            if not _pipe_of(self.processes[name]).readline():
-                raise RuntimeError(f"{name} did not start: {(self.root / f'{name}.log').read_text()[-2000:]}")
+            pipe = _pipe_of(self.processes[name])
+            ready, _, _ = select.select([pipe], [], [], max(began + START_WITHIN_S - time.perf_counter(), 0.0))
+            if not ready or not pipe.readline():
+                what = "ended" if ready else f"was not ready within {START_WITHIN_S:g} s"
+                raise RuntimeError(f"{name} did not start, it {what}: {self.log(name).read_text()[-2000:]}")
         return time.perf_counter() - began
 
     def kill(self, name: str) -> None:
@@ -71,35 +136,52 @@ class Deployment:
         """Ask a participant's process to end, and return its exit status."""
         process = self.processes.pop(name)
         process.terminate()
-        status = process.wait(60)
-        _pipe_of(process).close()
-        return status
+        try:
+            return process.wait(STOP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise RuntimeError(
+                f"{name} did not end within {STOP_WITHIN_S:g} s: {self.log(name).read_text()[-2000:]}"
+            ) from None
+        finally:
+            _pipe_of(process).close()
 
     def stop(self) -> None:
-        """Ask all processes to end, and wait for them; those that do not are killed."""
+        """Ask all processes to end, and wait for them; those that do not are killed, and so is what they left."""
         for process in self.processes.values():
             process.terminate()
         for process in self.processes.values():
             try:
-                process.wait(60)
+                process.wait(STOP_WITHIN_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
             _pipe_of(process).close()
         self.processes.clear()
+        for left in self.living():
+            left.kill()
 
     def process(self, name: str) -> psutil.Process:
         """Return a participant's process."""
         return psutil.Process(self.processes[name].pid)
 
     def job_process(self, name: str) -> psutil.Process:
-        """Return the one job process of a participant."""
-        (process,) = self.process(name).children()
-        return process
+        """Return the one job process of a participant; a client's may be one that an earlier agent has started."""
+        if name not in self.names:
+            (process,) = self.process(name).children()
+            return process
+        folders = job_folders(self.root / "kits" / name / "workspace")
+        (pid,) = [pid for folder in folders if (pid := pid_at(folder.path)) is not None]
+        return psutil.Process(pid)
+
+    def living(self) -> list[psutil.Process]:
+        """Return all processes of this deployment that run, whoever their parent is by now."""
+        return [process for process in psutil.process_iter() if _mark_of(process) == str(self.root)]
 
     def hanse(self, *arguments: str) -> Any:
         """Return what ``hanse ARGUMENTS --format json`` prints, run with the administrator's kit."""
-        environment = {**os.environ, "HANSE_KIT": str(self.root / "kits" / "admin@bench")}
+        environment = {**self._environment_of(ADMIN), "HANSE_KIT": str(self.kit(ADMIN))}
         done = subprocess.run(
             [*HANSE, *arguments, "--format", "json"], env=environment, capture_output=True, text=True, check=False
         )
@@ -115,6 +197,9 @@ class Deployment:
             raise RuntimeError(f"job {ended['job_id']} {ended['state']}: {ended['reason']}")
         return ended
 
+    def _environment_of(self, name: str) -> dict[str, str]:
+        return {**os.environ, MARK: str(self.root), **self.environments.get(name, {})}
+
     def server_processes(self) -> list[psutil.Process]:
         """Return the server and its job processes."""
         server = self.process("server")
@@ -122,17 +207,34 @@ class Deployment:
 
 
 @contextmanager
-def deployment(*, clients: int = 2, settings: str = "") -> Iterator[Deployment]:
-    """Provision a project with *clients* sites until the block ends; nothing is started yet."""
+def deployment(*, clients: int = 2, **project: Any) -> Iterator[Deployment]:
+    """Provision a project with *clients* sites until the block ends; nothing is started yet. See ``Deployment``."""
     root = Path(tempfile.mkdtemp(prefix="hanse-bench-"))
     try:
-        running = Deployment(root, clients=clients, settings=settings)
+        running = Deployment(root, clients=clients, **project)
         try:
             yield running
         finally:
             running.stop()
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+@contextmanager
+def two_servers(store: str = "", *, clients: int = 2) -> Iterator[Deployment]:
+    """Provision a project with two servers on the database *store* (a URL; by default a SQLite file of its own)."""
+    shared = Path(tempfile.mkdtemp(prefix="hanse-shared-"))
+    settings = {"store": store or f"sqlite:///{shared}/store.db", "runs": f"{shared}/runs", "shutdown_period_s": 5.0}
+    lines = ", ".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
+    standby = f'[[standbys]]\nname = "standby"\nhosts = ["localhost"]\nlisten = "127.0.0.1"\nport = {free_port()}\n'
+    try:
+        with deployment(
+            clients=clients, settings=f"settings = {{ {lines} }}", more=standby, servers=("server", "standby")
+        ) as running:
+            running.shared = shared
+            yield running
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
 
 
 class MemoryPeak:
@@ -166,10 +268,18 @@ def anonymous_mb(pid: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0.0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _mark_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK) if process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.Error:  # it has ended, or is none of ours
+        return None
 
 
 def _pipe_of(process: subprocess.Popen[str]) -> IO[str]:

@@ -19,6 +19,7 @@ import hanse.settings
 from hanse.cli.failures import INTERRUPTED
 from hanse.cli.job_text import JOB_ABORTED, JOB_FAILED
 from hanse.cli.new import new
+from hanse.doctor.findings import Check
 from hanse.events import GATES, EventType
 from hanse.job import JobSpec, WorkflowSpec, parse
 from hanse.learning.workflow import WORKFLOWS, load_workflow
@@ -73,7 +74,7 @@ def test_every_error_code_has_an_entry(vocabulary: ModuleType) -> None:
     classes = vocabulary.error_classes()
     assert len(classes) > 20
     for cls in classes:
-        assert f"| `{cls.code}` | `{cls.__name__}` |" in shown
+        assert f"| [`{cls.code}`](codes/{cls.code}.md) | `{cls.__name__}` |" in shown
 
 
 def test_no_two_errors_share_a_code(vocabulary: ModuleType) -> None:
@@ -102,6 +103,10 @@ def test_every_topic_has_an_entry(vocabulary: ModuleType) -> None:
 
 def test_every_field_of_a_job_has_an_entry() -> None:
     assert defined_terms(page("reference/job.md")) == set(JobSpec.__struct_fields__)
+
+
+def test_every_check_of_the_doctors_has_an_entry() -> None:
+    assert defined_terms(page("how-to/doctor.md")) == {check.value for check in Check}
 
 
 def test_every_workflow_has_an_entry(vocabulary: ModuleType) -> None:

@@ -24,7 +24,10 @@ STABLE = {
     "SiteError": ("site", 10, False),
     "SiteRefused": ("site-refused", 10, False),
     "TrainingFailed": ("training-failed", 10, False),
+    "ImportFailed": ("import-failed", 10, False),
+    "MissingDependency": ("missing-dependency", 10, False),
     "ProcessDied": ("process-died", 10, True),
+    "OutOfMemory": ("out-of-memory", 10, True),
     "UpdateRejected": ("update-rejected", 10, False),
     "WorkflowError": ("workflow", 11, False),
     "WorkflowFailed": ("workflow-failed", 11, False),
@@ -33,7 +36,10 @@ STABLE = {
     "Unreachable": ("unreachable", 12, True),
     "TimedOut": ("timed-out", 12, True),
     "ProtocolError": ("protocol", 12, False),
+    "VersionMismatch": ("version-mismatch", 12, False),
     "StoreFailed": ("store-failed", 12, True),
+    "NoSpace": ("no-space", 12, True),
+    "TensorsLost": ("tensors-lost", 12, False),
     "StaleEpoch": ("stale-epoch", 12, False),
 }
 
@@ -52,8 +58,21 @@ SENTENCES = {
     errors.NotInService("restoring"): "restoring",
     errors.SiteRefused("site-1", "no code"): "site-1 refused the job: no code",
     errors.TrainingFailed("site-1", "train", "ValueError"): "task 'train' failed at site-1: ValueError",
+    errors.ImportFailed("site-1", "SyntaxError: no (app.py:3)", python="3.11.9"): (
+        "the job's code cannot be imported by Python 3.11.9 at site-1: SyntaxError: no (app.py:3)"
+    ),
+    errors.MissingDependency("site-1", "torch", place="app.py:3"): (
+        "module 'torch', which app.py:3 imports, is not installed at site-1"
+    ),
+    errors.OutOfMemory("site-1", -9, "epoch 3"): (
+        "the job's process at site-1 was killed because it had used up the memory that it may use; "
+        "its log ends with: epoch 3"
+    ),
     errors.ProcessDied("site-1", 3): "the job's process at site-1 ended with status 3",
     errors.ProcessDied("server", -9): "the job's process at server was killed by signal 9",
+    errors.ProcessDied("site-1", errors.UNKNOWN_STATUS): (
+        "the job's process at site-1 ended, and its agent, which had not started it, cannot tell how"
+    ),
     errors.ProcessDied("server", 1, "oh"): "the job's process at server ended with status 1; its log ends with: oh",
     errors.UpdateRejected("site-3", "'w' as float16"): "site-3 sent 'w' as float16",
     errors.WorkflowFailed("fedavg", 2, "KeyError"): "workflow 'fedavg' failed in round 2: KeyError",
@@ -63,7 +82,18 @@ SENTENCES = {
     errors.Unreachable("host:1", "refused"): "cannot reach host:1: refused",
     errors.TimedOut("site-1", "train", 1.50): "site-1 did not answer 'train' within 1.5 s",
     errors.ProtocolError("topic", got="x", expected="y"): "topic is 'x'; expected y",
+    errors.VersionMismatch("site-1", release="0.1.0", versions=[1], our_release="2.0.0", our_versions=(3, 2)): (
+        "site-1 runs Hanse 0.1.0 (protocol 1), and this side runs Hanse 2.0.0 (protocol 2, 3); "
+        "they need a protocol in common"
+    ),
+    errors.NoSpace("writing x", disk="/data", folder="/data/ws", why="No space left on device"): (
+        "writing x failed: the disk mounted at /data, which holds /data/ws, is full (No space left on device)"
+    ),
     errors.StoreFailed("committing", "disk full"): "the store failed while committing: disk full",
+    errors.TensorsLost("tumour-1", 7, "ab12"): (
+        "tensor ab12 of round 7 of job tumour-1 is missing or damaged on the server's disk, so the run cannot go on; "
+        "check the disk, and submit the job again"
+    ),
     errors.StaleEpoch(ours=1, current=2): ("epoch 1 has ended (the store is at 2); this server may not write any more"),
 }
 
@@ -106,8 +136,9 @@ def test_an_error_says_what_happened_in_one_sentence(error: HanseError, sentence
 def test_every_class_that_is_raised_has_its_sentence_tested() -> None:
     drawn = {each for each in tree(HanseError) if each.__module__ == errors.__name__}
     leaves = drawn - {above for each in drawn for above in each.__mro__[1:]}
+    raised_beside_their_children = {errors.TrainingFailed, errors.ProcessDied, errors.StoreFailed}
 
-    assert {type(error) for error in SENTENCES} == leaves
+    assert {type(error) for error in SENTENCES} == leaves | raised_beside_their_children
 
 
 def test_errors_carry_the_data_of_what_happened() -> None:

@@ -4,7 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hanse.ids import SERVER, Fqcn, JobId, is_digest, is_job_id, is_name, job_cell, split_cell
+from hanse.ids import (
+    SERVER,
+    Fqcn,
+    JobId,
+    is_dialable,
+    is_digest,
+    is_job_id,
+    is_name,
+    is_target,
+    job_cell,
+    split_cell,
+)
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_@-]{0,62}", fullmatch=True)
 JOB_IDS = st.from_regex(r"[a-z0-9][a-z0-9-]{0,62}", fullmatch=True)
@@ -55,3 +66,23 @@ def test_a_participants_own_cell_has_no_job(name: str) -> None:
 def test_the_servers_cell_has_its_name() -> None:
     assert SERVER == "server"
     assert job_cell(SERVER, JobId("j1")) == "server.j1"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("localhost:6007", True), ("10.0.0.7:0", True), ("[::1]:65535", True), ("[fe80::1%eth0]:1", True),
+     ("localhost", False), ("localhost:65536", False), (":6007", False), ("::1:6007", False), ("a b:1", False),
+     ("h:-1", False), ("h:1\n", False), ("", False)],
+)  # fmt: skip
+def test_a_target_is_host_and_port(text: str, expected: bool) -> None:
+    assert is_target(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [("fl.example.org:443", True), ("127.0.0.1:6007", True), ("[::1]:6007", True),
+     ("0.0.0.0:6007", False), ("[::]:6007", False), ("[0:0::0]:6007", False), ("localhost:0", False),
+     ("localhost", False), ("", False)],
+)  # fmt: skip
+def test_a_wildcard_or_a_free_port_cannot_be_dialled(target: str, expected: bool) -> None:
+    assert is_dialable(target) == expected

@@ -1,5 +1,7 @@
 """Models: which arrays they take and how, when two are equal, and what is said about a tensor that differs."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -191,3 +193,10 @@ def test_an_update_weighs_nothing_or_more() -> None:
     assert Update(None, 0).metrics == {}
     with pytest.raises(ModelInvalid, match="num_examples is -1; expected 0 or more"):
         Update(Model({}), -1)
+
+
+@pytest.mark.parametrize("discount", [0.0, -0.5, 1.1, math.nan])
+def test_update_counts_for_no_more_than_it_is(discount: float) -> None:
+    assert Update(None, 4, discount=0.5).weight == 2.0
+    with pytest.raises(ModelInvalid, match="discount is"):
+        Update(None, 4, discount=discount)

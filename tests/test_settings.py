@@ -41,9 +41,50 @@ def test_a_client_is_lost_after_three_heartbeats_unless_said_otherwise() -> None
     assert ServerSettings(project="demo", heartbeat_s=2, lost_after_s=1).lost_after == 1
 
 
+@pytest.mark.parametrize(
+    "store", ["", "postgresql://hanse@db/hanse", "postgresql:///?service=hanse", "sqlite:////shared/store.db"]
+)
+def test_a_servers_file_names_its_store_by_url(file: Path, store: str) -> None:
+    file.write_text(f'project = "demo"\nstore = "{store}"\nruns = "/shared/runs"\n')
+
+    settings = read(file, ServerSettings)
+
+    assert (settings.store, settings.runs, settings.lease_s) == (store, "/shared/runs", 4.0)
+    assert not settings.has_password
+
+
+@pytest.mark.parametrize("store", ["postgresql://hanse:pw@db/hanse", "postgresql://db/hanse?password=pw"])
+def test_a_password_in_the_stores_url_is_noticed(store: str) -> None:
+    assert ServerSettings(project="demo", store=store).has_password
+
+
+def test_a_store_that_cannot_be_is_refused_without_showing_its_password(file: Path) -> None:
+    file.write_text('project = "demo"\nstore = "postgres://hanse:sesame@db/hanse"\n')
+
+    with pytest.raises(ConfigError, match=r"^store in .* is 'postgres:…'") as wrong:
+        read(file, ServerSettings)
+    assert "sesame" not in str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "listens_at", "reached_at"),
+    [
+        ("fl.example.org:443", "0.0.0.0:6007", "fl.example.org:443"),
+        ("", "10.0.0.7:6007", "10.0.0.7:6007"),
+        ("", "localhost:6007", "localhost:6007"),
+        ("", "0.0.0.0:6007", ""),
+        ("", "[::]:6007", ""),
+        ("", "127.0.0.1:0", ""),
+        ("", "nowhere", ""),
+    ],
+)
+def test_clients_reach_a_server_where_it_says_or_listens(address: str, listens_at: str, reached_at: str) -> None:
+    assert ServerSettings(project="demo", address=address).reached_at(listens_at) == reached_at
+
+
 def test_a_clients_file_can_say_everything(file: Path) -> None:
     file.write_text(
-        CLIENT + 'server_name = "hub"\nworkspace = "/data"\ntls = false\n'
+        CLIENT + 'server_names = ["hub", "spare"]\nworkspace = "/data"\ntls = false\n'
         '[config]\ndata = "/mnt"\nshare = 3\n'
         "[resources]\ncpus = 4\nmemory_mb = 8000\ngpus = 1\n"
         '[policy]\njob_code = "deny"\nsubmitters = ["ada@demo"]\nmax_update_norm = 1.5\n'
@@ -53,7 +94,7 @@ def test_a_clients_file_can_say_everything(file: Path) -> None:
         project="demo",
         name="site-1",
         servers=("localhost:6007",),
-        server_name="hub",
+        server_names=("hub", "spare"),
         workspace="/data",
         tls=False,
         config={"data": "/mnt", "share": 3},
@@ -84,6 +125,14 @@ def test_an_administrators_file_names_servers(file: Path) -> None:
         ("shutdown_period_s", "shutdown_period_s = 0"),
         ("token_lifetime_s", "token_lifetime_s = 0"),
         ("lost_after_s", "lost_after_s = -1"),
+        ("lease_s", "lease_s = 0"),
+        ("lease_s", "lease_s = nan"),
+        ("store", 'store = "store.db"'),
+        ("store", 'store = "sqlite:///store.db"'),
+        ("store", 'store = "mysql://db/hanse"'),
+        ("address", 'address = "fl.example.org"'),
+        ("address", 'address = "0.0.0.0:6007"'),
+        ("address", 'address = "fl.example.org:0"'),
         ("tls", 'tls = "no"'),
     ],
 )
@@ -112,6 +161,8 @@ def test_a_missing_or_unknown_field_is_named_with_the_file(file: Path, kind: typ
         ("project", CLIENT.replace("demo", "")),
         ("servers", CLIENT.replace('"localhost:6007"', "")),
         ("servers[0]", CLIENT.replace('"localhost:6007"', "6007")),
+        ("server_names", CLIENT + "server_names = []\n"),
+        ("server_names[1]", CLIENT + 'server_names = ["server", "a.b"]\n'),
         ("policy.job_code", CLIENT + '[policy]\njob_code = "maybe"\n'),
         ("policy.max_update_norm", CLIENT + "[policy]\nmax_update_norm = -1\n"),
         ("policy.submitters[0]", CLIENT + "[policy]\nsubmitters = [1]\n"),
@@ -130,6 +181,17 @@ def test_an_unknown_word_of_the_policy_is_refused(file: Path) -> None:
     file.write_text(CLIENT + "[policy]\nallow_everything = true\n")
 
     with pytest.raises(ConfigError, match=r"^policy\.allow_everything in .* is True; expected no such field"):
+        read(file, ClientSettings)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [(CLIENT + 'server_name = "hub"\n', "server_names"), (CLIENT + "[policy]\njobcode = 'deny'\n", "job_code")],
+)
+def test_a_field_that_is_nearly_one_is_refused_with_the_one_that_is(file: Path, text: str, meant: str) -> None:
+    file.write_text(text)
+
+    with pytest.raises(ConfigError, match=f"expected no such field; perhaps '{meant}' is meant$"):
         read(file, ClientSettings)
 
 

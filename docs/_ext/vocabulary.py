@@ -24,6 +24,7 @@ import hanse.identity.project
 import hanse.settings
 from hanse.cli.failures import INTERRUPTED
 from hanse.cli.job_text import JOB_ABORTED, JOB_FAILED
+from hanse.codes import CODES
 from hanse.coordination.policy import PEER, ROLE_RIGHTS, Right
 from hanse.coordination.runs import LEGAL as CLIENT_LEGAL
 from hanse.coordination.service import TABLE as SERVICE_TABLE
@@ -45,7 +46,8 @@ NO_ERRORS: Final = {
 }
 """Exit statuses that stand for no error's class."""
 
-GENERATED: Final = re.compile(r"_pb2(_grpc)?$|__main__$")
+NOT_IMPORTED: Final = re.compile(r"_pb2(_grpc)?$|__main__$|\.migrations(\.|$)")
+"""Generated modules, programs, and the steps of migrations, which Alembic runs."""
 
 
 class Undocumented(Exception):
@@ -61,12 +63,14 @@ def settings() -> str:
 
 def project_file() -> str:
     """Return the fields of a project's file, table by table."""
-    tables = {"": "Project", "[server]": "ServerEntry", "[[clients]]": "ClientEntry", "[[admins]]": "AdminEntry"}
+    tables = {
+        "At the top": "Project",
+        "`[server]` and `[[standbys]]`": "ServerEntry",
+        "`[[clients]]`": "ClientEntry",
+        "`[[admins]]`": "AdminEntry",
+    }
     classes = class_definitions(hanse.identity.project)
-    return "\n\n".join(
-        f"### {f'`{table}`' if table else 'At the top'}\n\n{_fields_of(classes[name])}"
-        for table, name in tables.items()
-    )
+    return "\n\n".join(f"### {table}\n\n{_fields_of(classes[name])}" for table, name in tables.items())
 
 
 def class_definitions(module: ModuleType) -> dict[str, ast.ClassDef]:
@@ -90,25 +94,47 @@ def settings_fields(class_definition: ast.ClassDef) -> Iterator[tuple[str, str, 
 
 
 def errors() -> str:
-    """Return the table of all errors: code, whose it is, exit status, whether to try again, meaning."""
+    """Return the table of all errors: code, class, whose it is, exit status, whether to try again."""
     rows = [
         (
-            f"`{cls.code}`",
+            f"[`{cls.code}`](codes/{cls.code}.md)",
             f"`{cls.__name__}`",
             _branch(cls),
             str(cls.exit_status),
             "yes" if cls.retryable else "no",
-            _summary(cls),
         )
         for cls in error_classes()
     ]
-    return _table(("code", "class", "kind", "exit status", "may succeed later", "meaning"), rows)
+    return _table(("code", "class", "kind", "exit status", "may succeed later"), rows)
+
+
+def ends_and_faults() -> str:
+    """Return the table of the codes that no error has: ends of jobs and faults of tasks, and what they mean."""
+    raised = {cls.code for cls in error_classes()}
+    rows = [(f"[`{name}`](codes/{name}.md)", code.means) for name, code in CODES.items() if name not in raised]
+    return _table(("code", "meaning"), rows)
+
+
+def codes() -> str:
+    """Return the table of all codes and what they mean."""
+    return _table(("code", "meaning"), [(f"[`{name}`]({name}.md)", code.means) for name, code in CODES.items()])
+
+
+def code(name: str) -> str:
+    """Return what is known of one code: what happened, what to do, and of an error's how it is told."""
+    known = CODES[name]
+    parts = [f"{_markdown(known.means)}", f"**What to do.** {_markdown(known.advice)}"]
+    for cls in error_classes():
+        if cls.code == name:
+            again = "The same call may succeed later." if cls.retryable else "The same call will fail again."
+            parts.append(f"The class is `{cls.__name__}`; a command that meets it ends with {cls.exit_status}. {again}")
+    return "\n\n".join(parts)
 
 
 def error_classes() -> list[type[HanseError]]:
     """Return every error class of the package, each after the class that it derives from."""
     for module in pkgutil.walk_packages(hanse.__path__, "hanse."):
-        if not GENERATED.search(module.name):
+        if not NOT_IMPORTED.search(module.name):
             importlib.import_module(module.name)
 
     def derived(cls: type[HanseError]) -> Iterator[type[HanseError]]:
@@ -196,6 +222,8 @@ PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "settings": settings,
     "project-file": project_file,
     "errors": errors,
+    "ends-and-faults": ends_and_faults,
+    "codes": codes,
     "exit-statuses": exit_statuses,
     "topics": topics,
     "job-states": job_states,
@@ -219,9 +247,20 @@ class Vocabulary(SphinxDirective):
         return self.parse_text_to_nodes(text, allow_section_headings=True)
 
 
+class CodePage(SphinxDirective):
+    """``{stable-code} CODE``: show what ``hanse.codes`` says of it."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return it as nodes."""
+        return self.parse_text_to_nodes(code(self.arguments[0]))
+
+
 def setup(app: Sphinx) -> Mapping[str, Any]:
     """Register the directive; Sphinx calls this."""
     app.add_directive("vocabulary", Vocabulary)
+    app.add_directive("stable-code", CodePage)
     app.connect("autodoc-process-docstring", _restore_colon, priority=600)  # after napoleon, which has 500
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
 

@@ -16,7 +16,10 @@
     ├── SiteError                something at one client
     │   ├── SiteRefused          the site's policy says no
     │   ├── TrainingFailed       the job's code raised there
+    │   │   ├── ImportFailed         ... when it was imported
+    │   │   └── MissingDependency    ... because a module is not installed
     │   ├── ProcessDied          the job's process ended without being asked
+    │   │   └── OutOfMemory      ... because it had used up its memory
     │   └── UpdateRejected       what the client sent is not what the job expects
     ├── WorkflowError            the run as a whole
     │   ├── WorkflowFailed       the workflow's code raised
@@ -25,15 +28,23 @@
         ├── Unreachable          nobody answers there
         ├── TimedOut             an answer did not come in time
         ├── ProtocolError        bytes that are not what was agreed
+        ├── VersionMismatch      two sides that share no protocol
         ├── StoreFailed          the database or the disk
+        │   └── NoSpace          ... which is full
+        ├── TensorsLost          a run's tensors are missing or damaged
         └── StaleEpoch           this server's tenure has ended; nothing was written
 
 A class carries the data of what happened and builds its sentence from it; whoever raises passes data. The sentence says
-what happened, to what, and what to do. ``code`` is stable and documented; ``retryable`` says whether the same
-call may succeed later without anybody changing anything; ``exit_status`` is what the command line ends with.
+what happened, to what, and what to do. ``code`` is stable, and ``hanse.codes`` says more about it; ``retryable`` says
+whether the same call may succeed later without anybody changing anything; ``exit_status`` is what the command line ends
+with.
 """
 
-from typing import ClassVar
+from collections.abc import Collection
+from typing import ClassVar, Final
+
+UNKNOWN_STATUS: Final = 256
+"""Stands for the status of a process of which nobody knows how it ended: real ones are less, negative for a signal."""
 
 
 class HanseError(Exception):
@@ -173,6 +184,30 @@ class TrainingFailed(SiteError):
         self.client, self.task, self.why = client, task, why
 
 
+class ImportFailed(TrainingFailed):
+    """The job's code cannot be imported at a client, by its *python*."""
+
+    code = "import-failed"
+
+    def __init__(self, client: str, error: str, *, python: str) -> None:
+        super(TrainingFailed, self).__init__(
+            f"the job's code cannot be imported by Python {python} at {client}: {error}"
+        )
+        self.client, self.task, self.error, self.python = client, "import", error, python
+        self.why = f"the job's code cannot be imported by Python {python}: {error}"
+
+
+class MissingDependency(TrainingFailed):
+    """The job's code imports *module*, at *place*, which neither comes with the job nor is installed at a client."""
+
+    code = "missing-dependency"
+
+    def __init__(self, client: str, module: str, *, place: str) -> None:
+        super(TrainingFailed, self).__init__(f"module {module!r}, which {place} imports, is not installed at {client}")
+        self.client, self.task, self.module, self.place = client, "import", module, place
+        self.why = f"module {module!r}, which {place} imports, is not installed"
+
+
 class ProcessDied(SiteError):
     """A job's process ended without being asked."""
 
@@ -181,8 +216,23 @@ class ProcessDied(SiteError):
 
     def __init__(self, where: str, status: int, last_line: str = "") -> None:
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        if status == UNKNOWN_STATUS:
+            how = "ended, and its agent, which had not started it, cannot tell how"
         tail = f"; its log ends with: {last_line}" if last_line else ""
         super().__init__(f"the job's process at {where} {how}{tail}")
+        self.where, self.status, self.last_line = where, status, last_line
+
+
+class OutOfMemory(ProcessDied):
+    """The system killed a job's process because it had used up the memory that it may use."""
+
+    code = "out-of-memory"
+
+    def __init__(self, where: str, status: int, last_line: str = "") -> None:
+        tail = f"; its log ends with: {last_line}" if last_line else ""
+        super(ProcessDied, self).__init__(
+            f"the job's process at {where} was killed because it had used up the memory that it may use{tail}"
+        )
         self.where, self.status, self.last_line = where, status, last_line
 
 
@@ -214,13 +264,13 @@ class WorkflowFailed(WorkflowError):
 
 
 class TooFewClients(WorkflowError):
-    """A round ended without the answers that it needs."""
+    """A round ended without the answers that it needs; *client* is the first of those whose answers are missing."""
 
     code = "too-few-clients"
 
-    def __init__(self, *, got: int, needed: int, why: str) -> None:
+    def __init__(self, *, got: int, needed: int, why: str, client: str = "") -> None:
         super().__init__(f"only {got} of the {needed} answers that the round needs can come: {why}")
-        self.got, self.needed, self.why = got, needed, why
+        self.got, self.needed, self.why, self.client = got, needed, why, client
 
 
 class EnvironmentFault(HanseError):
@@ -262,6 +312,23 @@ class ProtocolError(EnvironmentFault):
         self.field, self.got, self.expected = field, got, expected
 
 
+class VersionMismatch(EnvironmentFault):
+    """*who* and this side speak no protocol version in common: their releases are too far apart."""
+
+    code = "version-mismatch"
+    retryable = False
+
+    def __init__(
+        self, who: str, *, release: str, versions: Collection[int], our_release: str, our_versions: Collection[int]
+    ) -> None:
+        super().__init__(
+            f"{who} runs {_spoken(release, versions)}, and this side runs {_spoken(our_release, our_versions)}; "
+            "they need a protocol in common"
+        )
+        self.who, self.release, self.our_release = who, release, our_release
+        self.versions, self.our_versions = tuple(versions), tuple(our_versions)
+
+
 class StoreFailed(EnvironmentFault):
     """The database or the disk failed while *doing*."""
 
@@ -270,6 +337,32 @@ class StoreFailed(EnvironmentFault):
     def __init__(self, doing: str, why: str) -> None:
         super().__init__(f"the store failed while {doing}: {why}")
         self.doing, self.why = doing, why
+
+
+class NoSpace(StoreFailed):
+    """The *disk* (where it is mounted) that holds *folder*, or somebody's quota on it, was full while *doing*."""
+
+    code = "no-space"
+
+    def __init__(self, doing: str, *, disk: str, folder: str, why: str) -> None:
+        super(StoreFailed, self).__init__(
+            f"{doing} failed: the disk mounted at {disk}, which holds {folder}, is full ({why})"
+        )
+        self.doing, self.disk, self.folder, self.why = doing, disk, folder, why
+
+
+class TensorsLost(EnvironmentFault):
+    """Tensors of a run's last committed state are not on the disk any more, or not with the bytes they had."""
+
+    code = "tensors-lost"
+    retryable = False
+
+    def __init__(self, job_id: str, round_number: int, digest: str) -> None:
+        super().__init__(
+            f"tensor {digest} of round {round_number} of job {job_id} is missing or damaged on the server's disk, so "
+            "the run cannot go on; check the disk, and submit the job again"
+        )
+        self.job_id, self.round_number, self.digest = job_id, round_number, digest
 
 
 class StaleEpoch(EnvironmentFault):
@@ -286,3 +379,8 @@ class StaleEpoch(EnvironmentFault):
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _spoken(release: str, versions: Collection[int]) -> str:
+    listed = ", ".join(str(version) for version in sorted(set(versions))[:8]) or "none"
+    return f"Hanse {release[:64] or 'of an unknown release'} (protocol {listed})"

@@ -150,7 +150,12 @@ ENDED: Final = frozenset(state for state, following in LEGAL.items() if not foll
 
 
 class JobRecord(msgspec.Struct, frozen=True):
-    """A submitted job as the server's store holds it; times are POSIX seconds, 0 where it has not happened."""
+    """A submitted job as the server's store holds it; times are POSIX seconds, 0 where it has not happened.
+
+    Of a bad end it says why: a stable *code*, a sentence (*reason*), the *client* concerned, if one is, with the code
+    of what befell that client (*cause*) where the job's own is another, and the last lines of the log there
+    (*log_tail*); without a client, those of the run's process.
+    """
 
     job_id: JobId
     spec: JobSpec
@@ -166,10 +171,23 @@ class JobRecord(msgspec.Struct, frozen=True):
     clients: tuple[ClientName, ...] = ()
     result: Digest = Digest("")
     result_bytes: int = 0
+    client: str = ""
+    cause: str = ""
+    log_tail: str = ""
 
 
-def move(record: JobRecord, to: JobState, *, at: float, code: str = "", reason: str = "") -> JobRecord:
-    """Return *record* in state *to*, entered at POSIX time *at*; failing needs a *reason*.
+def move(
+    record: JobRecord,
+    to: JobState,
+    *,
+    at: float,
+    code: str = "",
+    reason: str = "",
+    client: str = "",
+    cause: str = "",
+    log_tail: str = "",
+) -> JobRecord:
+    """Return *record* in state *to*, entered at POSIX time *at*; failing needs a *reason*, the rest is as the record's.
 
     Raises:
         Conflict: ``LEGAL`` does not allow it.
@@ -183,6 +201,9 @@ def move(record: JobRecord, to: JobState, *, at: float, code: str = "", reason: 
         state=to,
         code=code,
         reason=reason,
+        client=client,
+        cause=cause,
+        log_tail=log_tail,
         started_at=at if to is JobState.RUNNING else record.started_at,
         ended_at=at if to in ENDED else record.ended_at,
     )

@@ -142,14 +142,18 @@ class Hello(msgspec.Struct, frozen=True):
     credentials: Credentials | None = None
 
 
-class Welcome(msgspec.Struct, frozen=True):
-    """The server's answer: the version that both speak from here on, and where the limits are."""
+class Welcome(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The server's answer: the version that both speak from here on, and where the limits are.
+
+    ``sent_at`` is the server's time of day (POSIX), for whoever compares clocks; 0 where it does not tell.
+    """
 
     version: int
     server: str
     ssid: Ssid
     release: str = ""
     max_payload_bytes: int = 0
+    sent_at: float = 0.0
 
 
 # Registration ---------------------------------------------------------------------------------------------------------
@@ -267,21 +271,29 @@ class AbortJob(msgspec.Struct, frozen=True):
 
 
 class JobEnded(msgspec.Struct, frozen=True):
-    """A job's process at a client ended: *status* as from ``wait`` (negative: a signal), and its log's last lines."""
+    """A job's process at a client ended: *status* as from ``wait`` (negative: a signal), and its log's last lines.
+
+    *cause* is the code of what ended it, where the site knows: ``out-of-memory``.
+    """
 
     job_id: JobId
     attempt: int
     status: int
     log_tail: str = ""
+    cause: str = ""
 
 
 class JobFailure(msgspec.Struct, frozen=True):
-    """A client reports that a job failed there for good: *kind* is ``config``, ``exception`` or ``unsafe``."""
+    """A client reports that a job failed there for good: *kind* is ``config``, ``exception`` or ``unsafe``.
+
+    ``log_tail`` are the last lines of the job's log there, as many as the site lets go.
+    """
 
     job_id: JobId
     kind: str
     reason: str
     code: str = ""
+    log_tail: str = ""
 
 
 # Tensors by name ------------------------------------------------------------------------------------------------------
@@ -347,11 +359,12 @@ class TaskAssignment(msgspec.Struct, frozen=True):
 
 
 class TaskFault(msgspec.Struct, frozen=True):
-    """Why a task has no update: a stable code and a sentence."""
+    """Why a task has no update: a stable code, a sentence, and the last lines of the job's log at the client."""
 
     code: str
     reason: str
     retryable: bool = False
+    log_tail: str = ""
 
 
 class TaskResult(msgspec.Struct, frozen=True):
@@ -442,13 +455,17 @@ class CommitRound(msgspec.Struct, frozen=True):
 
 
 class RunEnded(msgspec.Struct, frozen=True):
-    """The run's process has reached its end: completed with a result in its folder, or failed with a reason."""
+    """The run's process has reached its end: completed with a result in its folder, or failed with a reason.
+
+    *client* is the one because of which it failed, where there is one.
+    """
 
     completed: bool
     code: str = ""
     reason: str = ""
     result: Digest = Digest("")
     result_bytes: int = 0
+    client: str = ""
 
 
 class ClientChanged(msgspec.Struct, frozen=True):
@@ -510,16 +527,36 @@ class RoundView(msgspec.Struct, frozen=True):
 
 
 class ClientView(msgspec.Struct, frozen=True):
-    """A client's part in a job, for people."""
+    """A client's part in a job, for people: its state, since when (POSIX seconds), and which start of its process."""
 
     name: str
     state: str
     reason: str = ""
     since: float = 0.0
+    attempt: int = 0
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """Something that a job waits for, for people.
+
+    *what* it is, and from *whom* it is to come: the clients, each as it stands, or nobody in particular. *since* and
+    *until* are POSIX seconds, 0 where there is no such time, and *then* says what happens when it has not come by
+    *until*.
+    """
+
+    what: str
+    whom: tuple[ClientView, ...] = ()
+    since: float = 0.0
+    until: float = 0.0
+    then: str = ""
 
 
 class JobView(msgspec.Struct, frozen=True):
-    """A job, for people; times are POSIX seconds, 0 where it has not happened."""
+    """A job, for people; times are POSIX seconds, 0 where it has not happened.
+
+    ``waiting`` is what it waits for while it has not ended. Of a bad end, ``JobRecord`` says what is known; ``advice``
+    is what to do about it.
+    """
 
     job_id: JobId
     name: str
@@ -530,8 +567,6 @@ class JobView(msgspec.Struct, frozen=True):
     ended_at: float = 0.0
     code: str = ""
     reason: str = ""
-    waiting_for: str = ""
-    waiting_until: float = 0.0
     round: int = 0
     rounds: int = 0
     metrics: Metrics = {}
@@ -539,6 +574,11 @@ class JobView(msgspec.Struct, frozen=True):
     history: tuple[RoundView, ...] = ()
     result: Digest = Digest("")
     result_bytes: int = 0
+    waiting: tuple[Waiting, ...] = ()
+    client: str = ""
+    cause: str = ""
+    log_tail: str = ""
+    advice: str = ""
 
 
 class JobList(msgspec.Struct, frozen=True):
@@ -588,11 +628,21 @@ class RegisteredClient(msgspec.Struct, frozen=True):
     release: str = ""
 
 
+class RefusedClient(msgspec.Struct, frozen=True):
+    """Somebody who calls itself *name* was refused *ago_s* seconds ago, for people."""
+
+    name: str
+    code: str
+    reason: str
+    ago_s: float
+
+
 class ClientList(msgspec.Struct, frozen=True):
-    """The registered clients, for people, and those that are disabled, each with the reason."""
+    """The registered clients, for people, those that are disabled, each with the reason, and who was refused lately."""
 
     clients: tuple[RegisteredClient, ...]
     disabled: dict[str, str] = {}
+    refused: tuple[RefusedClient, ...] = ()
 
 
 class DisableClient(msgspec.Struct, frozen=True):
@@ -606,8 +656,22 @@ class ServerStop(msgspec.Struct, frozen=True):
     """Shut the server down in order; running jobs stay resumable."""
 
 
+class PromoteServer(msgspec.Struct, frozen=True):
+    """Leave the primacy to the server called *name*, which stands by."""
+
+    name: str
+
+
+class StandbyView(msgspec.Struct, frozen=True):
+    """A server that stands by, for people: where clients would reach it, and when it last said so (POSIX seconds)."""
+
+    name: str
+    target: str
+    seen_at: float
+
+
 class ServerStatus(msgspec.Struct, frozen=True):
-    """How the server is."""
+    """How the server is that serves, and which ones stand by."""
 
     state: str
     ssid: Ssid
@@ -616,6 +680,8 @@ class ServerStatus(msgspec.Struct, frozen=True):
     clients: int
     jobs_running: int
     since: float
+    name: str = ""
+    standbys: tuple[StandbyView, ...] = ()
 
 
 class StatusQuery(msgspec.Struct, frozen=True):
@@ -675,5 +741,6 @@ CATALOGUE: Final[Mapping[Topic, tuple[type[msgspec.Struct] | None, type[msgspec.
     (Channel.ADMIN, "client.disable"): (DisableClient, None),
     (Channel.ADMIN, "server.status"): (StatusQuery, ServerStatus),
     (Channel.ADMIN, "server.stop"): (ServerStop, None),
+    (Channel.ADMIN, "server.promote"): (PromoteServer, None),
 }
 """For each topic, the type of a request's payload and of its reply's (``None``: it has none)."""

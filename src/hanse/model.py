@@ -116,16 +116,25 @@ class Model(Mapping[str, Array]):
 class Update:
     """What a client answers: a model (``None`` for an evaluation), its weight, and what it measured.
 
-    ``num_examples`` is the number of examples behind the update, at least 0: the weight in a mean.
+    ``num_examples`` is the number of examples behind the update, at least 0: the weight in a mean. ``discount`` is the
+    workflow's: the share of that weight for which it takes an update that comes late.
     """
 
     model: Model | None
     num_examples: int
     metrics: Metrics = field(default_factory=dict)
+    discount: float = 1.0
 
     def __post_init__(self) -> None:
         if self.num_examples < 0:
             raise ModelInvalid(f"num_examples is {self.num_examples}; expected 0 or more")
+        if not 0 < self.discount <= 1:
+            raise ModelInvalid(f"discount is {self.discount}; expected more than 0 and at most 1")
+
+    @property
+    def weight(self) -> float:
+        """The weight in a mean: ``num_examples * discount``."""
+        return self.num_examples * self.discount
 
 
 def check(got: ModelSpec, expected: ModelSpec) -> None:

@@ -4,18 +4,23 @@ Unknown fields are errors. The few time limits are derived from ``heartbeat_s``,
 other. A relative path in a file is relative to the file.
 """
 
+import difflib
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, TypeVar, get_args, get_type_hints
+from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
 from hanse.errors import ConfigError
-from hanse.ids import NAME_RULE, SERVER, is_name
+from hanse.ids import NAME_RULE, SERVER, is_dialable, is_name
 from hanse.job import Config, Resources
 
 SETTINGS_FILE: Final = "settings.toml"
+STORES: Final = ("sqlite:////", "postgresql://")
+"""What the URL of a store may begin with."""
 T = TypeVar("T", bound=msgspec.Struct)
 _COMPLAINT: Final = re.compile(r"(?P<what>missing required|contains unknown) field `(?P<field>[^`]+)`")
 """What msgspec says of a field that is not there, or should not be."""
@@ -26,6 +31,12 @@ def _expect(holds: bool, field: str, got: object, expected: str) -> None:
         raise ConfigError(field, got=got, expected=expected)
 
 
+def _expect_server_names(names: tuple[str, ...]) -> None:
+    _expect(bool(names), "server_names", names, "the name of at least one server")
+    for index, name in enumerate(names):
+        _expect(is_name(name), f"server_names[{index}]", name, NAME_RULE)
+
+
 class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How a server runs."""
 
@@ -33,13 +44,34 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """The project that this server serves; clients and kits of another are refused."""
 
     name: str = "server"
-    """The server's name, as in its certificate."""
+    """The server's name, as in its certificate; no other server of the project has it."""
 
     target: str = "0.0.0.0:6007"
     """Where it listens: ``host:port``; an IPv6 host in brackets; port 0 picks a free one."""
 
+    address: str = ""
+    """Where clients reach it: ``host:port``. It tells this to whoever asks which server serves. Empty means ``target``,
+    where that is not a wildcard."""
+
     workspace: str = "workspace"
-    """The folder for the store, the tensor files and the logs of this server; made with mode 0700."""
+    """The folder for what is this server's alone: its lock, its secrets, and the store and ``runs`` where nothing else
+    is said; made with mode 0700. No two servers have the same."""
+
+    store: str = ""
+    """The store's URL: ``postgresql://user@host/database``, or ``sqlite:////shared/store.db`` (an absolute path) on one
+    machine's disk. Empty means an SQLite store in the workspace. Servers of one project name the same store; the one
+    with its lease serves. A password is best not here but where PostgreSQL's clients look for it: in the file that
+    ``PGPASSFILE`` names (``~/.pgpass``), or in a service file (``postgresql:///?service=hanse``). Where the URL has
+    one, this file must be readable by its owner alone."""
+
+    runs: str = ""
+    """The folder for the runs' packages, code, tensors, results and logs; empty means ``runs`` in the workspace.
+    Servers of one project name the same folder, on a file system that all of them mount, so that each can go on with
+    what another has begun."""
+
+    lease_s: float = 4.0
+    """Seconds that a server which says nothing keeps the store's lease. A standby takes over about this long after the
+    serving server has died; while the store is slower than this, nobody serves."""
 
     min_num_clients: int = 2
     """Below this many registered clients no job is scheduled."""
@@ -82,14 +114,38 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             f"1 to max_num_clients ({self.max_num_clients})",
         )
         _expect(self.max_running_jobs >= 1, "max_running_jobs", self.max_running_jobs, "1 or more")
-        for field in ("heartbeat_s", "heart_beat_timeout_s", "shutdown_period_s", "token_lifetime_s"):
+        for field in ("heartbeat_s", "heart_beat_timeout_s", "shutdown_period_s", "token_lifetime_s", "lease_s"):
             _expect(getattr(self, field) > 0, field, getattr(self, field), "more than 0 seconds")
         _expect(self.lost_after_s >= 0, "lost_after_s", self.lost_after_s, "0 or more seconds")
+        _expect(
+            not self.address or is_dialable(self.address),
+            "address",
+            self.address,
+            "'host:port' that clients can dial (an IPv6 host in brackets), or nothing",
+        )
+        # What stands behind the scheme may hold a password, and is not shown.
+        scheme = self.store.partition(":")[0]
+        _expect(
+            not self.store or self.store.startswith(STORES),
+            "store",
+            f"{scheme}:…",
+            "'postgresql://user@host/database', 'sqlite:////absolute/path', or nothing",
+        )
 
     @property
     def lost_after(self) -> float:
         """Seconds without a stream after which a client is lost."""
         return self.lost_after_s or 3 * self.heartbeat_s
+
+    @property
+    def has_password(self) -> bool:
+        """Whether the store's URL holds a password."""
+        url = urlsplit(self.store)
+        return ":" in url.netloc.rpartition("@")[0] or "password" in parse_qs(url.query)
+
+    def reached_at(self, listens_at: str) -> str:
+        """Return where clients reach the server that listens at *listens_at*; empty where that cannot be told."""
+        return self.address or (listens_at if is_dialable(listens_at) else "")
 
 
 class SitePolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -105,9 +161,14 @@ class SitePolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     max_update_norm: float = 0.0
     """Updates are scaled down to at most this L2 distance from the received model; 0 leaves them as they are."""
 
+    log_lines: int = 20
+    """How many of the last lines of a job's log the server is told when the job fails or its process dies here, 8 KiB
+    at most. They hold what the job's code printed, and tracebacks; 0 lets none leave the site."""
+
     def __post_init__(self) -> None:
         _expect(self.job_code in ("allow", "deny"), "policy.job_code", self.job_code, "'allow' or 'deny'")
         _expect(self.max_update_norm >= 0, "policy.max_update_norm", self.max_update_norm, "0 or more")
+        _expect(self.log_lines >= 0, "policy.log_lines", self.log_lines, "0 or more")
 
 
 class ClientSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -122,8 +183,8 @@ class ClientSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     servers: tuple[str, ...]
     """Where servers listen: ``host:port`` each; tried in order."""
 
-    server_name: str = "server"
-    """The name in the server's certificate that the challenge must prove."""
+    server_names: tuple[str, ...] = ("server",)
+    """The names of the project's servers. A server has to prove, by its certificate, that it is one of them."""
 
     workspace: str = "workspace"
     """The folder for jobs' code, tensor files and logs at this site; made with mode 0700."""
@@ -149,6 +210,7 @@ class ClientSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         _expect(is_name(self.name) and self.name != SERVER, "name", self.name, f"{NAME_RULE}, and not 'server'")
         _expect(is_name(self.project), "project", self.project, NAME_RULE)
         _expect(bool(self.servers), "servers", self.servers, "at least one 'host:port'")
+        _expect_server_names(self.server_names)
 
 
 class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -163,8 +225,8 @@ class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     servers: tuple[str, ...]
     """Where servers listen: ``host:port`` each; tried in order."""
 
-    server_name: str = "server"
-    """The name in the server's certificate that the challenge must prove."""
+    server_names: tuple[str, ...] = ("server",)
+    """The names of the project's servers. A server has to prove, by its certificate, that it is one of them."""
 
     tls_roots: str = ""
     """A PEM file with the authorities of which one must have issued the certificate that the TLS connection shows.
@@ -178,6 +240,7 @@ class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         _expect(is_name(self.name), "name", self.name, NAME_RULE)
         _expect(is_name(self.project), "project", self.project, NAME_RULE)
         _expect(bool(self.servers), "servers", self.servers, "at least one 'host:port'")
+        _expect_server_names(self.server_names)
 
 
 def read(path: Path, kind: type[T]) -> T:
@@ -193,6 +256,15 @@ def read(path: Path, kind: type[T]) -> T:
         raise ConfigError("settings file", got=str(path), expected=f"a readable file ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError("settings file", got=str(path), expected=f"TOML ({error})") from error
+    return checked(table, kind, where=str(path))
+
+
+def checked(table: Mapping[str, object], kind: type[T], *, where: str = "") -> T:
+    """Return the settings of *kind* that *table*, which stands in *where*, holds.
+
+    Raises:
+        ConfigError: a field is unknown, missing or out of range; it names the field.
+    """
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
@@ -201,13 +273,16 @@ def read(path: Path, kind: type[T]) -> T:
         if (match := _COMPLAINT.search(what)) is None:
             got = _found(table, place)
             raise ConfigError(
-                place or "settings", got=got, expected=what.removeprefix("Expected "), where=str(path)
+                place or "settings", got=got, expected=what.removeprefix("Expected "), where=where
             ) from None
         name = f"{place}.{match['field']}" if place else match["field"]
-        expected = "a value; it has no default" if match["what"] == "missing required" else "no such field"
-        raise ConfigError(name, got=_found(table, name), expected=expected, where=str(path)) from None
+        expected = "a value; it has no default"
+        if match["what"] != "missing required":
+            near = difflib.get_close_matches(match["field"], _fields_at(kind, place), n=1)
+            expected = f"no such field; perhaps {near[0]!r} is meant" if near else "no such field"
+        raise ConfigError(name, got=_found(table, name), expected=expected, where=where) from None
     except ConfigError as error:
-        raise ConfigError(error.field, got=error.got, expected=error.expected, where=str(path)) from None
+        raise ConfigError(error.field, got=error.got, expected=error.expected, where=where) from None
 
 
 def _found(table: object, name: str) -> object:
@@ -220,3 +295,10 @@ def _found(table: object, name: str) -> object:
         else:
             return None
     return table
+
+
+def _fields_at(kind: object, place: str) -> tuple[str, ...]:
+    """Return the fields of the table that *place*, such as ``policy`` or ``clients[0]``, is in settings of *kind*."""
+    for part in re.findall(r"[^.\[\]]+", place):
+        kind = get_args(kind)[0] if part.isdigit() else get_type_hints(kind)[part]
+    return getattr(kind, "__struct_fields__", ())

@@ -3,6 +3,8 @@ import dataclasses
 import random
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -19,10 +21,11 @@ from hanse.cell.transfer import Transfers
 from hanse.client.agent import ClientAgent
 from hanse.coordination.policy import ADMIN_RIGHTS
 from hanse.errors import ConfigError, Conflict, HanseError, JobInvalid, NotInService, Unauthenticated, Unreachable
+from hanse.identity.authorities import Authority
 from hanse.identity.kits import Kit
 from hanse.ids import SERVER, Digest, Fqcn, JobId
 from hanse.job import JobRecord, JobSpec, JobState, Resources, WorkflowSpec
-from hanse.launch.process import ProcessLauncher
+from hanse.launch.surviving import SurvivingLauncher
 from hanse.messages import (
     CATALOGUE,
     PROTOCOL_VERSIONS,
@@ -39,6 +42,7 @@ from hanse.messages import (
     ListClients,
     ListJobs,
     LogQuery,
+    PromoteServer,
     Quit,
     Renew,
     ReturnCode,
@@ -62,6 +66,7 @@ REQUESTS: dict[Topic, msgspec.Struct] = {
     (Channel.ADMIN, "client.disable"): DisableClient("site-1"),
     (Channel.ADMIN, "server.status"): StatusQuery(),
     (Channel.ADMIN, "server.stop"): ServerStop(),
+    (Channel.ADMIN, "server.promote"): PromoteServer("standby"),
 }
 OTHERS_REQUESTS: dict[Topic, msgspec.Struct] = {
     (Channel.SERVER, "renew"): Renew(),
@@ -90,8 +95,9 @@ def test_a_submitted_folder_is_a_job_that_says_what_it_waits_for(deployment: Dep
         submitted = session.submit(tmp_path)
         view = session.show(submitted.job_id)
     assert (view.name, view.state, view.submitter) == ("mine", "submitted", "lee@demo")
-    assert "registered" in view.waiting_for
-    assert view.waiting_until > view.submitted_at
+    (waiting,) = view.waiting
+    assert "registered" in waiting.what
+    assert waiting.until > view.submitted_at
     assert deployment.uploads() == []
 
 
@@ -399,14 +405,18 @@ async def take_part(deployment: Deployment, workspace: Path) -> tuple[ClientAgen
     agent = ClientAgent(
         settings,
         workspace=workspace,
-        launcher=ProcessLauncher(),
+        launcher=SurvivingLauncher(),
         rng=random.Random(1),
         identity=kit.identity,
         roots=kit.ca_pem,
         release="9.9",
     )
     running = asyncio.create_task(agent.run())
-    await agent.wait_registered()
+    registered = asyncio.ensure_future(agent.wait_registered())
+    await asyncio.wait({running, registered}, return_when=asyncio.FIRST_COMPLETED)
+    if running.done():
+        registered.cancel()
+        running.result()
     return agent, running
 
 
@@ -442,6 +452,29 @@ def test_clients_are_listed_and_a_disabled_one_stays_out_until_enabled(kits: Pat
         assert wait(after.server.jobs.services.store.disabled_clients()) == {"site-1": "disabled by ada@demo"}
         wait(enable(after))
         assert [(entry.action, entry.outcome) for entry in after.audited(1)] == [("client.enable", "done")]
+
+
+def test_a_site_of_another_protocol_is_shown_as_refused_with_both_releases_until_it_comes_as_it_should(
+    kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(deployment: Deployment) -> None:
+        async with deployment.async_session() as session:
+            with monkeypatch.context() as patched:
+                patched.setattr("hanse.client.agent.PROTOCOL_VERSIONS", (99,))
+                with pytest.raises(RemoteError, match=r"site-1 runs Hanse 9\.9 \(protocol 99\)"):
+                    await take_part(deployment, tmp_path / "site")
+            (refused,) = await session.refused_clients()
+            assert (refused.name, refused.code) == ("site-1", "version-mismatch")
+            assert f"this side runs Hanse {version('hanse')} (protocol 1)" in refused.reason
+            assert 0 <= refused.ago_s < 20
+
+            agent, running = await take_part(deployment, tmp_path / "site")
+            assert await session.refused_clients() == ()
+            agent.stop()
+            await running
+
+    with deployed(kits, tmp_path / "ws") as deployment:
+        wait(scene(deployment))
 
 
 def test_what_cannot_be_a_client_is_not_disabled(deployment: Deployment) -> None:
@@ -530,6 +563,18 @@ def test_a_server_of_another_authority_is_not_talked_to(deployment: Deployment, 
     )
     with pytest.raises((Unauthenticated, Unreachable)), BlockingAdminSession(kit, patience_s=1.0):
         raise AssertionError("it is another project's server")
+
+
+def test_an_expired_certificate_is_said_to_be_that(deployment: Deployment) -> None:
+    kit = deployment.kit("ada@demo")
+    authority = Authority.load(deployment.kits / "authority")
+    assert kit.identity is not None
+    made = datetime.now(UTC) - timedelta(days=400)
+    key = kit.identity.key.public_key()
+    old = authority.issue(name="ada@demo", organisation="demo", role="admin:admin", public_key=key, now=made)
+    late = dataclasses.replace(kit, identity=dataclasses.replace(kit.identity, certificate=old))
+    with pytest.raises(Unauthenticated, match="the certificate of 'ada@demo' expired on"), BlockingAdminSession(late):
+        raise AssertionError("it cannot have been let in")
 
 
 def test_another_projects_kit_is_refused_by_name(deployment: Deployment) -> None:

@@ -116,13 +116,14 @@ def deployed(
         "demo", min_num_clients=1, shutdown_period=0.2, cmd_modules=[AdminCommands(on_stop=asked.set)]
     )
     server_kit = kits / "server"
+    settings = ServerSettings(project="demo", **more)
     grpc_args = {
         "service": {"target": target, "scheme": "grpc"},
         "ssl_root_cert": server_kit / "ca.pem",
         "ssl_cert": server_kit / "cert.pem",
         "ssl_private_key": server_kit / "key.pem",
+        "require_client_certificate": settings.client_certificates,
     }
-    settings = ServerSettings(project="demo", **more)
     server.deploy(argparse.Namespace(workspace=workspace, settings=settings), grpc_args, secure_train=tls)
     try:
         yield Deployment(server, kits, workspace, tls, asked)

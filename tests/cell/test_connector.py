@@ -1,14 +1,19 @@
 import asyncio
 import socket
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from hanse.cell.cell import Cell
 from hanse.cell.link import Link, Peer
+from hanse.cell.rpc import CONTROL_OPTIONS, ClientTls, ServerTls
 from hanse.errors import HanseError, NotInService, TimedOut, Unauthenticated, Unreachable
+from hanse.identity.authorities import Authority as ProjectAuthority
+from hanse.identity.certificates import key_pem, new_key
 from hanse.ids import SERVER, Ssid, Token
 from hanse.messages import Channel, Heartbeat, HeartbeatReply, Message, Register, Registered, Welcome, ok
+from tests.faults.proxy import FaultyNetwork
 
 from .world import SITE, Authority, Connected, connected, connecting, hello, serving
 
@@ -64,6 +69,24 @@ async def test_a_client_started_before_its_server_waits_and_says_for_what() -> N
     assert target in client.waited_for[0]
 
 
+async def test_a_connection_that_died_without_a_word_is_given_up_and_dialled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sooner = [(name, 200 if name.endswith(("_time_ms", "_timeout_ms")) else value) for name, value in CONTROL_OPTIONS]
+    monkeypatch.setattr("hanse.cell.connector.CONTROL_OPTIONS", sooner)
+    up = asyncio.Event()
+    async with serving(cell=answering()) as server:
+        network = FaultyNetwork(int(server.target.rpartition(":")[2]))
+        async with network.serving() as port, connected(f"127.0.0.1:{port}") as client:
+            monkeypatch.undo()
+            client.cell.on_link_up(lambda _peer: up.set())
+            await network.forget()
+            await up.wait()
+            await client.connector.wait_ready(10)
+            await beat(client)
+            assert network.connections == 2
+
+
 async def test_targets_are_tried_in_turn_without_a_pause_between_them() -> None:
     dead = await free_target()
     async with serving(cell=answering()) as server, connecting([dead, server.target]) as client:
@@ -81,6 +104,27 @@ async def test_a_server_of_another_ca_ends_it_for_good(authority: Authority, str
             await client.running
         with pytest.raises(Unauthenticated):
             await client.connector.wait_ready(10)  # later as well
+
+
+@pytest.mark.parametrize(("made", "sentence"), [(-400, "has expired; its operator"), (40, "is not valid yet; compare")])
+async def test_a_servers_certificate_that_is_not_valid_now_is_told_apart_from_anothers(
+    made: int, sentence: str
+) -> None:
+    now = datetime.now(UTC)
+    authority = ProjectAuthority.create("demo", now=now)
+    key = new_key()
+    certificate = authority.issue(
+        name="server",
+        organisation="Org",
+        role="server",
+        public_key=key.public_key(),
+        now=now + timedelta(days=made),
+        hosts=["127.0.0.1"],
+    )
+    tls = ServerTls(certificate, key_pem(key), authority.certificate, require_client_certificate=False)
+    async with serving(tls) as server, connecting([server.target], ClientTls(authority.certificate)) as client:
+        with pytest.raises(Unauthenticated, match=f"the certificate of the server at .* {sentence}"):
+            await client.connector.wait_ready(10)
 
 
 async def test_a_server_certificate_for_another_host_ends_it_for_good(authority: Authority) -> None:

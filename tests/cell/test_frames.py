@@ -196,7 +196,7 @@ def test_payloads_of_earlier_releases_are_understood(name: str) -> None:
     match frame.kind:
         case FrameKind.HELLO | FrameKind.WELCOME:
             assert decode_struct(type(payload), frame.payload) == payload
-        case FrameKind.REQUEST | FrameKind.REPLY:
+        case FrameKind.REQUEST | FrameKind.REPLY | FrameKind.EVENT:
             topic = topic_of(frame.channel, frame.topic)
             assert topic is not None
             assert decode_payload(topic, frame.payload, reply=frame.kind is FrameKind.REPLY) == payload
@@ -230,7 +230,10 @@ def golden() -> dict[str, tuple[Frame, msgspec.Struct | None]]:
     hello = Hello((1,), Fqcn("site-1"), "demo", "0.1.0", Credentials("site-1", Token("t"), "s", Ssid("1")))
     welcome = Welcome(1, "server", Ssid("1"), "0.1.0", 4194304)
     heartbeat, reply = Heartbeat((JobId("j-1"),)), HeartbeatReply((JobId("j-2"),), Ssid("1"))
-    site, server = Fqcn("site-1"), Fqcn("server")
+    tensor = TensorRef("w", "float32", (2, 3), Digest("ab" * 32), bytes(24))
+    key = TaskKey(3, "train", 0, ClientName("site-1"))
+    task = TaskAssignment(key, ModelRef((tensor,), {"step": "3"}), {"lr": 0.1})
+    site, server, job = Fqcn("site-1"), Fqcn("server"), Fqcn("site-1.job-1")
     return {
         "hello": (Frame(FrameKind.HELLO, origin=site, payload=encode_struct(hello)), hello),
         "welcome": (Frame(FrameKind.WELCOME, origin=server, payload=encode_struct(welcome)), welcome),
@@ -241,6 +244,10 @@ def golden() -> dict[str, tuple[Frame, msgspec.Struct | None]]:
         "reply": (
             Frame(FrameKind.REPLY, 5, server, site, "server", "heartbeat", {"return_code": "ok"}, encode_struct(reply)),
             reply,
+        ),
+        "event": (
+            Frame(FrameKind.EVENT, 0, server, job, "task", "task", {"ssid": "1"}, encode_struct(task)),
+            task,
         ),
         "bye": (Frame(FrameKind.BYE, headers={"return_code": "comm_error", "reason": "gone"}), None),
     }

@@ -3,20 +3,21 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hanse.cell.cell import Cell
-from hanse.cell.frames import Frame, FrameKind, decode, encode, encode_struct
+from hanse.cell.frames import Frame, FrameKind, decode, decode_struct, encode, encode_struct
 from hanse.cell.handshake import Reception, choose_version, say_hello
 from hanse.cell.link import Peer, Pipe, memory_pipe_pair
-from hanse.cell.refusals import error_from
-from hanse.errors import HanseError, NotInService, ProtocolError, Unauthenticated, Unreachable
+from hanse.cell.refusals import RemoteError, error_from
+from hanse.errors import HanseError, NotInService, ProtocolError, Unauthenticated, Unreachable, VersionMismatch
 from hanse.ids import SERVER, Fqcn, Ssid
 from hanse.messages import Hello, Welcome
 
-from .world import SITE, authorize, hello
+from .world import PROJECT, SITE, authorize, hello
 
 pytestmark = pytest.mark.usefixtures("no_task_is_left_behind")
 
@@ -53,6 +54,16 @@ async def test_a_hello_is_answered_with_a_welcome_that_names_version_server_and_
     assert welcome.max_payload_bytes > 0
 
 
+async def test_a_welcome_tells_the_servers_time_of_day() -> None:
+    async with reception(wall=lambda: 1893456000.5) as desk:
+        assert (await say_hello(await desk.dial("memory"), hello())).sent_at == 1893456000.5
+
+
+def test_a_welcome_without_a_time_is_one_of_a_server_that_does_not_tell() -> None:
+    older = msgspec.msgpack.encode({"version": 1, "server": "server", "ssid": "7"})
+    assert decode_struct(Welcome, older).sent_at == 0.0
+
+
 async def test_both_take_the_highest_version_that_they_share() -> None:
     async with reception(versions=(1, 2, 3)) as desk:
         assert (await say_hello(await desk.dial("memory"), hello(versions=(1, 2, 9)))).version == 2
@@ -61,18 +72,33 @@ async def test_both_take_the_highest_version_that_they_share() -> None:
 @given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)))
 def test_a_version_is_chosen_exactly_when_one_is_shared(theirs: list[int], ours: list[int]) -> None:
     shared = set(theirs) & set(ours)
+    said = hello(versions=tuple(theirs))
     if shared:
-        assert choose_version(theirs, ours) == max(shared)
+        assert choose_version(said, ours) == max(shared)
     else:
-        with pytest.raises(ProtocolError, match=r"Hello\.versions"):
-            choose_version(theirs, ours)
+        with pytest.raises(VersionMismatch):
+            choose_version(said, ours)
 
 
-async def test_who_shares_no_version_is_told_which_there_are() -> None:
-    async with reception() as desk:
-        with pytest.raises(HanseError, match=r"Hello\.versions is \[8, 9\]; expected one of \[1\]") as refused:
-            await say_hello(await desk.dial("memory"), hello(versions=(9, 8)))
-    assert not refused.value.retryable
+async def test_who_shares_no_version_is_told_both_releases_and_what_they_speak() -> None:
+    heard: list[tuple[Hello, HanseError]] = []
+    async with reception(on_refused=lambda *refusal: heard.append(refusal)) as desk:
+        with pytest.raises(RemoteError) as refused:
+            await say_hello(await desk.dial("memory"), Hello((9, 8), SITE, PROJECT, "9.0.0"))
+    assert refused.value.reason == (
+        "site-1 runs Hanse 9.0.0 (protocol 8, 9), and this side runs Hanse 0.1.0 (protocol 1); "
+        "they need a protocol in common"
+    )
+    assert (refused.value.error_code, refused.value.retryable) == ("version-mismatch", False)
+    assert [(said.fqcn, error.reason) for said, error in heard] == [("site-1", refused.value.reason)]
+
+
+async def test_a_welcome_in_a_version_that_was_not_offered_is_a_mismatch() -> None:
+    near, far = memory_pipe_pair()
+    welcome = Welcome(3, "server", Ssid("7"), "0.3.0")
+    await far.write(encode(Frame(FrameKind.WELCOME, payload=encode_struct(welcome))))
+    with pytest.raises(VersionMismatch, match=r"the server runs Hanse 0\.3\.0 \(protocol 3\)"):
+        await say_hello(near, hello())
 
 
 async def test_a_stream_that_says_nothing_is_closed() -> None:
@@ -178,7 +204,6 @@ async def test_a_closing_reception_ends_all_streams_also_those_that_have_said_no
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (Frame(FrameKind.WELCOME, payload=encode_struct(Welcome(2, "server", Ssid("1")))), r"Welcome\.version is 2"),
         (Frame(FrameKind.WELCOME, payload=b"?"), "Welcome"),
         (Frame(FrameKind.EVENT), "first frame is 'EVENT'"),
     ],

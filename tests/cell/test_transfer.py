@@ -22,6 +22,7 @@ from hanse.errors import HanseError, NotFound, ProtocolError, TimedOut, Unauthen
 from hanse.ids import Digest
 from hanse.messages import Hello
 from hanse.storage.tensors import TensorFiles, digest_of
+from tests.faults.proxy import FAIR, SPLIT, FaultyNetwork
 
 from .world import SITE, Authority, Serving, hello, serving, transferring
 
@@ -393,6 +394,24 @@ async def test_a_transfer_outlives_a_restart_of_the_server(there: TensorFiles, h
         async with serving(scopes=scopes_of(there), target=target):
             await fetching
     assert here.map(digest) == BIG
+
+
+async def test_a_transfer_over_a_connection_that_died_without_a_word_goes_on_over_a_new_one(there: TensorFiles) -> None:
+    digest = digest_of(BIG)
+    async with serving(scopes=scopes_of(there)) as server:
+        network = FaultyNetwork(int(server.target.rpartition(":")[2]))
+        async with network.serving() as port, transferring(f"127.0.0.1:{port}") as transfers, asyncio.timeout(10):
+            assert await transfers.missing(SCOPE, [digest]) == [digest]
+            await network.become(SPLIT)
+            upload = asyncio.create_task(transfers.upload(SCOPE, digest, memoryview(BIG)))
+            await asyncio.sleep(0)
+            await network.forget()
+            await network.become(FAIR)
+            assert not upload.done()
+            await transfers.renew()
+            await upload
+            assert network.connections == 2
+    assert there.map(digest) == memoryview(BIG)
 
 
 async def test_tries_are_bounded_and_the_last_reason_is_told(here: TensorFiles) -> None:

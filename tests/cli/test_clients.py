@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hanse.ids import JobId, Ssid
-from hanse.messages import RegisteredClient, ServerStatus
+from hanse.messages import RefusedClient, RegisteredClient, ServerStatus
 
 from .conftest import Hanse
 
@@ -23,12 +23,16 @@ class FakeSession:
     def __init__(self) -> None:
         self.registered: tuple[RegisteredClient, ...] = (SITE,)
         self.refused: dict[str, str] = {}
+        self.knocking: tuple[RefusedClient, ...] = ()
 
     async def clients(self) -> tuple[RegisteredClient, ...]:
         return self.registered
 
     async def disabled_clients(self) -> dict[str, str]:
         return self.refused
+
+    async def refused_clients(self) -> tuple[RefusedClient, ...]:
+        return self.knocking
 
     async def disable(self, client: str) -> None:
         self.registered, self.refused = (), {client: "disabled by ada@demo"}
@@ -65,17 +69,25 @@ def test_clients_are_listed_and_so_are_those_that_are_refused(hanse: Hanse, sess
     _, line = hanse("client", "list").out.splitlines()
     assert line.split() == ["site-1", "disabled", "-", "disabled", "by", "ada@demo"]
     listed = json.loads(hanse("client", "list", "--format", "json").out)
-    assert listed == {"clients": [], "disabled": {"site-1": "disabled by ada@demo"}}
+    assert listed == {"clients": [], "disabled": {"site-1": "disabled by ada@demo"}, "refused": []}
 
     enabled = json.loads(hanse("client", "enable", "site-1", "--format", "json").out)
     assert enabled == {"client": "site-1", "disabled": False}
     assert hanse("client", "list").out == "no clients\n"
 
 
+def test_who_is_refused_is_listed_with_what_it_was_told(hanse: Hanse, session: FakeSession) -> None:
+    session.registered = ()
+    session.knocking = (RefusedClient("site-2", "unauthenticated", "its certificate has expired", 3.0),)
+    _, line = hanse("client", "list").out.splitlines()
+    assert line.rstrip().endswith("its certificate has expired [unauthenticated]")
+    assert line.split()[:5] == ["site-2", "refused", "3.00", "s", "ago"]
+
+
 def test_the_servers_state_is_shown(hanse: Hanse, session: FakeSession) -> None:
     shown = hanse("server", "status").out.splitlines()
-    assert shown[:2] == ["project       demo", "state         hot"]
-    assert shown[3:5] == ["clients       1 registered", "running jobs  1"]
+    assert (shown[0], shown[2]) == ("project       demo", "state         hot")
+    assert shown[4:6] == ["clients       1 registered", "running jobs  1"]
     assert json.loads(hanse("server", "status", "--format", "json").out)["clients"] == 1
 
 

@@ -2,18 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hanse.cli.job_text import JOB_ABORTED, JOB_FAILED
+from hanse.identity.authorities import Authority
+from hanse.identity.certificates import Identity
 from hanse.storage.models import read_safetensors
 
 HANSE = str(Path(sys.executable).with_name("hanse"))
@@ -109,8 +113,9 @@ def test_from_kits_to_a_model_in_a_file(kits: Path, tmp_path: Path) -> None:
         waiting = hanse("job", "submit", tmp_path / "job", **ada)["job_id"]
         shown = hanse("job", "show", waiting, **ada)
         assert shown["state"] == "submitted"
-        assert "registered" in shown["waiting_for"]
-        assert shown["waiting_until"] > shown["submitted_at"]
+        (awaited,) = shown["waiting"]
+        assert "registered" in awaited["what"]
+        assert awaited["until"] > shown["submitted_at"]
         assert hanse("job", "abort", waiting, **ada)["state"] == "aborted"
         assert hanse("job", "wait", waiting, status=21, **ada)["reason"] == "aborted by ada@demo"
         refused = hanse("job", "submit", tmp_path / "job", "--kit", kits / "mel@demo", status=5)
@@ -138,7 +143,7 @@ def test_from_kits_to_a_model_in_a_file(kits: Path, tmp_path: Path) -> None:
             assert hanse("job", "download", view["job_id"], model, status=4, **ada)["error"]["code"] == "conflict"
 
             stopped = hanse("client", "stop", kits / "site-1")
-            assert stopped == {"client": "stopped", "process": first.process.pid}
+            assert stopped == {"client": "stopped", "process": first.process.pid, "left": []}
             assert first.process.wait(10) == 0
             second.process.send_signal(signal.SIGINT)
             assert second.process.wait(10) == 0
@@ -170,6 +175,61 @@ def test_ctrl_c_ends_waiting_and_leaves_the_job_alone_and_ends_a_server_in_order
         assert server.process.wait(10) == 0
 
 
+def certified_anew(kit: Path, authority: Path, copy: Path, made: datetime, *hosts: str, **more: timedelta) -> Path:
+    """A copy of *kit* whose certificate, for the same key and by the same authority, was made at *made*."""
+    shutil.copytree(kit, copy, ignore=shutil.ignore_patterns("workspace"))
+    identity = Identity.load(kit / "cert.pem", kit / "key.pem")
+    certificate = Authority.load(authority).issue(
+        name=identity.name,
+        organisation=identity.organisation,
+        role=identity.role,
+        public_key=identity.key.public_key(),
+        now=made,
+        hosts=hosts,
+        **more,
+    )
+    (copy / "cert.pem").write_bytes(certificate)
+    return copy
+
+
+def test_a_certificate_that_is_not_valid_now_is_said_to_be_that(kits: Path, tmp_path: Path) -> None:
+    now, authority = datetime.now(UTC), kits / "authority"
+    old = certified_anew(kits / "site-1", authority, tmp_path / "old", now - timedelta(days=400))
+    early = certified_anew(kits / "site-1", authority, tmp_path / "early", now + timedelta(days=40))
+    with running("server", "start", kits / "server", log=tmp_path / "server.log"):
+        ended = hanse("client", "start", old, status=5)["error"]
+        assert ended["code"] == "unauthenticated"
+        since = f"{now - timedelta(days=40):%Y-%m-%d %H:%M} UTC"
+        assert ended["reason"] == f"the certificate of 'site-1' expired on {since}; ask the project for a new one"
+        ended = hanse("client", "start", early, status=5)["error"]
+        assert ended["reason"].startswith("the certificate of 'site-1' is not valid before")
+
+
+@pytest.mark.slow
+def test_a_certificate_that_expires_while_a_client_runs_ends_it_when_it_has_to_connect_again(
+    kits: Path, tmp_path: Path
+) -> None:
+    lifetime = timedelta(seconds=25)  # time enough to register on a busy machine
+    kit = certified_anew(kits / "site-1", kits / "authority", tmp_path / "kit", datetime.now(UTC), lifetime=lifetime)
+    with (
+        running("server", "start", kits / "server", log=tmp_path / "server.log") as server,
+        running("client", "start", kit, log=tmp_path / "client.log") as client,
+    ):
+        server.process.kill()
+        assert client.process.wait(WITHIN_S) == 5
+    told = json.loads((tmp_path / "client.log").read_text().splitlines()[-1])["error"]
+    assert told["code"] == "unauthenticated"
+    assert told["reason"].startswith("the certificate of 'site-1' expired on")
+
+
+def test_a_servers_certificate_that_is_not_valid_now_keeps_it_from_starting(kits: Path, tmp_path: Path) -> None:
+    made = datetime.now(UTC) - timedelta(days=400)
+    old = certified_anew(kits / "server", kits / "authority", tmp_path / "old", made, "127.0.0.1")
+    ended = hanse("server", "start", old, status=5)["error"]
+    assert ended["reason"].startswith("the certificate of 'server' expired on")
+    assert not (old / "workspace").exists()
+
+
 def test_a_server_is_stopped_by_an_administrator_and_takes_no_strangers(kits: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -178,6 +238,7 @@ def test_a_server_is_stopped_by_an_administrator_and_takes_no_strangers(kits: Pa
     with running("server", "start", kits / "server", log=tmp_path / "server.log") as server:
         ended = hanse("client", "start", other / "kits" / "site-1", status=5)
         assert ended["error"]["code"] == "unauthenticated"
+        assert "is not one that the project's CA issued; another project's server is there" in ended["error"]["reason"]
         asked = hanse("server", "stop", "--kit", kits / "ada@demo")
         assert asked == {"server": "asked to stop", "process": None}
         assert server.process.wait(10) == 0

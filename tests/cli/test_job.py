@@ -129,7 +129,7 @@ def test_a_log_is_printed_as_it_is(hanse: Hanse, session: FakeSession) -> None:
 
 def test_a_refusal_is_the_commands_end(hanse: Hanse, session: FakeSession) -> None:
     ended = hanse("job", "abort", "digits")
-    assert (ended.status, ended.err) == (4, "hanse: job digits is completed, so it cannot be aborted\n")
+    assert (ended.status, ended.err) == (4, "hanse: job digits is completed, so it cannot be aborted [conflict]\n")
 
 
 def test_a_model_is_put_into_a_file_called_like_the_job(

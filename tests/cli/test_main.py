@@ -3,16 +3,20 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 import hanse.cli
 from hanse.cell.refusals import RemoteError, error_from, refuse
 from hanse.cli.failures import failure_of
+from hanse.codes import CODES
 from hanse.errors import Conflict, HanseError, StoreFailed, Unauthorized
 
 from .conftest import Hanse
 
+RELEASE = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["version"]
 HEAVY = {"numpy", "grpc", "sqlalchemy", "cryptography", "msgspec", "asyncio"}
 
 
@@ -25,7 +29,7 @@ def test_help_loads_nothing_that_help_does_not_need() -> None:
         "import sys; import hanse.cli; hanse.cli.main(['--help']);"
         f"loaded = {{name.split('.')[0] for name in sys.modules}}; print(sorted(loaded & {HEAVY!r}), file=sys.stderr);"
         "print([name for name in sys.modules if name.startswith('hanse.') and name not in"
-        " ('hanse.cli', 'hanse.cli.failures', 'hanse.errors')], file=sys.stderr)"
+        " ('hanse.cli', 'hanse.cli.failures', 'hanse.codes', 'hanse.errors')], file=sys.stderr)"
     )
     assert ended.stderr.splitlines() == ["[]", "[]"]
     assert "provision" in ended.stdout
@@ -34,7 +38,7 @@ def test_help_loads_nothing_that_help_does_not_need() -> None:
 def test_the_installed_command_runs() -> None:
     command = [os.path.join(os.path.dirname(sys.executable), "hanse"), "version"]  # noqa: PTH118, PTH120 - the link itself
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    assert (ended.returncode, ended.stdout) == (0, "0.1.0\n")
+    assert (ended.returncode, ended.stdout) == (0, f"{RELEASE}\n")
 
 
 @pytest.mark.parametrize("command", hanse.cli.COMMANDS)
@@ -47,7 +51,7 @@ def test_every_command_has_help_and_prints_json(command: str, hanse: Hanse) -> N
 
 def test_version_as_json_is_one_document(hanse: Hanse) -> None:
     ended = hanse("version", "--format", "json")
-    assert json.loads(ended.out)["release"] == "0.1.0"
+    assert json.loads(ended.out)["release"] == RELEASE
     assert ended.err == ""
 
 
@@ -71,9 +75,12 @@ def test_arguments_that_cannot_be_are_a_document_where_json_is_asked_for(hanse: 
 def test_an_error_ends_the_command_with_its_sentence_and_status(hanse: Hanse) -> None:
     ended = hanse("job", "list")
     assert ended.status == 2
-    assert ended.err == "hanse: --kit is None; expected the folder of an administrator's kit (or set HANSE_KIT)\n"
+    assert (
+        ended.err == "hanse: --kit is None; expected the folder of an administrator's kit (or set HANSE_KIT) [config]\n"
+    )
     document = json.loads(hanse("job", "list", "--format", "json").err)
-    assert document == {"error": {"code": "config", "reason": ended.err.removeprefix("hanse: ").strip()}}
+    reason = ended.err.removeprefix("hanse: ").removesuffix(" [config]\n")
+    assert document == {"error": {"code": "config", "reason": reason, "advice": CODES["config"].advice}}
 
 
 def _errors() -> list[type[HanseError]]:

@@ -5,7 +5,7 @@ from hanse.cli.job_text import job_line, job_lines, job_status
 from hanse.cli.output import duration_text, metrics_text, time_text
 from hanse.cli.progress import SHOWN_CLIENTS, JobProgress
 from hanse.ids import Digest, JobId
-from hanse.messages import ClientView, JobEvent, JobView, RoundView
+from hanse.messages import ClientView, JobEvent, JobView, RoundView, Waiting
 
 JOB = JobId("digits-1")
 
@@ -27,7 +27,7 @@ def drawn(progress: JobProgress) -> str:
 
 def test_where_there_is_no_terminal_each_fact_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with JobProgress() as progress:
-        progress.add(view("submitted", waiting_for="2 more clients", waiting_until=1_700_000_100.0))
+        progress.add(view("submitted", waiting=(Waiting("2 more clients", until=1_700_000_100.0),)))
         progress.add(event("job_started"))
         progress.add(event("round_done", round=0))
         progress.add(event("task_sent", round=1, client="site-1"))
@@ -84,9 +84,11 @@ def test_a_thousand_clients_do_not_fill_the_terminal() -> None:
 
 
 def test_a_waiting_job_shows_for_what_and_until_when() -> None:
-    shown = drawn_view = "\n".join(job_lines(view("submitted", waiting_for="site-3", waiting_until=1_700_000_100.0)))
-    assert f"waits for  site-3, until {time_text(1_700_000_100.0)}" in shown
-    assert "reason" not in drawn_view
+    waiting = Waiting("site-3", since=1_700_000_000.0, until=1_700_000_100.0, then="it is given up")
+    shown = "\n".join(job_lines(view("submitted", waiting=(waiting,))))
+    times = f"since {time_text(1_700_000_000.0)}, until {time_text(1_700_000_100.0)}"
+    assert f"waits for  site-3\n           {times}; then it is given up\n" in shown
+    assert "reason" not in shown
 
 
 def test_an_ended_job_shows_its_reason_and_where_its_result_is() -> None:
@@ -99,6 +101,49 @@ def test_an_ended_job_shows_its_reason_and_where_its_result_is() -> None:
     completed = view("completed", result=Digest("0" * 64), result_bytes=12_345)
     assert "12,345 bytes (hanse job download digits-1)" in "\n".join(job_lines(completed))
     assert job_line(view("failed", reason="it broke"))[-1] == "it broke"
+
+
+def test_a_running_job_shows_each_client_that_it_waits_for_as_it_stands() -> None:
+    since = 1_700_000_000.0
+    whom = (
+        ClientView("site-1", "running", since=since),
+        ClientView("site-2", "starting", since=since, attempt=2),
+        ClientView("site-3", "lost", "not connected for 15 s", since),
+        *(ClientView(f"site-{number}", "suspect") for number in range(4, 30)),
+    )
+    waiting = (Waiting("the store"), Waiting("answers to 'train' of round 2 from 29 of 30 clients", whom, since))
+    lines = list(job_lines(view("running", waiting=waiting)))
+
+    begin = lines.index("waits for  the store")
+    assert lines[begin + 1] == "           for as long as it takes"
+    assert lines[begin + 2] == "waits for  answers to 'train' of round 2 from 29 of 30 clients"
+    assert lines[begin + 3] == f"           since {time_text(since)}, for as long as it takes"
+    assert lines[begin + 4] == f"           site-1: connected and working, since {time_text(since)}"
+    assert lines[begin + 5] == f"           site-2: its process is being started, start 2, since {time_text(since)}"
+    assert lines[begin + 6].endswith(f"since {time_text(since)}: not connected for 15 s")
+    assert lines[begin + 7] == "           site-4: suspect, for it is not connected"
+    assert "           and 9 more" in lines
+    assert job_line(view("running", waiting=waiting[:1]))[-1] == "the store"
+
+
+def test_a_job_that_ended_badly_shows_where_what_to_do_and_the_log() -> None:
+    failed = view(
+        "failed",
+        reason="only 1 of the 2 answers",
+        code="too-few-clients",
+        client="site-2",
+        cause="out-of-memory",
+        log_tail="epoch 3\nKilled",
+        advice="Use less.",
+    )
+    lines = list(job_lines(failed))
+
+    assert "at         site-2 (out-of-memory)" in lines
+    assert "advice     Use less. (hanse explain out-of-memory)" in lines
+    assert lines[-3:] == ["log        its last lines at site-2:", "           epoch 3", "           Killed"]
+    at_the_server = view("failed", reason="it broke", code="workflow-failed", advice="Mend it.", log_tail="Traceback")
+    assert "advice     Mend it. (hanse explain workflow-failed)" in job_lines(at_the_server)
+    assert "log        its last lines at the server:" in job_lines(at_the_server)
 
 
 def test_how_a_job_ended_is_the_exit_status() -> None:

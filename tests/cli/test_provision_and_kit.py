@@ -41,6 +41,25 @@ def test_provisioning_says_what_was_made_and_what_was_kept(hanse: Hanse, folder:
     assert "site-2: site-2 makes its own key" in again.out
 
 
+def test_a_second_server_is_provisioned_and_its_answer_called_confidential(hanse: Hanse, folder: Path) -> None:
+    shared = 'settings = { store = "postgresql://hanse@db/hanse", runs = "/shared/runs" }'
+    standby = f'{shared}\n[[standbys]]\nname = "standby"\nhosts = ["127.0.0.1"]\nown_key = true'
+    (folder / "project.toml").write_text(PROJECT.replace('hosts = ["localhost"]', f'hosts = ["localhost"]\n{standby}'))
+    made = hanse("provision", folder / "project.toml", "--out", folder / "kits")
+    assert "standby: standby makes its own key" in made.out
+    request = ("kit", "request", "standby", "--organisation", "demo", "--role", "server", "--out", folder / "standby")
+    assert hanse(*request).status == 0
+
+    approve = ("kit", "approve", folder / "standby" / "request.pem", "--project", folder / "project.toml")
+    approved = hanse(*approve, "--authority", folder / "kits" / "authority", "--out", folder / "standby.zip")
+
+    assert "hand it over on a way that nobody else can read" in approved.out
+    assert hanse("kit", "install", folder / "standby.zip", "--into", folder / "standby").status == 0
+    secret = (folder / "kits" / "authority" / "servers.secret").read_bytes()
+    assert (folder / "standby" / "servers.secret").read_bytes() == secret
+    assert secret.decode().strip() not in made.out + approved.out
+
+
 def test_a_key_that_never_leaves_its_site_gets_its_certificate(hanse: Hanse, folder: Path) -> None:
     hanse("provision", folder / "project.toml", "--out", folder / "kits")
     site, answer = folder / "site-2", folder / "site-2.zip"
@@ -87,4 +106,4 @@ def test_a_kit_of_the_wrong_kind_is_one_sentence(
     hanse("provision", folder / "project.toml", "--out", folder / "kits")
     ended = hanse(*command, folder / "kits" / kit)
     assert ended.status == 2
-    assert ended.err == f"hanse: kit is '{folder / 'kits' / kit}'; expected {wanted}, and this one is {this}\n"
+    assert ended.err == f"hanse: kit is '{folder / 'kits' / kit}'; expected {wanted}, and this one is {this} [config]\n"

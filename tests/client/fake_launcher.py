@@ -34,7 +34,7 @@ class FakeHandle:
         return self._status.result()
 
     def log_tail(self, lines: int = 20) -> str:
-        return self.tail
+        return "\n".join(self.tail.splitlines()[-lines:]) if lines else ""
 
 
 class FakeLauncher:

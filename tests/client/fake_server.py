@@ -176,7 +176,7 @@ class FakeServer:
         nonce = bytes(range(32))
         said = self._transcript(asked, nonce)
         reply = self.tamper(
-            ChallengeReply("server", nonce, self.identity.certificate, self.identity.sign(server_half(said)))
+            ChallengeReply(self.identity.name, nonce, self.identity.certificate, self.identity.sign(server_half(said)))
         )
         self._challenged[asked.client] = asked, reply
         return ok(reply)
@@ -227,7 +227,7 @@ class FakeServer:
         return transcript(
             project=asked.project,
             client=asked.client,
-            server="server",
+            server=self.identity.name,
             client_nonce=asked.nonce,
             server_nonce=nonce,
             client_certificate=asked.certificate,

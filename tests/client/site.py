@@ -39,7 +39,7 @@ def code_folder(folder: Path, source: str = APP, name: str = "app.py") -> Path:
 async def site(server: FakeServer, workspace: Path, **changes: Any) -> AsyncIterator[Site]:
     """An agent that runs within the block; whatever it ends with there is the test's to expect."""
     launcher = FakeLauncher()
-    options = {key: changes.pop(key) for key in ("identity", "roots", "dial") if key in changes}
+    options = {key: changes.pop(key) for key in ("identity", "roots", "dial", "wall") if key in changes}
     agent = ClientAgent(
         settings(**changes),
         workspace=workspace,

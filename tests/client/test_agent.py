@@ -1,7 +1,7 @@
 import asyncio
 import logging
 import math
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -257,6 +257,46 @@ async def test_while_the_server_is_away_the_status_says_why(tmp_path: Path) -> N
 
             waiting = "waiting for the server: cannot reach memory: connection refused; trying again in "
             assert here.agent.status.startswith(waiting)
+
+
+async def test_expired_certificate_ends_the_agent_at_once_and_nothing_is_said(tmp_path: Path) -> None:
+    authority = Authority.create(PROJECT, now=datetime.now(UTC))
+    old = certified(authority, SITE, "client", now=datetime.now(UTC) - timedelta(days=400))
+    async with (
+        fake_server(tmp_path / "s", identity=certified(authority, "server", "server")) as server,
+        site(server, tmp_path / "w", identity=old, roots=authority.certificate) as here,
+    ):
+        with pytest.raises(
+            Unauthenticated, match=r"^the certificate of 'site-1' expired on .* ask the project for a new"
+        ):
+            await within(20, here.running)
+        assert server.hellos == []
+
+
+async def test_certificate_that_expires_while_the_agent_runs_ends_it_when_it_dials_again(tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    authority = Authority.create(PROJECT, now=now)
+    clock = [now]
+    identity = certified(authority, "server", "server", now=now)
+    async with (
+        fake_server(tmp_path / "s", identity=identity, roots=authority.certificate) as server,
+        site(
+            server,
+            tmp_path / "w",
+            identity=certified(authority, SITE, "client", now=now),
+            roots=authority.certificate,
+            wall=lambda: clock[0],
+        ) as here,
+    ):
+        await within(20, here.agent.wait_registered())
+        clock[0] += timedelta(days=400)
+        await server.next(Heartbeat)
+        assert not here.running.done()
+        await server.go_away(AWAY)
+
+        with pytest.raises(Unauthenticated, match="the certificate of 'site-1' expired"):
+            await within(20, here.running)
+        assert len(server.hellos) == 1
 
 
 async def test_impostor_ends_the_agent_before_it_has_said_who_it_is(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
 import asyncio
+import errno
+import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -402,6 +404,29 @@ async def test_more_tasks_than_can_wait_are_refused(tmp_path: Path) -> None:
         more = TaskAssignment(key(MAX_QUEUED_TASKS + 1), None)
         with pytest.raises(RemoteError, match=f"site-1 is busy with {MAX_QUEUED_TASKS} tasks"):
             await server.cell.ask(Fqcn(CELL), Channel.TASK, "task", more, timeout_s=10)
+
+
+async def test_full_disk_at_the_site_is_told_at_once_and_the_next_task_is_worked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fake_server(tmp_path / "s") as server, job(server, tmp_path / "f", FakeTrainer(add_one)):
+        await server.up(CELL)
+        task = assignment(server, LARGE)
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as disk:
+            disk.setattr(os, "posix_fallocate", full)
+            disk.setattr(os, "pwrite", full)
+            give(server, task)
+            fault = (await server.next(TaskResult)).fault
+        assert fault is not None
+        assert (fault.code, fault.retryable) == ("no-space", True)
+        assert str(tmp_path / "f") in fault.reason
+
+        give(server, TaskAssignment(key(2), task.model))
+        assert (await server.next(TaskResult)).update is not None
 
 
 async def test_model_that_cannot_be_is_a_fault(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ import pytest
 
 from hanse.cell.listener import Listener
 from hanse.cell.rpc import ServerTls
+from hanse.client.job_process import TERMINATED
 from hanse.client.process_spec import PROCESS_MODULE, JobProcessSpec
 from hanse.errors import Unreachable
 from hanse.identity.authorities import Authority, JobAuthority
 from hanse.ids import Fqcn
-from hanse.launch.process import ProcessLauncher, RunningProcess
+from hanse.launch.process import RunningProcess
+from hanse.launch.surviving import SurvivingLauncher
 from hanse.messages import (
     Channel,
     JobCredentials,
@@ -29,6 +31,7 @@ from hanse.messages import (
     TaskResult,
 )
 from hanse.model import Model
+from hanse.settings import SitePolicy
 from hanse.storage.models import load_model, store_model
 
 from .fake_server import JOB, PROJECT, SITE, FakeServer, certified, fake_server, job_identity, job_spec
@@ -101,7 +104,7 @@ class Place:
                 **changes,
             }
         )
-        return await ProcessLauncher().launch(
+        return await SurvivingLauncher().launch(
             PROCESS_MODULE, spec=msgspec.msgpack.encode(spec), log_path=self.folder / "log", env={}, name="job"
         )
 
@@ -142,7 +145,7 @@ async def test_functions_and_script_run_the_same_job_end_to_end(
         assert (result.update.num_examples, result.update.metrics) == (5, {"seen": 1.0})
         assert (await here.server.next(LogMetrics)).metrics == {"loss": 0.5}
 
-        assert await process.stop() == 0
+        assert await process.stop() == TERMINATED
         if client == "train.py":
             assert "the script has ended" in process.log_tail(), "the run's end ends its loop"
 
@@ -161,26 +164,68 @@ async def test_job_proves_itself_by_a_certificate_of_its_own(tmp_path: Path) -> 
         assert peer.transport == "mtls"
         here.give()
         assert (await here.server.next(TaskResult)).update is not None
-        assert await process.stop() == 0
+        assert await process.stop() == TERMINATED
 
 
-@pytest.mark.parametrize("how", ["life line", "SIGTERM"])
-async def test_process_is_gone_soon_though_user_code_does_not_end(tmp_path: Path, how: str) -> None:
-    evaluating = tmp_path / "evaluating"
-    os.mkfifo(evaluating)
-    async with place(tmp_path) as here:
-        process = await here.launch(site={"evaluating": str(evaluating)})
+@asynccontextmanager
+async def evaluating(here: Place, **changes: Any) -> AsyncIterator[RunningProcess]:
+    """A process whose code is in the middle of a task that does not end."""
+    told = here.folder / "evaluating"
+    os.mkfifo(told)
+    process = await here.launch(site={"evaluating": str(told)}, **changes)
+    try:
         await here.server.up(CELL)
         here.give("evaluate")
-        await asyncio.to_thread(evaluating.read_text)
-        if how == "life line":
-            assert process._life_line is not None
-            os.close(process._life_line)  # as the kernel does when the agent dies
-            process._life_line = None
-        else:
-            os.kill(process.pid, signal.SIGTERM)
+        await asyncio.to_thread(told.read_text)
+        yield process
+    finally:
+        await process.stop()
 
-        assert await process.wait() == 0
+
+def lose_agent(process: RunningProcess) -> None:
+    """Close the life line as the kernel does when the agent dies."""
+    assert process._life_line is not None
+    os.close(process._life_line)
+    process._life_line = os.open(os.devnull, os.O_RDONLY)
+
+
+async def test_process_is_gone_soon_after_sigterm_though_user_code_does_not_end(tmp_path: Path) -> None:
+    async with place(tmp_path) as here, evaluating(here) as process:
+        os.kill(process.pid, signal.SIGTERM)
+
+        assert await process.wait() == TERMINATED
+
+
+async def test_process_without_an_agent_ends_by_itself_though_user_code_does_not_and_says_why(tmp_path: Path) -> None:
+    async with place(tmp_path) as here, evaluating(here, agent_grace_s=0.1) as process:
+        lose_agent(process)
+
+        assert await process.wait() == -signal.SIGKILL, "what it has started ends with it"
+        log = process.log_tail()
+        assert "the agent is gone; the job goes on" in log
+        assert "the job ends here: its agent has been gone for 0.1 s, and no other has come job=digits-1" in log
+
+
+async def test_process_without_an_agent_goes_on_and_delivers(tmp_path: Path) -> None:
+    async with place(tmp_path) as here:
+        process = await here.launch()
+        await here.server.up(CELL)
+        lose_agent(process)
+        here.give()
+
+        assert (await here.server.next(TaskResult)).update is not None
+        assert await process.stop() == TERMINATED
+
+
+async def test_process_whose_folder_is_gone_ends_by_itself(tmp_path: Path) -> None:
+    async with place(tmp_path) as here:
+        process = await here.launch()
+        await here.server.up(CELL)
+        (tmp_path / "life-line").unlink()
+        lose_agent(process)
+
+        assert await process.wait() == -signal.SIGKILL
+        assert "the job ends here: its life line to the agent is gone (No such file or directory)" in process.log_tail()
 
 
 async def test_sigterm_ends_the_process_in_order(tmp_path: Path) -> None:
@@ -191,31 +236,64 @@ async def test_sigterm_ends_the_process_in_order(tmp_path: Path) -> None:
         await here.server.next(TaskResult)  # so the process, too, counts the connection as up
         os.kill(process.pid, signal.SIGTERM)
 
-        assert await process.wait() == 0
+        assert await process.wait() == TERMINATED
         peer, reason = await here.server.downs.get()
         assert (peer.fqcn, reason) == (CELL, f"cannot reach {CELL}: it has left")
 
 
 @pytest.mark.parametrize(
-    ("client", "source", "kind", "reason"),
+    ("client", "source", "kind", "code", "reason"),
     [
-        ("app:app", "raise RuntimeError('no GPU')\n", "exception", "RuntimeError: no GPU (app.py:1)"),
-        ("app:other", APP, "config", "module 'app' has no attribute 'other'"),
-        ("app:app", "import not_there_at_all\n", "config", "No module named 'not_there_at_all'"),
-        ("train.py", APP, "config", "a script among the job's files"),
+        ("app:app", "raise OSError('no GPU')\n", "exception", "import-failed", "OSError: no GPU (app.py:1)"),
+        ("app:other", APP, "config", "job-invalid", "module 'app' has no attribute 'other'"),
+        (
+            "app:app",
+            "import not_there_at_all\n",
+            "exception",
+            "missing-dependency",
+            "module 'not_there_at_all', which app.py:1 imports, is not installed",
+        ),
+        ("train.py", APP, "config", "job-invalid", "a script among the job's files"),
     ],
 )
 async def test_code_that_cannot_run_is_reported_and_is_the_last_word_of_the_log(
-    tmp_path: Path, client: str, source: str, kind: str, reason: str
+    tmp_path: Path, client: str, source: str, kind: str, code: str, reason: str
 ) -> None:
     async with place(tmp_path, source) as here:
         process = await here.launch(client)
         failure = await here.server.next(JobFailure)
         assert await process.wait() == 1
 
-        assert failure.kind == kind
+        assert (failure.kind, failure.code) == (kind, code)
         assert reason in failure.reason
-        assert reason in process.log_tail(1)
+        assert reason.rpartition(" is not")[0] in process.log_tail(1)
+
+
+@pytest.mark.parametrize(("lines", "told"), [(20, ["data of 12 patients", "    int('x')"]), (0, [])])
+async def test_failure_comes_with_as_much_of_this_process_log_as_the_site_lets_go(
+    tmp_path: Path, lines: int, told: list[str]
+) -> None:
+    source = (
+        "import hanse\n"
+        "app = hanse.ClientApp()\n"
+        "@app.train\n"
+        "def train(model, ctx):\n"
+        "    print('data of 12 patients')\n"
+        "    int('x')\n"
+    )
+    (tmp_path / "log").write_text("what an earlier process said\n")
+    async with place(tmp_path, source) as here:
+        process = await here.launch(log=str(tmp_path / "log"), policy=SitePolicy(log_lines=lines))
+        await here.server.up(CELL)
+        here.give()
+        fault = (await here.server.next(TaskResult)).fault
+        assert fault is not None
+        assert fault.code == "training-failed"
+        log = fault.log_tail.splitlines()
+        assert [line for line in log if line in told] == told
+        assert (log == []) is (told == [])
+        assert "earlier" not in fault.log_tail
+        assert await process.stop() == TERMINATED
 
 
 async def test_process_that_the_server_refuses_for_good_ends_with_the_reason(tmp_path: Path) -> None:
@@ -233,6 +311,6 @@ async def test_process_waits_for_a_server_that_is_away_and_says_so(tmp_path: Pat
         await here.server.up(CELL)
         await here.restart()
         await here.server.up(CELL)
-        assert await process.stop() == 0
+        assert await process.stop() == TERMINATED
 
         assert "waiting for the server job=digits-1 reason='" in process.log_tail()

@@ -1,13 +1,15 @@
 import stat
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from hanse.cell.cell import RemoteError
-from hanse.client.jobs import JobFolder
 from hanse.client.process_spec import PROCESS_MODULE
+from hanse.client.workspace import JobFolder
 from hanse.errors import NotFound, Unreachable
 from hanse.ids import Digest, Fqcn, JobId
+from hanse.launch.memory import KillCounter
 from hanse.messages import AbortJob, Channel, DeployJob, Heartbeat, JobEnded
 from hanse.settings import SitePolicy
 from hanse.storage.packages import MAX_PACKAGE_BYTES
@@ -159,6 +161,41 @@ async def test_end_that_nobody_asked_for_is_reported_with_the_logs_last_lines(tm
         here.launcher.launched[0].end(-9, "the last line")
 
         assert await server.next(JobEnded) == JobEnded(JOB, 2, -9, "the last line")
+
+
+async def test_site_decides_how_much_of_its_log_leaves_it(tmp_path: Path) -> None:
+    for lines, told in ((0, ""), (1, "the last line")):
+        policy = SitePolicy(log_lines=lines)
+        async with (
+            fake_server(tmp_path / f"s{lines}") as server,
+            site(server, tmp_path / f"w{lines}", policy=policy) as here,
+        ):
+            await server.up()
+            await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+            await server.ask("start", server.start())
+            assert here.launcher.launched[0].spec.policy == policy
+            here.launcher.launched[0].end(-9, "a patient's name\nthe last line")
+
+            assert (await server.next(JobEnded)).log_tail == told
+
+
+@pytest.mark.parametrize(("killed_for_memory", "cause"), [(1, "out-of-memory"), (0, "")])
+async def test_end_tells_whether_memory_ran_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_for_memory: int, cause: str
+) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text("0::/site\n")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "memory.events").write_text("oom_kill 4\n")
+    monkeypatch.setattr("hanse.client.jobs.KillCounter", partial(KillCounter, proc=tmp_path, groups=tmp_path))
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        (tmp_path / "site" / "memory.events").write_text(f"oom_kill {4 + killed_for_memory}\n")
+        here.launcher.launched[0].end(-9)
+
+        assert (await server.next(JobEnded)).cause == cause
 
 
 async def test_end_is_reported_until_the_server_has_heard_of_it(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def registrant(authority: Authority, **changes: Any) -> Registrant:
         "release": "0.1",
         **changes,
     }
-    return Registrant(PROJECT, SITE, "server", **values)
+    return Registrant(PROJECT, SITE, **{"server_names": ("server",), **values})
 
 
 async def test_both_prove_themselves_and_the_client_is_registered(tmp_path: Path, authority: Authority) -> None:
@@ -123,6 +123,42 @@ async def test_server_that_does_not_prove_itself_learns_nothing_of_the_client(
         assert sentence in outcome.reason
         assert notes == []
         assert server.queue(Register).empty()
+
+
+@pytest.mark.parametrize("name", ["alpha", "server"])
+async def test_any_of_the_projects_servers_may_answer(tmp_path: Path, authority: Authority, name: str) -> None:
+    identity = certified(authority, name, "server")
+    async with (
+        fake_server(tmp_path, identity=identity, roots=authority.certificate) as server,
+        outcome_of(server, registrant(authority, server_names=("alpha", "server"))) as (outcome, notes),
+    ):
+        assert isinstance(outcome, Registered)
+        assert notes == ["proven"]
+
+
+async def test_server_that_no_name_stands_for_learns_which_this_kit_expects(
+    tmp_path: Path, authority: Authority
+) -> None:
+    identity = certified(authority, "gamma", "server")
+    async with (
+        fake_server(tmp_path, identity=identity, roots=authority.certificate) as server,
+        outcome_of(server, registrant(authority, server_names=("alpha", "server"))) as (outcome, _),
+    ):
+        assert isinstance(outcome, Unauthenticated)
+        assert outcome.reason == "the server calls itself 'gamma'; this kit expects 'alpha' or 'server'"
+        assert server.queue(Register).empty()
+
+
+async def test_server_cannot_pass_for_another_of_the_project(tmp_path: Path, authority: Authority) -> None:
+    identity = certified(authority, "alpha", "server")
+    async with (
+        fake_server(
+            tmp_path, identity=identity, roots=authority.certificate, tamper=changed(server="server")
+        ) as server,
+        outcome_of(server, registrant(authority, server_names=("alpha", "server"))) as (outcome, _),
+    ):
+        assert isinstance(outcome, Unauthenticated)
+        assert outcome.reason == "the certificate is for 'alpha', not for 'server'"
 
 
 async def test_short_nonce_is_no_challenge_reply(tmp_path: Path, authority: Authority) -> None:

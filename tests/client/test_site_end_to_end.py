@@ -1,23 +1,32 @@
 """A site with real processes and a real port: what runs here runs at a hospital."""
 
 import asyncio
+import os
 import random
+import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 
 from hanse.cell.listener import Listener
 from hanse.client.agent import ClientAgent
+from hanse.client.workspace import JobFolder, end_orphans, only_agent_of
+from hanse.errors import UNKNOWN_STATUS
 from hanse.ids import Fqcn
-from hanse.launch.process import ProcessLauncher
+from hanse.launch.held import HeldProcess
+from hanse.launch.surviving import SurvivingLauncher, pid_at
 from hanse.messages import Channel, Heartbeat, JobEnded, Quit, TaskAssignment, TaskKey, TaskResult
 from hanse.model import Model
 from hanse.storage.models import load_model, store_model
 
-from .fake_server import JOB, SITE, fake_server, job_spec
+from .fake_server import JOB, SITE, FakeServer, fake_server, job_spec
 from .site import code_folder, settings, within
 
 APP = """
@@ -45,7 +54,7 @@ async def test_agent_runs_a_job_in_a_process_reports_its_death_and_leaves_nothin
         agent = ClientAgent(
             settings(servers=(target,), config={"add": 2}),
             workspace=tmp_path / "w",
-            launcher=ProcessLauncher(),
+            launcher=SurvivingLauncher(),
             rng=random.Random(1),
         )
         running = asyncio.create_task(agent.run())
@@ -75,6 +84,151 @@ async def test_agent_runs_a_job_in_a_process_reports_its_death_and_leaves_nothin
         await listener.stop(0.1)
         assert psutil.Process().children() == []
         assert [path.name for path in (tmp_path / "w" / "jobs" / JOB).iterdir()] == ["job.log"]
+
+
+AGENT = """
+import asyncio, pathlib, random, sys
+from hanse.client.agent import ClientAgent
+from hanse.launch.held import HeldProcess
+from hanse.launch.surviving import SurvivingLauncher, pid_at
+from tests.client.site import settings
+
+async def main(target, workspace):
+    chosen = settings(servers=(target,), config={"add": 2})
+    await ClientAgent(
+        chosen, workspace=pathlib.Path(workspace), launcher=SurvivingLauncher(), rng=random.Random(1)
+    ).run()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+"""An agent in a process of its own, which can be killed."""
+
+
+@dataclass
+class Left:
+    """A site whose agent was killed while its job's process lived."""
+
+    server: FakeServer
+    target: str
+    workspace: Path
+    process: HeldProcess
+
+    @property
+    def folder(self) -> JobFolder:
+        return JobFolder(self.workspace / "jobs" / JOB)
+
+    @asynccontextmanager
+    async def next_agent(self, add: int = 2) -> AsyncIterator[ClientAgent]:
+        """The next agent of the workspace, until the end of the block; the server has its first heartbeat to come."""
+        agent = ClientAgent(
+            settings(servers=(self.target,), config={"add": add}),
+            workspace=self.workspace,
+            launcher=SurvivingLauncher(),
+            rng=random.Random(2),
+        )
+        while not self.server.queue(Heartbeat).empty():  # the killed agent's
+            self.server.queue(Heartbeat).get_nowait()
+        running = asyncio.create_task(agent.run(), name="next agent")
+        try:
+            yield agent
+        finally:
+            agent.stop()
+            await within(20, running)
+
+    def give(self, number: int) -> None:
+        reference = store_model(MODEL, self.server.files(f"job/{JOB}"))
+        task = TaskAssignment(TaskKey(number, "train", 0, SITE), reference)
+        self.server.cell.tell(CELL, Channel.TASK, "task", task)
+
+
+@pytest.fixture
+async def left(tmp_path: Path) -> AsyncIterator[Left]:
+    async with fake_server(tmp_path / "s") as server:
+        listener = Listener(server.reception, scopes=server.scopes, tls=None, target="127.0.0.1:0")
+        target = await listener.start()
+        workspace = tmp_path / "w"
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        agent = await asyncio.create_subprocess_exec(sys.executable, "-c", AGENT, target, str(workspace), env=env)
+        try:
+            await server.up()
+            await server.ask("deploy", server.announce(code_folder(tmp_path / "code", APP), job_spec()))
+            await server.ask("start", server.start(attempt=2))
+            await server.up(CELL)
+        finally:
+            agent.kill()
+            await agent.wait()
+        pid = pid_at(workspace / "jobs" / JOB)
+        assert pid is not None
+        site = Left(server, target, workspace, HeldProcess(pid))
+        try:
+            yield site
+        finally:
+            site.process.kill_group()
+            site.process.close()
+            await listener.stop(0.1)
+
+
+async def test_next_agent_takes_a_process_over_and_reports_it_with_its_first_heartbeat(left: Left) -> None:
+    async with left.next_agent():
+        await left.server.up()
+        assert await left.server.next(Heartbeat) == Heartbeat((JOB,))
+        await left.server.ask("start", left.server.start(attempt=2))  # asked again: the answer was lost with the agent
+        left.give(3)
+        result = await left.server.next(TaskResult)
+        assert result.update is not None
+        assert pid_at(left.folder.path) == left.process.pid
+    assert left.process.wait(0), "an agent that stops in order ends what it took over"
+    assert [path.name for path in left.folder.path.iterdir()] == ["job.log"]
+    log = left.folder.log.read_text()
+    assert log.count("task received") == 1
+    assert log.index("the agent is gone; the job goes on") < log.index("task received"), "one log for both"
+
+
+async def test_end_of_a_process_that_was_taken_over_is_told_with_its_attempt_and_last_lines(left: Left) -> None:
+    async with left.next_agent():
+        await left.server.up()
+        left.give(1)  # which makes it exit with status 7
+        ended = await left.server.next(JobEnded)
+        assert (ended.job_id, ended.attempt) == (JOB, 2)
+        assert ended.status in (7, UNKNOWN_STATUS)
+        assert "task received" in ended.log_tail
+        await left.server.ask("start", left.server.start(attempt=3))
+        await left.server.up(CELL)
+        assert pid_at(left.folder.path) not in (None, left.process.pid)
+
+
+async def test_process_is_not_taken_over_by_an_agent_that_would_start_it_otherwise(left: Left) -> None:
+    async with left.next_agent(add=3):
+        await left.server.up()
+        assert await left.server.next(Heartbeat) == Heartbeat(())
+        assert left.process.wait(0)
+        assert [path.name for path in left.folder.path.iterdir()] == ["job.log"]
+
+
+@pytest.mark.parametrize("lost", ["started", "life-line"])
+async def test_process_that_cannot_be_taken_over_is_ended(left: Left, lost: str) -> None:
+    (left.folder.path / lost).unlink()
+    async with left.next_agent():
+        await left.server.up()
+        assert await left.server.next(Heartbeat) == Heartbeat(())
+        assert left.process.wait(0)
+
+
+async def test_process_that_has_died_with_its_agent_is_cleared_away(left: Left) -> None:
+    left.process.send(signal.SIGKILL)
+    await asyncio.to_thread(left.process.wait, 30)
+    async with left.next_agent():
+        await left.server.up()
+        assert await left.server.next(Heartbeat) == Heartbeat(())
+        assert [path.name for path in left.folder.path.iterdir()] == ["job.log"]
+
+
+async def test_orphans_are_left_to_the_agent_that_runs(left: Left) -> None:
+    with only_agent_of(left.workspace):
+        assert end_orphans(left.workspace, grace_s=30) == []
+        assert not left.process.wait(0)
+    assert await asyncio.to_thread(end_orphans, left.workspace, grace_s=30) == [left.process.pid]
+    assert left.process.wait(0)
 
 
 def test_agent_at_rest_carries_no_arrays_and_no_database() -> None:

@@ -1,4 +1,5 @@
 import asyncio
+import platform
 import sys
 import threading
 from collections.abc import Callable, Coroutine
@@ -12,7 +13,7 @@ from hanse.client.api import Site
 from hanse.client.app import ClientApp
 from hanse.client.task import TaskContext
 from hanse.client.trainer import MainThreadTrainer, described, load_app, run_function
-from hanse.errors import JobInvalid, TrainingFailed
+from hanse.errors import ImportFailed, JobInvalid, MissingDependency, TrainingFailed
 from hanse.ids import ClientName, JobId
 from hanse.model import Model, Update
 
@@ -184,7 +185,6 @@ def test_error_outside_the_jobs_code_names_the_line_where_it_arose(tmp_path: Pat
     ("source", "reference", "sentence"),
     [
         ("", "absent:app", "No module named 'absent'"),
-        ("import not_there_at_all", "NAME:app", "No module named 'not_there_at_all'"),
         ("", "NAME:app", "has no attribute 'app'"),
         ("app = 1", "NAME:app", "a ClientApp; it is a int"),
     ],
@@ -200,13 +200,64 @@ def test_app_that_cannot_be_had_is_an_invalid_job(
         load_app(reference.replace("NAME", name), client=CLIENT, code=tmp_path)
 
 
-def test_module_that_raises_on_import_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "raises_on_import.py").write_text("\nraise RuntimeError('no data')\n")
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("\nraise RuntimeError('no data')\n", "RuntimeError: no data (NAME.py:2)"),
+        ("from json import dump_it\n", "ImportError: cannot import name 'dump_it' from 'json' ("),
+        ("import beside.more\n", "ModuleNotFoundError: No module named 'beside.more' (NAME.py:1)"),
+        ("match = = 1\n", "SyntaxError: invalid syntax (NAME.py, line 1)"),
+    ],
+)
+def test_module_that_raises_on_import_is_told_with_its_line_and_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, error: str
+) -> None:
+    name = f"raises_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(source)
+    (tmp_path / "beside").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
 
-    with pytest.raises(TrainingFailed) as caught:
-        load_app("raises_on_import:app", client=CLIENT, code=tmp_path)
-    assert caught.value.why == "RuntimeError: no data (raises_on_import.py:2)"
+    with pytest.raises(ImportFailed) as caught:
+        load_app(f"{name}:app", client=CLIENT, code=tmp_path)
+    assert caught.value.error.startswith(error.replace("NAME", name))
+    assert caught.value.python == platform.python_version()
+
+
+def test_module_that_is_not_installed_is_named_with_the_line_that_imports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "needs_much.py").write_text("import json\nimport no_such_package.part\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    with pytest.raises(MissingDependency) as caught:
+        load_app("needs_much:app", client=CLIENT, code=tmp_path)
+    assert (caught.value.module, caught.value.place) == ("no_such_package", "needs_much.py:2")
+    assert caught.value.why == "module 'no_such_package', which needs_much.py:2 imports, is not installed"
+
+
+def test_module_that_a_function_imports_in_vain_is_a_missing_dependency_too(tmp_path: Path) -> None:
+    app = ClientApp()
+
+    @app.train
+    def train(model: Model, ctx: TaskContext) -> Update:
+        import no_such_package  # type: ignore[import-not-found]  # noqa: F401, PLC0415 - which is the point
+
+        return Update(model, 1)
+
+    with pytest.raises(
+        MissingDependency, match=r"'no_such_package', which test_trainer.py:\d+ imports, is not install"
+    ):
+        run_function(app, MODEL, context(), code=tmp_path)
+
+
+def test_script_that_needs_what_is_not_installed_fails_the_job_as_such(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import no_such_package\n")
+    with pytest.raises(MissingDependency, match=r"which train.py:1 imports"):
+        MainThreadTrainer(tmp_path).serve_script(tmp_path / "train.py", SITE)
+
+    in_a_task = LOOP.format(work="import no_such_package")
+    (why,) = run_script(tmp_path, in_a_task, 1)
+    assert why == "module 'no_such_package', which train.py:5 imports, is not installed"
 
 
 LOOP = """
@@ -304,7 +355,7 @@ def test_script_that_exits_is_judged_by_its_code(tmp_path: Path) -> None:
     [
         ("raise RuntimeError('no GPU')\n", "RuntimeError: no GPU (train.py:1)"),
         ("print('nothing federated here')\n", "the script train.py ended without receiving its task"),
-        ("def broken(:\n", "SyntaxError: invalid syntax (train.py, line 1)"),
+        ("def broken(:\n", f"the job's code cannot be imported by Python {platform.python_version()}: SyntaxError: "),
     ],
 )
 def test_script_that_fails_before_any_task_fails_the_job(tmp_path: Path, source: str, why: str) -> None:

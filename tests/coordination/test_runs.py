@@ -112,6 +112,82 @@ def test_committing_a_round_ends_its_tasks_and_forgets_its_answers() -> None:
     assert run.task_for(TWO) is None
 
 
+def test_a_commit_carries_tasks_and_answers_on_and_ends_the_others() -> None:
+    run = run_in_round_1()
+    run.issue([task(ONE), task(TWO), task(ONE, sequence=1), task(TWO, sequence=1)])
+    run.accept(answer(key(ONE)), sender=ONE)
+    run.accept(answer(key(TWO)), sender=TWO)
+
+    assert run.committed(1, carried=[key(ONE, sequence=1), key(TWO)]) == (key(TWO, sequence=1),)
+
+    assert run.carried == (key(ONE, sequence=1), key(TWO))
+    assert run.answers == (answer(key(TWO)),)
+    assert run.tasks == run.tasks_for(ONE) == (task(ONE, sequence=1),)
+    run.issue([task(ONE, round_number=2)])
+    assert run.carried == (key(ONE, sequence=1), key(TWO)), "a task of this round is not carried yet"
+
+
+def test_a_carried_task_is_answered_in_a_later_round_and_once() -> None:
+    run = run_in_round_1()
+    run.issue([task(ONE), task(TWO)])
+    run.committed(1, carried=[key(ONE)])
+
+    assert run.accept(answer(key(ONE)), sender=ONE) == Accepted()
+    assert run.accept(answer(key(ONE)), sender=ONE) == Duplicate()
+    stale = run.accept(answer(key(TWO)), sender=TWO)
+    assert stale == Stale("task 'train' of round 1 is over: round 1 is committed")
+    run.committed(2, carried=[key(ONE)])
+    assert run.answers == (answer(key(ONE)),)
+    assert run.accept(answer(key(ONE)), sender=ONE) == Duplicate()
+    run.committed(3)
+    assert run.answers == ()
+    stale = run.accept(answer(key(ONE)), sender=ONE)
+    assert stale == Stale("task 'train' of round 1 is over: round 3 is committed")
+
+
+def test_a_carried_task_can_be_cancelled() -> None:
+    run = run_in_round_1()
+    run.issue([task(ONE)])
+    run.committed(1, carried=[key(ONE)])
+
+    assert run.cancel([key(ONE)]) == (key(ONE),)
+    assert run.carried == ()
+    assert run.accept(answer(key(ONE)), sender=ONE) == Stale("task 'train' of round 1 is no longer wanted")
+    assert run.unknown([key(ONE), key(TWO)]) == (key(ONE), key(TWO))
+
+
+def test_nothing_is_carried_that_there_is_not_and_the_round_is_not_committed_then() -> None:
+    run = run_in_round_1()
+    run.issue([task(ONE)])
+
+    with pytest.raises(NotFound, match="no task of job j1 \"task 'train' of round 1\""):
+        run.committed(1, carried=[key(ONE), key(TWO)])
+    assert (run.committed_round, run.tasks) == (0, (task(ONE),))
+
+
+def test_committing_a_round_again_carries_what_it_carried() -> None:
+    run = run_in_round_1()
+    run.issue([task(ONE), task(TWO)])
+    run.committed(1, carried=[key(ONE)])
+
+    assert run.committed(1, carried=[key(TWO)]) == ()
+    assert run.carried == (key(ONE),)
+
+
+def test_a_run_is_rebuilt_with_what_it_carries() -> None:
+    run = Run.resumed(
+        JOB,
+        [TWO, ONE],
+        now=100,
+        committed=4,
+        tasks=[task(ONE, round_number=3), task(TWO, round_number=5)],
+        answers=[answer(key(TWO, round_number=4)), answer(key(ONE, round_number=5))],
+    )
+
+    assert run.carried == (key(ONE, round_number=3), key(TWO, round_number=4))
+    assert run.accept(answer(key(ONE, round_number=3)), sender=ONE) == Accepted()
+
+
 def resumed_run() -> Run:
     return Run.resumed(
         JOB,
@@ -508,6 +584,19 @@ def test_with_a_single_try_the_reason_counts_nothing() -> None:
     assert after_death("server", attempt=1, tries=1, status=2) == GiveUp(
         "the job's process at server ended with status 2"
     )
+
+
+@pytest.mark.parametrize(
+    ("cause", "code"), [("out-of-memory", "out-of-memory"), ("", "process-died"), ("?", "process-died")]
+)
+def test_what_ended_a_process_is_told_by_its_code_where_the_site_knows(cause: str, code: str) -> None:
+    run = run_with(RUNNING)
+
+    verdict = run.process_ended(ONE, attempt=3, status=-9, now=4, cause=cause)
+
+    assert isinstance(verdict, GiveUp)
+    assert verdict.code == code
+    assert ("used up the memory" in verdict.reason) is (cause == "out-of-memory")
 
 
 # heartbeats

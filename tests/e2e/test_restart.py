@@ -46,7 +46,7 @@ def test_a_killed_server_goes_on_where_it_was_when_it_is_started_again(
     ended = running.hanse("job", "wait", job)
     assert (ended["state"], ended["reason"]) == ("completed", "")
     assert ended["result"] == undisturbed
-    assert [each["round"] for each in ended["history"]] == list(range(7))
+    assert [each["round"] for each in ended["history"]] == list(range(5))
 
 
 def test_a_killed_run_process_is_started_again_and_asks_nothing_twice(

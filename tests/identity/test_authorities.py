@@ -9,11 +9,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from hanse.errors import ConfigError, Unauthenticated
 from hanse.identity.authorities import AUTHORITY_LIFETIME, Authority, JobAuthority
 from hanse.identity.certificates import Identity, certified_hosts, new_key, verify_certificate
+from hanse.identity.servers_secret import ServersSecret
 from hanse.ids import Fqcn
 
 from .conftest import NOW, IdentityMaker, load_identity
 
 JOB = Fqcn("site-1.20300101-abc")
+SHARED = ServersSecret(bytes(range(32))).for_job_authority()
+ORDER = 115792089210356248762697446949407573529996955224135760342422259061068512044369  # FIPS 186-4, D.1.2.3
 
 
 def parsed(pem: bytes) -> x509.Certificate:
@@ -191,3 +194,57 @@ def test_a_job_authority_that_others_can_read_or_that_is_damaged_is_refused(tmp_
     file.write_bytes(b"")
     with pytest.raises(ConfigError, match="key file"):
         JobAuthority.load_or_create(tmp_path, now=NOW)
+
+
+def test_servers_with_one_secret_issue_what_the_others_verify():
+    one, other = (
+        JobAuthority.from_secret(SHARED, now=NOW),
+        JobAuthority.from_secret(SHARED, now=NOW + timedelta(days=9)),
+    )
+    certificate, _ = one.issue(JOB, now=NOW)
+
+    assert other.certificate != one.certificate
+    assert other.verify(certificate, now=NOW) == JOB
+
+
+def test_servers_with_other_secrets_do_not():
+    certificate, _ = JobAuthority.from_secret(SHARED, now=NOW).issue(JOB, now=NOW)
+    other = JobAuthority.from_secret(bytes(48), now=NOW)
+
+    with pytest.raises(Unauthenticated, match="another authority"):
+        other.verify(certificate, now=NOW)
+
+
+@pytest.mark.parametrize(
+    ("secret", "number"),
+    [
+        (SHARED, int(SHARED.hex(), 16) % (ORDER - 1) + 1),
+        (bytes(48), 1),
+        ((ORDER - 2).to_bytes(48, "big"), ORDER - 1),
+        ((ORDER - 1).to_bytes(48, "big"), 1),
+    ],
+    ids=["random", "least", "greatest", "least again"],
+)
+def test_a_shared_key_is_a_number_below_the_order_of_the_curve(secret: bytes, number: int):
+    assert JobAuthority.from_secret(secret, now=NOW).key.private_numbers().private_value == number
+
+
+def test_the_shared_key_never_changes_so_that_servers_of_two_releases_share_it():
+    key = JobAuthority.from_secret(SHARED, now=NOW).key
+
+    assert (
+        f"{key.public_key().public_numbers().x:064x}"
+        == "b5672566e9313aec46eb5283e735238594526c3c8658915669629ce0fc40b1e5"
+    )
+
+
+def test_a_shared_authority_outlives_a_clock_that_is_set_back_and_lasts_from_each_start_anew():
+    certificate = parsed(JobAuthority.from_secret(SHARED, now=NOW).certificate)
+
+    assert certificate.not_valid_before_utc == NOW - AUTHORITY_LIFETIME
+    assert certificate.not_valid_after_utc == NOW + AUTHORITY_LIFETIME
+
+
+def test_too_short_a_secret_is_refused():
+    with pytest.raises(ValueError, match="at least 40 bytes, not 32"):
+        JobAuthority.from_secret(bytes(32), now=NOW)

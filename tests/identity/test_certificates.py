@@ -174,6 +174,16 @@ def test_an_identity_knows_when_it_ends(site: Identity):
     assert site.expires == NOW + CERTIFICATE_LIFETIME
 
 
+def test_an_identity_is_valid_between_its_certificates_dates_and_says_whose_it_is_when_not(site: Identity):
+    site.require_valid_at(NOW)
+    site.require_valid_at(site.expires)
+
+    with pytest.raises(Unauthenticated, match=r"^the certificate of 'site-1' expired on 2030-12-27 12:00 UTC; ask the"):
+        site.require_valid_at(site.expires + MINUTE)
+    with pytest.raises(Unauthenticated, match=r"^the certificate of 'site-1' is not valid before 2030-01-01 11:00 UTC"):
+        site.require_valid_at(NOW - BACKDATED - MINUTE)
+
+
 def written(folder: Path, certificate: bytes, key: bytes) -> tuple[Path, Path]:
     (folder / "c.pem").write_bytes(certificate)
     (folder / "k.pem").write_bytes(key)

@@ -1,15 +1,19 @@
+import dataclasses
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from hanse.errors import ConfigError
+from hanse.errors import ConfigError, Unauthenticated
 from hanse.identity.authorities import Authority
 from hanse.identity.certificates import Identity
-from hanse.identity.kits import Kit, settings_kind
+from hanse.identity.kits import Kit, kind_of, settings_kind
+from hanse.identity.servers_secret import ServersSecret
 from hanse.settings import AdminSettings, ClientSettings, ServerSettings
 
 from .conftest import IdentityMaker
 
+SERVER = 'project = "demo"\nstore = "postgresql://hanse@db/hanse"\nruns = "/shared/runs"\n'
 SETTINGS = 'project = "demo"\nname = "site-1"\nservers = ["localhost:6007"]\n'
 
 
@@ -129,3 +133,97 @@ def test_each_role_has_its_settings():
     assert settings_kind("admin:member") is AdminSettings
     with pytest.raises(ConfigError, match="role"):
         settings_kind("job")
+
+
+@pytest.mark.parametrize(
+    ("role", "kind"), [("server", ServerSettings), ("client", ClientSettings), ("admin:lead", AdminSettings)]
+)
+def test_a_certificate_says_of_which_kind_a_kit_is(
+    folder: Path, make_identity: IdentityMaker, role: str, kind: type[object]
+):
+    (folder / "cert.pem").write_bytes(make_identity("site-1", role=role).certificate)
+
+    assert kind_of(folder) is kind
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"), [(SETTINGS, ClientSettings), ('project = "demo"\ntarget = "0.0.0.0:1"\n', ServerSettings)]
+)
+@pytest.mark.parametrize("certificate", [None, b"nothing"])
+def test_where_no_certificate_says_it_the_settings_do(
+    tmp_path: Path, settings: str, kind: type[object], certificate: bytes | None
+):
+    (tmp_path / "settings.toml").write_text(settings)
+    if certificate is not None:
+        (tmp_path / "cert.pem").write_bytes(certificate)
+
+    assert kind_of(tmp_path) is kind
+
+
+def test_a_folder_without_anything_is_of_no_kind(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"settings\.toml"):
+        kind_of(tmp_path)
+    (tmp_path / "request.pem").write_bytes(b"")
+    with pytest.raises(ConfigError, match="what 'hanse kit install' makes of it"):
+        kind_of(tmp_path)
+
+
+def test_a_kit_is_valid_as_long_as_its_certificate(folder: Path, tmp_path: Path):
+    kit = Kit.load(folder, ClientSettings)
+    assert kit.identity is not None
+
+    kit.require_valid_at(kit.identity.expires)
+    with pytest.raises(Unauthenticated, match="the certificate of 'site-1' expired"):
+        kit.require_valid_at(kit.identity.expires + timedelta(seconds=1))
+    without = dataclasses.replace(kit, identity=None)
+    without.require_valid_at(kit.identity.expires + timedelta(days=9999))
+
+
+@pytest.fixture
+def server_folder(tmp_path: Path, authority: Authority, server: Identity) -> Path:
+    """The kit of a server that shares what it knows with others."""
+    ServersSecret.new().save(tmp_path / "servers.secret")
+    return write_kit(tmp_path, server, authority.certificate, SERVER)
+
+
+def test_a_servers_kit_says_where_the_shared_secret_is(server_folder: Path):
+    assert Kit.load(server_folder, ServerSettings).servers_secret == server_folder / "servers.secret"
+
+    (server_folder / "servers.secret").unlink()
+    assert Kit.load(server_folder, ServerSettings).servers_secret is None
+
+
+@pytest.mark.parametrize("field", ["store", "runs"])
+def test_servers_that_share_a_secret_share_store_and_runs(server_folder: Path, field: str):
+    settings = server_folder / "settings.toml"
+    lines = [line for line in SERVER.splitlines() if not line.startswith(field)]
+    settings.write_text("\n".join(lines))
+
+    with pytest.raises(ConfigError, match=f"^{field} is ''; expected what the project's servers share"):
+        Kit.load(server_folder, ServerSettings)
+    (server_folder / "servers.secret").unlink()
+    assert Kit.load(server_folder, ServerSettings)  # a server that is alone may have either
+
+
+@pytest.mark.parametrize("damage", ["mode", "content"])
+def test_a_servers_secret_that_is_not_usable_is_refused(server_folder: Path, damage: str):
+    path = server_folder / "servers.secret"
+    if damage == "mode":
+        path.chmod(0o644)
+    else:
+        path.write_text("x")
+
+    with pytest.raises(ConfigError, match="servers' secret"):
+        Kit.load(server_folder, ServerSettings)
+
+
+def test_settings_with_a_password_are_refused_when_others_can_read_them(server_folder: Path):
+    settings = server_folder / "settings.toml"
+    settings.write_text(SERVER.replace("hanse@", "hanse:sesame@"))
+    settings.chmod(0o644)
+    with pytest.raises(ConfigError, match=r"settings file with a password is .*settings.toml with mode 0644") as wrong:
+        Kit.load(server_folder, ServerSettings)
+    assert "sesame" not in str(wrong.value)
+
+    settings.chmod(0o600)
+    assert Kit.load(server_folder, ServerSettings)

@@ -8,6 +8,7 @@ from hanse.errors import ConfigError, Conflict
 from hanse.identity.certificates import verify_certificate
 from hanse.identity.kits import Kit
 from hanse.identity.provision import KitState, approve, install, provision, request
+from hanse.identity.servers_secret import ServersSecret
 from hanse.settings import AdminSettings, ClientSettings, ServerSettings
 
 from .conftest import NOW
@@ -169,9 +170,9 @@ def test_kits_whose_authority_is_gone_are_refused_rather_than_joined_by_stranger
 
 
 def test_a_mistake_in_the_last_entry_makes_nothing(tmp_path: Path, project: Path):
-    project.write_text(PROJECT.replace('"127.0.0.1"', '"127.0.0.1", "no host"'))
+    project.write_text(PROJECT.replace('"127.0.0.1"', '"127.0.0.1", "no_host"'))
 
-    with pytest.raises(ConfigError, match="hosts is 'no host'"):
+    with pytest.raises(ConfigError, match="hosts is 'no_host'"):
         provision(project, tmp_path / "kits", now=NOW)
     assert content(tmp_path / "kits") == {}
 
@@ -373,3 +374,193 @@ def test_equal_answers_have_equal_bytes_but_for_the_certificate(out: Path, proje
     with zipfile.ZipFile(approved(site, out, project)) as archive:
         assert [info.date_time for info in archive.infolist()] == [(1980, 1, 1, 0, 0, 0)] * 3
         assert archive.namelist() == sorted(archive.namelist())
+
+
+SHARED = 'settings = { store = "postgresql://hanse@db/hanse", runs = "/shared/runs" }\n'
+STANDBY = '[[standbys]]\nname = "standby"\nhosts = ["127.0.0.2"]\n'
+TWO_SERVERS = PROJECT.replace("[[clients]]", SHARED + STANDBY + "[[clients]]", 1)
+
+
+@pytest.fixture
+def two(tmp_path: Path, project: Path) -> Path:
+    """Kits of a project with a standby."""
+    project.write_text(TWO_SERVERS)
+    provision(project, tmp_path / "two", now=NOW)
+    return tmp_path / "two"
+
+
+def secrets_in(out: Path) -> dict[str, bytes]:
+    return {str(path.parent.relative_to(out)): path.read_bytes() for path in out.rglob("servers.secret")}
+
+
+def test_all_servers_kits_and_the_authority_have_one_secret_and_nobody_else_has_it(two: Path):
+    secrets = secrets_in(two)
+
+    assert secrets.keys() == {"authority", "server", "standby"}
+    assert len(set(secrets.values())) == 1
+    assert {path.stat().st_mode & 0o777 for path in two.rglob("servers.secret")} == {0o600}
+    for name in ("server", "standby"):
+        kit = Kit.load(two / name, ServerSettings)
+        assert kit.servers_secret == two / name / "servers.secret"
+        assert kit.settings.runs == "/shared/runs"
+        assert kit.identity is not None
+        assert kit.identity.role == "server"
+    assert Kit.load(two / "site-1", ClientSettings).settings.server_names == ("server", "standby")
+
+
+def test_a_server_alone_has_no_secret(out: Path):
+    assert secrets_in(out) == {}
+
+
+def test_settings_are_private_since_they_may_hold_a_password(two: Path):
+    assert {path.stat().st_mode & 0o777 for path in two.rglob("settings.toml")} == {0o600}
+
+
+def test_provisioning_several_servers_again_changes_nothing(two: Path, project: Path):
+    before = content(two)
+
+    reports = provision(project, two, now=LATER)
+
+    assert content(two) == before
+    assert [report.note for report in reports if report.state is KitState.KEPT] == [""] * 4
+
+
+def test_another_standby_later_gets_the_same_secret_and_kept_kits_are_noted(two: Path, project: Path):
+    before = content(two)
+    third = STANDBY.replace('"standby"', '"third"').replace("127.0.0.2", "127.0.0.3")
+    project.write_text(TWO_SERVERS + third)
+
+    notes = {report.name: report.note for report in provision(project, two, now=LATER)}
+
+    after = content(two)
+    assert {path: after[path] for path in before} == before
+    assert secrets_in(two)["third"] == secrets_in(two)["server"]
+    assert notes["server"] == notes["standby"] == notes["third"] == ""
+    assert notes["site-1"] == notes["ada@demo"]
+    assert notes["site-1"].startswith('it does not know third: write servers = ["localhost:6007", "127.0.0.1:6007", ')
+
+
+def test_the_first_standby_later_tells_what_the_server_lacks(out: Path, project: Path):
+    before = content(out)
+    project.write_text(TWO_SERVERS)
+
+    notes = {report.name: report.note for report in provision(project, out, now=LATER)}
+
+    after = content(out)
+    assert {path: after[path] for path in before} == before
+    assert secrets_in(out).keys() == {"authority", "standby"}
+    kit, settings = out / "server", out / "server" / "settings.toml"
+    assert notes["server"].startswith(f"it lacks the servers' secret: copy {out}/authority/servers.secret to {kit}/")
+    (kit / "servers.secret").write_bytes((out / "authority" / "servers.secret").read_bytes())
+    (kit / "servers.secret").chmod(0o600)
+    settings.write_text(settings.read_text() + 'store = "postgresql://hanse@db/hanse"\nruns = "/shared/runs"\n')
+    assert Kit.load(kit, ServerSettings).servers_secret == kit / "servers.secret"
+    assert provision(project, out, now=LATER)[0].note == ""
+
+
+def test_what_a_note_tells_a_client_to_write_makes_it_know_all_servers(out: Path, project: Path):
+    project.write_text(TWO_SERVERS)
+    note = provision(project, out, now=LATER)[2].note
+    servers, names = note.removeprefix("it does not know standby: write ").split(" to its ")[0].split(" and ")
+    settings = out / "site-1" / "settings.toml"
+    kept = [line for line in settings.read_text().splitlines() if not line.startswith("server")]
+
+    settings.write_text("\n".join([*kept, servers, names]))
+
+    assert Kit.load(out / "site-1", ClientSettings).settings.servers[-1] == "127.0.0.2:6007"
+    assert provision(project, out, now=LATER)[2].note == ""
+
+
+def test_a_kept_kit_whose_settings_do_not_hold_is_noted(out: Path, project: Path):
+    settings = out / "site-1" / "settings.toml"
+    settings.write_text(settings.read_text() + "sever_names = 1\n")
+
+    assert "perhaps 'server_names' is meant" in provision(project, out, now=LATER)[1].note
+
+
+def test_a_server_with_another_secret_is_noted(two: Path, project: Path):
+    ServersSecret.new().save(two / "standby" / "servers.secret")
+    assert provision(project, two, now=LATER)[1].note.startswith("it lacks the servers' secret: copy")
+
+    (two / "standby" / "servers.secret").write_text("damaged")
+    assert "expected 64 hexadecimal digits" in provision(project, two, now=LATER)[1].note
+
+
+def test_a_secret_that_the_authority_has_lost_is_not_made_anew_beside_the_old_one(two: Path, project: Path):
+    (two / "authority" / "servers.secret").unlink()
+    project.write_text(TWO_SERVERS + NEWCOMER)
+    before = content(two)
+
+    with pytest.raises(ConfigError, match=r"servers' secret is 'no .*authority/servers.secret'; expected the one that"):
+        provision(project, two, now=LATER)
+    assert content(two) == before
+
+
+@pytest.fixture
+def own_key_standby(tmp_path: Path, project: Path, two: Path) -> Path:
+    """A standby's folder with key and request, in a project with two servers."""
+    project.write_text(TWO_SERVERS.replace(STANDBY, STANDBY + "own_key = true\n"))
+    request("standby", "House", "server", tmp_path / "standby")
+    return tmp_path / "standby"
+
+
+@pytest.mark.parametrize("form", ["approved.zip", "approved"])
+def test_a_server_with_its_own_key_gets_the_secret_in_its_answer(
+    two: Path, project: Path, own_key_standby: Path, form: str
+):
+    answer = two.parent / form
+    told = approve(own_key_standby / "request.pem", two / "authority", project, answer, now=NOW)
+    assert told.note == f"{answer} holds the servers' secret: hand it over on a way that nobody else can read"
+    assert answer.stat().st_mode & 0o077 == 0
+
+    install(answer, own_key_standby)
+
+    kit = Kit.load(own_key_standby, ServerSettings)
+    assert kit.servers_secret is not None
+    assert kit.servers_secret.read_bytes() == secrets_in(two)["authority"]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in own_key_standby.iterdir()}
+    private = {name for name, mode in modes.items() if mode == 0o600}
+    assert private == {"key.pem", "servers.secret", "settings.toml"}
+
+
+def test_a_later_answer_with_another_secret_is_noted(two: Path, project: Path, own_key_standby: Path):
+    install(approved(own_key_standby, two, project), own_key_standby)
+    assert install(approved(own_key_standby, two, project, "again.zip"), own_key_standby).note == (
+        "the settings.toml that was there stays"
+    )
+
+    ServersSecret.new().save(two / "authority" / "servers.secret")
+    report = install(approved(own_key_standby, two, project, "later.zip"), own_key_standby)
+
+    assert "the servers' secret is another than before: all servers need this one" in report.note
+    assert (own_key_standby / "servers.secret").read_bytes() == secrets_in(two)["authority"]
+
+
+def test_an_answer_with_a_secret_needs_settings_that_share_and_changes_nothing_without(
+    tmp_path: Path, out: Path, project: Path
+):
+    folder = tmp_path / "s"
+    request("server", "House", "server", folder)
+    install(approved(folder, out, project), folder)
+    project.write_text(TWO_SERVERS)
+    provision(project, out, now=LATER)
+    before = content(folder)
+
+    with pytest.raises(ConfigError, match="store is ''; expected what the project's servers share"):
+        install(approved(folder, out, project, "later.zip"), folder)
+    assert content(folder) == before
+
+
+def test_a_server_is_not_approved_before_there_is_a_secret(tmp_path: Path, out: Path, project: Path):
+    request("standby", "House", "server", tmp_path / "standby")
+    project.write_text(TWO_SERVERS)
+
+    with pytest.raises(ConfigError, match=r"no .*servers.secret'; expected what 'hanse provision' makes there"):
+        approved(tmp_path / "standby", out, project)
+    assert not (out.parent / "approved.zip").exists()
+
+
+def test_a_clients_answer_has_no_secret(two: Path, project: Path, site: Path):
+    answer = approved(site, two, project)
+
+    assert zipfile.ZipFile(answer).namelist() == ["ca.pem", "cert.pem", "settings.toml"]

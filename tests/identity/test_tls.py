@@ -9,6 +9,7 @@ import pytest
 from hanse.cell.loop import run
 from hanse.identity.authorities import Authority, JobAuthority
 from hanse.identity.certificates import Identity, key_pem, new_key
+from hanse.identity.servers_secret import ServersSecret
 from hanse.ids import Fqcn
 
 from .conftest import load_identity
@@ -147,6 +148,21 @@ def test_a_job_process_is_refused_by_a_server_that_does_not_know_its_authority(
     process = load_identity(tmp_path, *jobs.issue(Fqcn("site-1.j-1"), now=NOW))
 
     assert unavailable(server, authority, process)
+
+
+def test_a_job_process_gets_through_at_every_server_that_shares_the_secret(
+    authority: Authority, make, server: Identity, tmp_path: Path
+):
+    secret = ServersSecret(bytes(range(32))).for_job_authority()
+    issuing = JobAuthority.from_secret(secret, now=NOW - timedelta(days=3))
+    taking_over = JobAuthority.from_secret(secret, now=NOW)
+    process = load_identity(tmp_path, *issuing.issue(Fqcn("site-1.j-1"), now=NOW))
+    standby = make("standby", "server", hosts=["127.0.0.1"])
+
+    for one, roots in [(server, issuing.certificate), (standby, taking_over.certificate)]:
+        assert call(one, authority, process, roots=authority.certificate + roots) == process.certificate
+    stranger = JobAuthority.from_secret(bytes(48), now=NOW)
+    assert unavailable(standby, authority, process, roots=authority.certificate + stranger.certificate)
 
 
 def test_a_job_process_cannot_pose_as_the_server(authority: Authority, jobs: JobAuthority, make, tmp_path: Path):

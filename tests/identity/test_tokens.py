@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from hanse.errors import ConfigError, Unauthenticated
 from hanse.identity.certificates import Identity, new_key
+from hanse.identity.servers_secret import ServersSecret
 from hanse.identity.tokens import CLIENT_SCOPE, TokenInfo, TokenSigner, admin_scope, job_scope, new_token, parse_token
 from hanse.ids import JobId
 
@@ -156,6 +157,19 @@ def test_a_signer_with_the_servers_key_survives_a_restart(server: Identity):
     signature = TokenSigner.from_identity(server).sign("site-1", TOKEN)
 
     assert TokenSigner.from_identity(server).verify("site-1", TOKEN, signature)
+
+
+def test_servers_that_share_a_secret_verify_each_others_tokens():
+    shared = ServersSecret(SECRET)
+    one, other = (TokenSigner.from_secret(shared.for_tokens()) for _ in range(2))
+    stranger = TokenSigner.from_secret(ServersSecret(bytes(32)).for_tokens())
+    token = f"client~{'ab' * 16}~1061"
+
+    assert other.verify("site-1", token, one.sign("site-1", token))
+    assert not stranger.verify("site-1", token, one.sign("site-1", token))
+    assert (
+        one.sign("site-1", token) == "dsCXVRm5Hay39ytndFgoJt-LKHfyKkRgq58RS76RdEE"
+    )  # in every release, since servers may have two
 
 
 def test_an_insecure_signer_survives_a_restart(tmp_path: Path):

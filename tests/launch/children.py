@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 from hanse.launch.process import read_spec
+from hanse.launch.surviving import LifeLine
 
 
 def say(text: str) -> None:
@@ -16,6 +17,11 @@ def say(text: str) -> None:
     sys.stdout.flush()
     if ready := os.environ.get("READY"):
         Path(ready).write_text(text)
+
+
+def end(why: str) -> None:
+    say(f"ending: {why}")
+    os._exit(5)
 
 
 def main() -> int:
@@ -50,6 +56,16 @@ def main() -> int:
             grandchild = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"])
             say(f"grandchild {grandchild.pid}")
             return 0
+        case ["survive", grace_s]:
+            LifeLine().watch(grace_s=float(grace_s), on_alone=end)
+            say("surviving")
+            threading.Event().wait()
+        case ["fork-and-end"]:
+            LifeLine()
+            if os.fork():
+                os._exit(6)
+            say(f"forked {os.getpid()}")
+            signal.pause()
         case _:
             say(f"got {len(spec)} bytes")
             return 0

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from hanse.errors import TrainingFailed
 from hanse.ids import ClientName
-from hanse.learning.workflow import Answer, Task
+from hanse.learning.workflow import CLIENT_LOST, DEADLINE, Answer, Task
 from hanse.messages import TaskFault
 from hanse.model import Model, Update
 
@@ -53,3 +53,15 @@ def counted(number: int, *numbers: float) -> Answer:
 
 def faulty(number: int, reason: str = "out of memory") -> Answer:
     return Answer(name(number), fault=TaskFault("training-failed", reason))
+
+
+def transient(number: int) -> Answer:
+    return Answer(name(number), fault=TaskFault("store-failed", "no space left on device", retryable=True))
+
+
+def lost(number: int) -> Answer:
+    return Answer(name(number), fault=TaskFault(CLIENT_LOST, f"{name(number)} was lost"))
+
+
+def too_late(number: int) -> Answer:
+    return Answer(name(number), fault=TaskFault(DEADLINE, f"{name(number)} did not answer within 60 s"))

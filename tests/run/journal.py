@@ -26,9 +26,11 @@ class Journal:
         self.was_asked = asyncio.Event()
         self.cancelled: list[TaskKey] = []
         self.commits: list[tuple[StateRef, tuple[ClientName, ...]]] = []
+        self.carried: list[tuple[TaskKey, ...]] = []
         self.ends: list[RunEnded] = []
         self.answers: dict[TaskKey, TaskResult] = {}
         self.asked: list[TaskKey] = []
+        self.out: dict[TaskKey, IssueTasks] = {}
         self.refuses: HanseError | None = None
         self.listener: RunListener | None = None
 
@@ -43,41 +45,66 @@ class Journal:
         for key in sorted(tasks.keys, key=lambda key: key.client):
             if key not in self.answers:
                 self.asked.append(key)
-                self._ask(key, tasks)
-            if key in self.answers and self.listener is not None:
+                self.out[key] = tasks
+                self.work(key)
+            elif self.listener is not None:
                 self.listener.answered(self.answers[key])
 
-    def _ask(self, key: TaskKey, tasks: IssueTasks) -> None:
-        client = self.clients.get(key.client)
+    def work(self, key: TaskKey) -> None:
+        """Have *key*'s client work on its task, and accept its answer if it gives one."""
+        tasks, client = self.out[key], self.clients.get(key.client)
         model = load_model(tasks.model, self.files) if tasks.model is not None else Model({})
         made = client(key, model) if client is not None else None
         if made is not None:
             reference = store_model(made, self.files) if tasks.expects_model else None
-            self.answers[key] = TaskResult(key, UpdateRef(reference, 1, {"loss": 0.5}))
+            self.accept(TaskResult(key, UpdateRef(reference, 1, {"loss": 0.5})))
+
+    def accept(self, result: TaskResult) -> None:
+        """Journal an answer, and tell the run."""
+        self.answers[result.key] = result
+        if self.listener is not None:
+            self.listener.answered(result)
+
+    def attach(self, run: RunFederation) -> None:
+        """Have *run*, of a process that was started again, hear what is in the journal."""
+        self.listen(run)
+        for result in list(self.answers.values()):
+            run.answered(result)
 
     async def cancel(self, keys: Sequence[TaskKey]) -> None:
         self.cancelled.extend(keys)
 
-    async def commit(self, state: StateRef, *, took_s: float, answered: Sequence[ClientName]) -> None:
+    async def commit(
+        self, state: StateRef, *, took_s: float, answered: Sequence[ClientName], carried: Sequence[TaskKey] = ()
+    ) -> None:
         if self.refuses is not None:
             raise self.refuses
         assert took_s >= 0
         self.commits.append((state, tuple(answered)))
+        self.carried.append(tuple(carried))
 
     async def ended(self, end: RunEnded) -> None:
         self.ends.append(end)
 
 
-def federation(journal: Journal, *names: str, seed: int = 7, lost: Sequence[str] = ()) -> RunFederation:
+def federation(
+    journal: Journal,
+    *names: str,
+    seed: int = 7,
+    lost: Sequence[str] = (),
+    carried: Sequence[TaskKey] = (),
+    round_number: int = 1,
+) -> RunFederation:
     made = RunFederation(
         journal,  # type: ignore[arg-type]
         journal.files,
         clients=map(ClientName, names),
         seed=seed,
         lost=map(ClientName, lost),
+        carried=carried,
     )
-    journal.listen(made)
-    made.enter_round(1)
+    journal.attach(made)
+    made.enter_round(round_number)
     return made
 
 

@@ -1,15 +1,17 @@
 """A run's handle on its clients: one answer for each, whatever becomes of them."""
 
 import asyncio
+import math
 from contextlib import aclosing
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hanse.errors import StoreFailed
 from hanse.ids import ClientName
-from hanse.learning.workflow import Answer, Task, rng_for
-from hanse.messages import TaskKey
+from hanse.learning.workflow import LONGEST_WAIT_S, THEN, Answer, Task, rng_for
+from hanse.messages import TaskFault, TaskKey, TaskResult
 from hanse.model import Model, TensorSpec
 from hanse.run.federation import RunFederation
 from hanse.storage.tensors import TensorFiles
@@ -32,11 +34,28 @@ def silent(key: TaskKey, given: Model) -> None:
 TRAIN = Task("train", model(1), {"rate": 0.1})
 
 
-async def collected(
-    run: RunFederation, *names: str, task: Task = TRAIN, deadline_s: float | None = None
-) -> list[Answer]:
-    async with aclosing(run.ask(task, list(map(ClientName, names)), deadline_s=deadline_s)) as answers:
+async def collected(run: RunFederation, *names: str, task: Task = TRAIN, **options: Any) -> list[Answer]:
+    async with aclosing(run.ask(task, list(map(ClientName, names)), **options)) as answers:
         return [answer async for answer in answers]
+
+
+async def first(count: int, run: RunFederation, *names: str) -> list[Answer]:
+    """Ask to keep, and leave after *count* answers."""
+    taken: list[Answer] = []
+    async with aclosing(run.ask(TRAIN, list(map(ClientName, names)), keep=True)) as answers:
+        async for answer in answers:
+            taken.append(answer)
+            if len(taken) == count:
+                break
+    return taken
+
+
+def shown(answers: list[Answer]) -> list[tuple[str, str | None, int]]:
+    return [(answer.client, answer.fault and answer.fault.code, answer.staleness) for answer in answers]
+
+
+def key(client: str, *, round_number: int = 1, sequence: int = 0) -> TaskKey:
+    return TaskKey(round_number, "train", sequence, ClientName(client))
 
 
 async def test_each_client_answers_once(files: TensorFiles) -> None:
@@ -54,6 +73,7 @@ async def test_each_client_answers_once(files: TensorFiles) -> None:
     (issued,) = journal.issued
     assert issued.keys == (TaskKey(1, "train", 0, ClientName("a")), TaskKey(1, "train", 0, ClientName("b")))
     assert (issued.config, issued.expects_model) == ({"rate": 0.1}, True)
+    assert (issued.deadline_s, issued.then) == (LONGEST_WAIT_S, THEN)
     assert journal.cancelled == []
     assert run.answered_clients == {"a", "b"}
 
@@ -124,10 +144,11 @@ async def test_a_client_that_was_lost_before_is_not_waited_for(files: TensorFile
     answers = await collected(run, "a", "b")
 
     assert [(answer.client, answer.fault and answer.fault.code) for answer in answers] == [
-        ("b", "client-lost"),
         ("a", None),
+        ("b", "client-lost"),
     ]
     assert run.clients == ("a", "b")
+    assert [key.client for key in journal.cancelled] == ["b"]
 
 
 async def test_a_client_that_came_back_is_asked_again(files: TensorFiles) -> None:
@@ -149,7 +170,6 @@ async def test_a_client_that_failed_says_why_for_the_rest_of_the_run(files: Tens
         (answer,) = await collected(run, "a")
         assert answer.fault is not None
         assert (answer.fault.code, answer.fault.reason) == ("client-failed", "its process died")
-    assert journal.issued == []
 
 
 async def test_who_has_not_answered_at_the_deadline_is_cancelled(files: TensorFiles) -> None:
@@ -162,6 +182,27 @@ async def test_who_has_not_answered_at_the_deadline_is_cancelled(files: TensorFi
         ("b", "deadline"),
     ]
     assert [key.client for key in journal.cancelled] == ["b"]
+
+
+async def test_the_server_hears_how_long_a_run_waits_and_what_happens_then(files: TensorFiles) -> None:
+    journal = Journal(files, {"a": plus(1)})
+
+    await collected(federation(journal, "a"), "a", deadline_s=60.0, then="the round goes on without")
+    await collected(federation(journal, "a"), deadline_s=30.0, keep=True)
+
+    assert [(issued.keys, issued.deadline_s, issued.then) for issued in journal.issued] == [
+        ((key("a"),), 60.0, "the round goes on without"),
+        ((), 30.0, THEN),
+    ]
+
+
+@pytest.mark.parametrize("deadline_s", [-1.0, math.inf, math.nan])
+async def test_no_ask_waits_for_ever(files: TensorFiles, deadline_s: float) -> None:
+    journal = Journal(files, {"a": plus(1)})
+
+    with pytest.raises(ValueError, match="deadline_s is"):
+        await collected(federation(journal, "a"), "a", deadline_s=deadline_s)
+    assert journal.issued == []
 
 
 async def test_leaving_early_cancels_what_is_open(files: TensorFiles) -> None:
@@ -210,7 +251,7 @@ async def test_the_servers_refusal_is_raised_where_it_was_asked(files: TensorFil
         await collected(federation(journal, "a"), "a")
 
 
-def test_randomness_is_the_seeds_and_the_rounds_alone(files: TensorFiles) -> None:
+async def test_randomness_is_the_seeds_and_the_rounds_alone(files: TensorFiles) -> None:
     run = federation(Journal(files), "a", seed=11)
     run.enter_round(4)
 
@@ -219,8 +260,204 @@ def test_randomness_is_the_seeds_and_the_rounds_alone(files: TensorFiles) -> Non
     assert np.array_equal(drawn, rng_for(11, 4, "choice", "a").random(3))
 
 
-def test_arrays_are_allocated_as_asked(files: TensorFiles) -> None:
+async def test_arrays_are_allocated_as_asked(files: TensorFiles) -> None:
     made = federation(Journal(files), "a").allocate({"w": TensorSpec("float32", (3, 2))})
 
     assert made["w"].shape == (3, 2)
     assert made["w"].flags.writeable
+
+
+# after a crash
+
+
+async def test_answers_come_again_in_the_order_in_which_they_were_accepted(files: TensorFiles) -> None:
+    journal = Journal(files, dict.fromkeys("abcd", silent))
+    before = federation(journal, *"abcd", carried=[key("d", round_number=0)])
+    asking = asyncio.create_task(first(9, before, *"abc"))
+    async with asyncio.timeout(10):
+        await journal.was_asked.wait()
+    for each in (key("c"), key("d", round_number=0), key("a")):
+        journal.accept(TaskResult(each, fault=TaskFault("training-failed", "no")))
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    journal.asked.clear()
+
+    run = federation(journal, *"abcd", carried=[key("d", round_number=0)])
+    again = await first(3, run, *"abc")
+
+    assert shown(again) == [("c", "training-failed", 0), ("d", "training-failed", 1), ("a", "training-failed", 0)]
+    assert journal.asked == [key("b")]
+    assert run.outstanding("train") == {"b": 0}
+
+
+async def test_an_accepted_answer_of_a_client_that_was_lost_since_counts(files: TensorFiles) -> None:
+    journal = Journal(files, {"a": plus(1), "b": silent})
+    await collected(federation(journal, "a", "b"), "a", "b", deadline_s=0.001)
+    journal.asked.clear()
+
+    for change in ([], ["failed"]):
+        run = federation(journal, "a", "b", lost=["a", "b"])
+        for what in change:
+            run.client_changed(changed("a", what))
+        answers = await collected(run, "a", "b")
+        assert shown(answers) == [("a", None, 0), ("b", "client-lost", 0)]
+    assert key("a") not in journal.asked
+
+
+async def test_an_answer_that_is_told_twice_counts_once(files: TensorFiles) -> None:
+    journal = Journal(files, {"a": plus(1), "b": silent})
+    run = federation(journal, "a", "b", carried=[key("b", round_number=0)])
+    late = TaskResult(key("b", round_number=0), fault=TaskFault("training-failed", "no"))
+    for _ in range(2):
+        journal.accept(late)
+
+    assert shown(await collected(run, "a", keep=True)) == [("b", "training-failed", 1), ("a", None, 0)]
+    journal.accept(late)
+    journal.accept(journal.answers[key("a")])
+    run.enter_round(2)
+    journal.accept(journal.answers[key("a")])
+    assert await collected(run, keep=True) == []
+    assert run.carried == ()
+
+
+# tasks that are kept
+
+
+async def test_a_kept_task_is_answered_in_a_later_round(files: TensorFiles) -> None:
+    journal = Journal(files, {"a": plus(1), "b": silent, "c": silent})
+    run = federation(journal, "a", "b", "c")
+
+    assert shown(await first(1, run, "a", "b", "c")) == [("a", None, 0)]
+    assert journal.cancelled == []
+    assert run.carried == (key("b"), key("c"))
+    run.enter_round(3)
+    assert run.outstanding("train") == {"b": 2, "c": 2}
+    assert run.outstanding("evaluate") == {}
+    journal.clients["b"] = plus(2)
+    journal.work(key("b"))
+    assert run.outstanding("train") == {"b": 2, "c": 2}, "until its answer is yielded"
+    assert run.carried == (key("b"), key("c"))
+
+    late, fresh = await first(2, run, "a")
+
+    assert late.update is not None
+    assert (late.client, late.staleness, late.update.model) == ("b", 2, model(3))
+    assert (fresh.client, fresh.staleness) == ("a", 0)
+    assert run.answered_clients == {"a", "b"}
+    assert run.carried == (key("c"),)
+    assert run.outstanding("train") == {"c": 2}
+
+
+async def test_an_ask_that_keeps_nothing_leaves_kept_tasks_alone(files: TensorFiles) -> None:
+    journal = Journal(files, {"a": silent, "b": plus(1)})
+    run = federation(journal, "a", "b", carried=[key("a", round_number=0)])
+
+    assert shown(await collected(run, "b")) == [("b", None, 0)]
+    assert run.carried == (key("a", round_number=0),)
+
+
+async def test_a_kept_task_outlives_the_deadline_and_its_ask(files: TensorFiles) -> None:
+    journal = Journal(files, {"a": silent})
+    run = federation(journal, "a")
+
+    assert shown(await collected(run, "a", keep=True, deadline_s=0.01)) == [("a", "deadline", 0)]
+    assert (run.carried, journal.cancelled) == ((key("a"),), [])
+
+
+async def test_a_kept_task_outlives_the_loss_of_its_client(files: TensorFiles) -> None:
+    journal = Journal(files, {"a": silent})
+    run = federation(journal, "a", lost=["a"])
+    answers = run.ask(TRAIN, [ClientName("a")], keep=True)
+
+    async def following() -> tuple[str, str | None, int]:
+        (one,) = shown([await anext(answers)])
+        return one
+
+    assert await following() == ("a", "client-lost", 0)
+    run.client_changed(changed("a", "back"))
+    run.client_changed(changed("a", "lost"))
+    assert await following() == ("a", "client-lost", 0)
+    run.enter_round(2)
+    assert await following() == ("a", "client-lost", 1)
+    run.client_changed(changed("a", "back"))
+    journal.clients["a"] = plus(1)
+    journal.work(key("a"))
+    assert await following() == ("a", None, 1)
+    with pytest.raises(StopAsyncIteration):
+        await anext(answers)
+
+
+async def test_a_loss_that_nobody_has_heard_of_is_forgotten_when_the_client_is_back(files: TensorFiles) -> None:
+    journal = Journal(files, {"a": silent, "b": silent})
+    run = federation(journal, "a", "b", carried=[key("a", round_number=0), key("b", round_number=0)])
+    for name in ("a", "b"):
+        run.client_changed(changed(name, "lost"))
+    run.client_changed(changed("a", "back"))
+    journal.accept(TaskResult(key("b", round_number=0), fault=TaskFault("training-failed", "no")))
+
+    answers = await collected(run, keep=True, deadline_s=0.01)
+
+    assert shown(answers) == [("b", "training-failed", 1), ("a", "deadline", 1)]
+
+
+async def test_a_client_that_failed_carries_nothing_on(files: TensorFiles) -> None:
+    journal = Journal(files, {"a": silent})
+    run = federation(journal, "a")
+    await collected(run, "a", keep=True, deadline_s=0.01)
+    run.client_changed(changed("a", "failed", "its process died"))
+
+    assert run.carried == ()
+    assert run.outstanding("train") == {}
+    assert shown(await collected(run, "a", keep=True)) == [("a", "client-failed", 0), ("a", "client-failed", 0)]
+
+
+async def test_kept_tasks_can_be_cancelled(files: TensorFiles) -> None:
+    journal = Journal(files, {"a": silent, "b": silent, "c": silent})
+    run = federation(journal, "a", "b", "c")
+    await collected(run, "a", "b", "c", keep=True, deadline_s=0.001)
+    journal.clients["c"] = plus(1)
+    journal.work(key("c"))
+
+    await run.cancel("train", [ClientName("a")])
+    assert run.carried == (key("b"), key("c"))
+    await run.cancel("train")
+    await run.cancel("train")
+    await run.cancel("evaluate")
+
+    assert journal.cancelled == [key("a"), key("b")], "c has answered, so there is nothing to cancel"
+    assert run.carried == ()
+    journal.clients["a"] = plus(1)
+    journal.work(key("a"))
+    assert await collected(run, keep=True) == []
+
+
+async def test_tasks_that_could_not_be_issued_are_not_carried(files: TensorFiles) -> None:
+    journal = Journal(files)
+    journal.refuses = StoreFailed("writing", "no space left on device")
+    run = federation(journal, "a")
+
+    with pytest.raises(StoreFailed):
+        await collected(run, "a", keep=True)
+    assert run.carried == ()
+
+
+@pytest.mark.parametrize("code", ["deadline", "client-lost", "client-failed"])
+async def test_no_client_speaks_for_the_run(files: TensorFiles, code: str) -> None:
+    journal = Journal(files, {"a": silent})
+    run = federation(journal, "a", carried=[key("a", round_number=0)])
+    journal.accept(TaskResult(key("a", round_number=0), fault=TaskFault(code, "I say so", retryable=True)))
+
+    (answer,) = await collected(run, keep=True)
+
+    assert answer.fault == TaskFault("training-failed", "I say so", retryable=True)
+
+
+async def test_a_rounds_time_begins_with_it(files: TensorFiles) -> None:
+    loop = asyncio.get_running_loop()
+    run = federation(Journal(files), "a")
+    await collected(run, "a", deadline_s=0.01)
+    began = loop.time()
+    run.enter_round(2)
+    elapsed_s = run.elapsed_s
+
+    assert 0 <= elapsed_s <= loop.time() - began

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hanse.errors import JobInvalid
+from hanse.errors import JobInvalid, MissingDependency
 from hanse.job import JobSpec, WorkflowSpec
 from hanse.learning.fedavg import FedAvg
 from hanse.model import Model
@@ -70,6 +70,13 @@ def test_a_function_gets_the_seed_if_it_takes_one(code: Path, name: str, value: 
 def test_a_function_that_is_not_there_is_named(code: Path, name: str) -> None:
     with importing_from(code), pytest.raises(JobInvalid, match=name):
         initial_model_of(spec(name), code)
+
+
+def test_what_the_models_module_needs_and_the_server_has_not_is_a_missing_dependency(code: Path) -> None:
+    (code / "needs_much.py").write_text("import no_such_package.part\n")
+    with importing_from(code), pytest.raises(MissingDependency) as caught:
+        initial_model_of(spec("needs_much:model"), code)
+    assert caught.value.reason == "module 'no_such_package', which needs_much imports, is not installed at server"
 
 
 def test_a_function_that_returns_something_else_is_named(code: Path) -> None:

@@ -1,5 +1,6 @@
 """Driving a workflow from its last committed state to its end."""
 
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,11 +8,11 @@ import numpy as np
 import pytest
 
 from hanse.errors import StoreFailed, TooFewClients, WorkflowFailed
-from hanse.ids import JobId
+from hanse.ids import ClientName, JobId
 from hanse.job import JobSpec, WorkflowSpec
 from hanse.learning.fedavg import FedAvg
-from hanse.learning.workflow import Federation, State
-from hanse.messages import RunSnapshot, StateRef
+from hanse.learning.workflow import Federation, State, Task
+from hanse.messages import RunSnapshot, StateRef, TaskKey
 from hanse.model import Model
 from hanse.run.runner import drive, load_state, store_state
 from hanse.storage.tensors import TensorFiles
@@ -131,6 +132,36 @@ async def test_commits_say_who_answered(files: TensorFiles) -> None:
 
     assert last.model == model(9)
     assert [answered for _, answered in journal.commits] == [(), ("a", "b"), ("a", "b")]
+
+
+@dataclass
+class Leaving:
+    """Asks everybody in its first round, takes the first answer of each, and counts what comes from earlier rounds."""
+
+    rounds: int = 3
+
+    def start(self, initial: Model) -> State:
+        return State(initial, values={"late": 0})
+
+    async def round(self, state: State, federation: Federation) -> State:
+        idle = [client for client in federation.clients if client not in federation.outstanding("train")]
+        late = 0
+        async with aclosing(federation.ask(Task("train", state.model), idle, keep=True)) as answers:
+            async for answer in answers:
+                late += answer.staleness
+                break
+        return State(state.model, state.round + 1, values={"late": state.values["late"] + late})  # type: ignore[operator]
+
+
+async def test_commits_carry_on_what_was_kept_but_for_the_last(files: TensorFiles) -> None:
+    clients = {name: lambda key, given: given for name in ("a", "b")}
+    journal = Journal(files, clients)
+
+    last = await driven(journal, Leaving())
+
+    late = [TaskKey(1, "train", 0, ClientName("b")), TaskKey(2, "train", 0, ClientName("a"))]
+    assert journal.carried == [(), (late[0],), (late[1],), ()]
+    assert last.values == {"late": 2}
 
 
 async def test_what_the_workflows_code_raises_names_workflow_and_round(files: TensorFiles) -> None:

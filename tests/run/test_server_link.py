@@ -88,12 +88,12 @@ async def test_what_a_run_decides_goes_up_as_it_is() -> None:
         assert await link.attach() == SNAPSHOT
         await link.issue(IssueTasks((KEY,), None))
         await link.cancel([KEY])
-        await link.commit(StateRef(0, ModelRef()), took_s=0.5, answered=[ClientName("site-1")])
+        await link.commit(StateRef(0, ModelRef()), took_s=0.5, answered=[ClientName("site-1")], carried=[KEY])
         await link.ended(RunEnded(completed=True))
 
     assert [topic for topic, _ in asked] == ["issue", "cancel", "commit", "ended"]
     assert asked[1][1].keys == (KEY,)
-    assert (asked[2][1].took_s, asked[2][1].answered) == (0.5, ("site-1",))
+    assert (asked[2][1].took_s, asked[2][1].answered, asked[2][1].carried) == (0.5, ("site-1",), (KEY,))
 
 
 async def test_the_servers_refusal_is_raised() -> None:

@@ -1,5 +1,6 @@
 """What the tests of jobs share: a tiny job, sites that take part as a test says, and runs in threads."""
 
+import argparse
 import asyncio
 import threading
 from collections.abc import Callable, Mapping
@@ -114,6 +115,7 @@ class RunThread:
         )
         self._done: Future[int] = Future()
         self._last_words = ""
+        self._is_killed = False
         threading.Thread(target=self._run, name=f"run {run_spec.job_id}", daemon=True).start()
 
     def _run(self) -> None:
@@ -122,14 +124,20 @@ class RunThread:
                 self.spec.job_id, "", self.spec.parent_url, False, {"credentials": self.spec.credentials}
             )
             try:
-                self.server.start_run(self.spec.job_id, Path(self.spec.folder), self.spec.spec, None, None)
+                tenure = argparse.Namespace(epoch=self.spec.epoch)
+                self.server.start_run(self.spec.job_id, Path(self.spec.folder), self.spec.spec, tenure, None)
             finally:
                 self.server.stop_run_engine_cell()
         except Exception as error:  # noqa: BLE001 - a process would end with a traceback and a status
             self._last_words = f"{type(error).__name__}: {error}"
             self._done.set_result(1)
         else:
-            self._done.set_result(0)
+            self._done.set_result(-9 if self._is_killed else 0)
+
+    def kill(self) -> None:
+        """Have it end as if it was killed: where it is, without a word."""
+        self._is_killed = True
+        self.server.stop_run_engine_cell()
 
     async def wait(self) -> int:
         return await asyncio.shield(asyncio.wrap_future(self._done))
@@ -259,7 +267,7 @@ def silent(task: TaskAssignment, model: Model) -> None:
 def faulty(reason: str) -> Train:
     def train(task: TaskAssignment, model: Model) -> TaskResult:
         del model
-        return TaskResult(task.key, fault=TaskFault("training-failed", reason))
+        return TaskResult(task.key, fault=TaskFault("training-failed", reason, log_tail="Traceback ..."))
 
     return train
 

@@ -175,8 +175,7 @@ def test_a_store_that_fails_for_a_while_ends_no_tenure(
     start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hanse.server.jobs.POSTPONED_S", 0.01)
-    monkeypatch.setattr("hanse.server.tenure.LEASE_TTL_S", 0.03)
-    server = start()
+    server = start(lease_s=0.03)
     site = Site(dialler, server, "site-1")
     store.failures = 5
     on_loop(server.jobs.wake)

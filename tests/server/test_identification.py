@@ -305,6 +305,12 @@ def test_an_expired_certificate_is_refused(server: FederatedServer, project: Pro
     old = project.issued(tmp_path, "site-1", now=datetime.now(UTC) - timedelta(days=3), lifetime=timedelta(days=1))
 
     assert "expired on" in unauthenticated(register_secure(server, old))
+    (refused,) = server.refused.views()
+    assert (refused.name, refused.code) == ("site-1", "unauthenticated")
+    assert "expired on" in refused.reason
+
+    register_secure(server, project.site("site-1"))
+    assert server.refused.views() == ()
 
 
 def test_a_certificate_that_is_not_valid_yet_is_refused(

@@ -1,5 +1,6 @@
 """Jobs over the wire: submitted, deployed, started, answered, committed, ended, and what is refused on the way."""
 
+import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hanse.errors import Conflict, HanseError, JobInvalid, NotFound, SiteRefused, Unauthenticated
+from hanse.codes import CODES
+from hanse.errors import (
+    Conflict,
+    HanseError,
+    JobInvalid,
+    NoSpace,
+    NotFound,
+    SiteRefused,
+    StoreFailed,
+    Unauthenticated,
+)
 from hanse.events import EventType, Refused
 from hanse.ids import ClientName, Digest, JobId
 from hanse.job import JobState, Resources, WorkflowSpec
@@ -26,6 +37,7 @@ from hanse.messages import (
     JobFailure,
     JobSubmitted,
     LogMetrics,
+    Message,
     ModelRef,
     Quit,
     ReturnCode,
@@ -37,6 +49,7 @@ from hanse.messages import (
 )
 from hanse.model import Model
 from hanse.server import FederatedServer
+from hanse.server.active_run import DEPLOY_TIMEOUT_S
 from hanse.server.federated_server import TaskMetaInfo
 from hanse.storage.models import read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
@@ -423,6 +436,7 @@ def test_a_fault_is_an_answer_and_its_reason_is_the_jobs(start: StartServer, dia
 
     assert (record.state, record.code) == (JobState.FAILED, "too-few-clients")
     assert "ValueError: no such column (train.py:3)" in record.reason
+    assert (record.client, record.cause, record.log_tail) == ("site-1", "training-failed", "Traceback ...")
     assert site.outcome() is None
 
 
@@ -520,8 +534,91 @@ def test_a_job_says_what_it_waits_for_and_until_when(start: StartServer, dialler
 
     view = wait(server.jobs.board.view(job_id))
     assert view.state == "submitted"
-    assert "2" in view.waiting_for
-    assert view.waiting_until == pytest.approx(view.submitted_at + 1000)
+    (waiting,) = view.waiting
+    assert waiting.what == "1 of the 2 clients that the job needs can take it"
+    assert (waiting.since, waiting.until) == (view.submitted_at, pytest.approx(view.submitted_at + 1000))
+    assert waiting.then == "the job is given up (no-clients)"
+
+
+def test_a_running_job_says_for_whom_it_waits_and_how_each_of_them_stands(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site, other = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    job_id = submit(server, tmp_path)
+    began = wait(server.jobs.board.view(job_id)).started_at
+    site.task()
+    other.send(answer(other.task(), w(1)))
+
+    (waiting,) = wait(server.jobs.board.view(job_id)).waiting
+    assert waiting.what == "answers to 'train' of round 1 from 1 of 2 clients"
+    (awaited,) = waiting.whom
+    assert (awaited.name, awaited.state, awaited.attempt) == ("site-1", "running", 1)
+    assert began <= awaited.since
+    assert began <= waiting.since
+
+    assert site.job is not None
+    gone = threading.Event()
+    on_loop(lambda: server.jobs.services.cell.on_link_down(lambda peer, reason: gone.set()))
+    wait(site.job.close())
+    assert gone.wait(20)
+    (awaited,) = wait(server.jobs.board.view(job_id)).waiting[0].whom
+    assert (awaited.name, awaited.state) == ("site-1", "suspect")
+
+
+def test_a_job_that_is_being_deployed_waits_for_those_that_have_not_taken_it(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    fetching, fetched = threading.Event(), asyncio.Event()
+    site = Site(dialler, server, "site-1")
+
+    async def slowly(message: Message) -> None:
+        fetching.set()
+        await fetched.wait()
+
+    site.wire.cell.on(Channel.JOB, "deploy", slowly)
+    job_id = submit(server, tmp_path, min_clients=1)
+    assert fetching.wait(20)
+
+    view = wait(server.jobs.board.view(job_id))
+
+    assert view.state == "scheduled"
+    (waiting,) = view.waiting
+    assert [client.name for client in waiting.whom] == ["site-1"]
+    assert waiting.until == waiting.since + DEPLOY_TIMEOUT_S
+    on_loop(fetched.set)
+    site.started()
+
+
+def test_a_job_that_runs_is_shown_while_the_store_is_away(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task = site.task()
+    store = server.jobs.services.store
+
+    async def away(*_: object, **__: object) -> None:
+        raise StoreFailed("using the database", "no route to host")
+
+    with monkeypatch.context() as patched:
+        for method in ("job", "jobs", "rounds", "last_round"):
+            patched.setattr(store, method, away)
+        view = wait(server.jobs.board.view(wait(server.jobs.board.find("tiny"))))
+        with pytest.raises(StoreFailed):
+            wait(server.jobs.board.view(JobId("another")))
+        with pytest.raises(StoreFailed):
+            wait(server.jobs.board.find("another"))
+
+    assert (view.job_id, view.state, view.round) == (job_id, "running", 0)
+    store_waiting, clients = view.waiting
+    assert "no route to host" in store_waiting.what
+    assert [client.name for client in clients.whom] == ["site-1"]
+    site.send(answer(task, w(1)))
+    site.task()
+    assert [waiting.what[:10] for waiting in wait(server.jobs.board.view(job_id)).waiting] == ["answers to"]
 
 
 def test_a_job_starts_when_its_clients_have_come(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
@@ -550,8 +647,36 @@ def test_a_sites_refusal_reaches_the_submitter(start: StartServer, dialler: Dial
 
     record = outcome(server, submit(server, tmp_path))
 
-    assert (record.state, record.code) == (JobState.FAILED, "site-refused")
-    assert "site-2 refused the job: code that comes with a job may not run here" in record.reason
+    assert (record.state, record.code, record.client) == (JobState.FAILED, "site-refused", "site-2")
+    assert record.reason == "site-2 refused the job: code that comes with a job may not run here"
+
+
+def test_a_disk_that_is_full_at_a_site_is_waited_for_and_then_what_the_job_failed_of(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    postponed, plan = threading.Event(), server.jobs._plan
+
+    async def planned() -> float | None:
+        delay = await plan()
+        if server.jobs._postponed:
+            postponed.set()
+        return delay
+
+    monkeypatch.setattr(server.jobs, "_plan", planned)
+    full = NoSpace("receiving a package", disk="/", folder="/hanse", why="No space left on device")
+    Site(dialler, server, "site-1", refuses=full)
+    waiting_job = submit(server, tmp_path, min_clients=1)
+    assert postponed.wait(20)
+    view = wait(server.jobs.board.view(waiting_job))
+    assert view.state == "submitted"
+    assert view.waiting[0].what == f"{full.reason} (at site-1)"
+    assert view.waiting[0].until == view.submitted_at + 60
+
+    record = outcome(server, submit(server, tmp_path, min_clients=1, start_within_s=0.000_001))
+
+    assert (record.code, record.client) == ("no-space", "site-1")
+    assert record.reason == f"{full.reason} (at site-1)"
 
 
 def test_a_job_runs_without_a_site_that_refuses_where_enough_are_left(
@@ -687,11 +812,14 @@ def test_a_job_failure_that_a_client_reports_ends_the_run_with_that_reason(
     assert site.job is not None
     reporter = site.wire if by == "agent" else site.job
 
-    reporter.ask(Channel.SERVER, "job_failure", JobFailure(job_id, kind, "KeyError: 'label'"))
+    reporter.ask(
+        Channel.SERVER, "job_failure", JobFailure(job_id, kind, "KeyError: 'label'", log_tail="Traceback\nKeyError")
+    )
 
     record = outcome(server, job_id)
-    assert (record.state, record.code) == (JobState.FAILED, f"client-{kind}")
+    assert (record.state, record.code, record.client) == (JobState.FAILED, f"client-{kind}", "site-1")
     assert record.reason == "KeyError: 'label' (at site-1)"
+    assert record.log_tail == "Traceback\nKeyError"
     assert site.wire.told(Channel.JOB, "abort").reason == record.reason
     assert [context.reason for context in recorder.of(EventType.JOB_FAILED)] == [record.reason]
 
@@ -757,7 +885,29 @@ def test_a_clients_process_that_died_is_started_again_and_then_given_up(
     record = outcome(server, job_id)
     assert record.state is JobState.FAILED
     assert "its log ends with: MemoryError" in record.reason
+    assert (record.code, record.client, record.cause) == ("too-few-clients", "site-1", "process-died")
+    assert record.log_tail == "training\nMemoryError"
     assert site.attempts == [1, 2]
+
+
+def test_a_client_whose_process_the_system_killed_for_its_memory_is_told_as_such(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=1)
+    site.started()
+
+    site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9, "epoch 3", "out-of-memory"))
+
+    record = outcome(server, job_id)
+    assert (record.code, record.client, record.cause) == ("too-few-clients", "site-1", "out-of-memory")
+    assert "because it had used up the memory that it may use; its log ends with: epoch 3" in record.reason
+    view = wait(server.jobs.board.view(job_id))
+    assert view.advice == CODES["out-of-memory"].advice
+    assert (view.client, view.cause, view.log_tail) == ("site-1", "out-of-memory", "epoch 3")
+    assert wait(server.jobs.board.log_of(job_id, ClientName("site-1"), lines=5)) == "epoch 3"
+    assert wait(server.jobs.board.views())[0].log_tail == ""
 
 
 def test_a_task_is_sent_again_to_a_process_that_is_started_again(
@@ -851,6 +1001,7 @@ def test_a_runs_process_that_dies_is_started_again_and_then_given_up(
         record.reason
     )
     assert "start 2 of 2" in record.reason
+    assert (record.client, record.log_tail) == ("", "RuntimeError: out of memory")
     assert site.wire.told(Channel.JOB, "abort").reason == record.reason
     assert len({run.credentials.token for run in launcher.specs}) == 2
 
@@ -1016,6 +1167,36 @@ def test_a_server_started_again_goes_on_from_the_last_committed_round(
     assert read_safetensors(wait(_path(second, job_id, record.result))) == w(5)
 
 
+def test_what_befell_a_client_is_known_to_the_server_started_again(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    first = start()
+    sites = [Site(dialler, first, name) for name in ("site-1", "site-2")]
+    workflow = WorkflowSpec("fedavg", {"rounds": 1, "quorum": 1})
+    job_id = submit(first, tmp_path, workflow=workflow)
+    task, other_task = sites[0].task(), sites[1].task()
+    sites[0].send(TaskResult(task.key, fault=TaskFault("no-space", "a full disk", log_tail="the end of the log")))
+    credentials = [site.wire.credentials for site in sites]
+    job_wire = sites[1].job
+    assert job_wire is not None
+    assert job_wire.credentials is not None
+    first.close()
+    dialler.close()
+
+    second = start()
+    for site, known in zip(sites, credentials, strict=True):
+        agent = dialler.site(second, site.name, credentials=known)
+        agent.ask(Channel.SERVER, "heartbeat", Heartbeat((job_id,)))
+    wire = dialler.job_wire(second, f"site-2.{job_id}", JobCredentials(job_wire.credentials), tls=job_wire._tls)
+    sites[1].job = dialler.dial(wire)
+    assert sites[1].task().key == other_task.key
+    sites[1].send(TaskResult(other_task.key, fault=TaskFault("training-failed", "ValueError")))
+
+    record = outcome(second, job_id)
+    assert (record.code, record.client, record.cause) == ("too-few-clients", "site-1", "no-space")
+    assert record.log_tail == "the end of the log"
+
+
 def test_a_client_without_its_process_is_given_one_by_the_server_started_again(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:
@@ -1044,6 +1225,20 @@ def test_a_job_that_waited_waits_again_after_a_restart(start: StartServer, diall
     Site(dialler, second, "site-1", train=plus(1))
 
     assert outcome(second, job_id).state is JobState.COMPLETED
+
+
+def test_a_server_started_again_deletes_the_tensors_of_runs_that_ended_when_it_was_killed(
+    start: StartServer, tmp_path: Path
+) -> None:
+    runs = tmp_path / "ws" / "runs"
+    ended, other = runs / "ended-1", runs / "ended-2"
+    for run in (ended, other):
+        TensorFiles(run / "tensors-0").put(b"a tensor")
+        TensorFiles(run / "result").put(b"a result")
+    (runs / ".incoming-0-5f").mkdir()
+    start()
+    assert [path.name for path in sorted(runs.iterdir())] == ["ended-1", "ended-2"]
+    assert [path.name for run in (ended, other) for path in run.iterdir()] == ["result", "result"]
 
 
 def test_two_servers_do_not_share_a_workspace(start: StartServer, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from .world import (
     nonce,
     on_loop,
     request,
+    settings,
     target_of,
     wait,
 )
@@ -61,12 +62,14 @@ class SlowStore(MemoryStore):
         self.may_lease.set()
         self.fails: list[Exception] = []
 
-    async def take_lease(self, holder: str, *, ttl_s: float, now_s: float, force: bool = False) -> Lease:
+    async def take_lease(
+        self, holder: str, *, name: str, target: str, ttl_s: float, seen: Lease | None = None, force: bool = False
+    ) -> Lease:
         self.asked.set()
         await self.may_lease.wait()
         if self.fails:
             raise self.fails.pop(0)
-        return await super().take_lease(holder, ttl_s=ttl_s, now_s=now_s, force=force)
+        return await super().take_lease(holder, name=name, target=target, ttl_s=ttl_s, seen=seen, force=force)
 
 
 class Stage:
@@ -80,7 +83,8 @@ class Stage:
         self.server = make_server(
             overseer_agent=self.overseer, snapshot_persistor=self.store, handlers=[self.recorder], max_num_clients=10
         )
-        self.server.deploy(args(workspace, launcher=self.launcher), {"service": {"target": "127.0.0.1:0"}})
+        arguments = args(workspace, launcher=self.launcher, settings=settings(lease_s=0.05))
+        self.server.deploy(arguments, {"service": {"target": "127.0.0.1:0"}})
 
     @contextmanager
     def held_in(self, state: ServiceState) -> Iterator[FederatedServer]:
@@ -125,7 +129,7 @@ class Stage:
 async def _with_a_running_job() -> SlowStore:
     store = SlowStore()
     async with store:
-        lease = await store.take_lease("before", ttl_s=1, now_s=0)
+        lease = await store.take_lease("before", name="before", target="", ttl_s=1)
         record = JobRecord(
             JOB, spec(), submitter="ada@demo", submitted_at=1.0, package=Digest("0" * 64), package_bytes=1
         )
@@ -260,7 +264,7 @@ def test_the_session_of_a_server_alone_is_the_lease_that_fences_its_store(
 
     assert server.service.ssid == session_id("memory", 1)
     with pytest.raises(StaleEpoch):
-        wait(store.renew_lease(0, ttl_s=1, now_s=0))
+        wait(store.renew_lease(0))
 
 
 # how it moves ---------------------------------------------------------------------------------------------------------
@@ -385,10 +389,7 @@ def test_a_tenure_that_cannot_begin_leaves_a_cold_server_that_can_try_again(
     assert stage.server.service.state is HOT
 
 
-def test_a_lease_that_somebody_else_has_taken_ends_the_tenure(
-    stage: Stage, dialler: Dialler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hanse.server.tenure.LEASE_TTL_S", 0.03)
+def test_a_lease_that_somebody_else_has_taken_ends_the_tenure(stage: Stage, dialler: Dialler) -> None:
     lost = threading.Event()
     stage.server.call_when_lost(lost.set)
     appoint(stage.overseer, stage.server, "tenure-1")
@@ -397,7 +398,7 @@ def test_a_lease_that_somebody_else_has_taken_ends_the_tenure(
     down = threading.Event()
     on_loop(lambda: site.cell.on_link_down(lambda *_: down.set()))
 
-    wait(stage.store.take_lease("another server", ttl_s=60, now_s=0, force=True))
+    wait(stage.store.take_lease("another server", name="another", target="", ttl_s=60, force=True))
 
     assert down.wait(10)
     assert wait(process.wait()) == -15
@@ -411,7 +412,7 @@ def test_a_lease_that_somebody_else_has_taken_ends_the_tenure(
 def test_nothing_is_committed_under_an_older_session(stage: Stage) -> None:
     appoint(stage.overseer, stage.server, "tenure-1")
     stage.launcher.next()
-    wait(stage.store.take_lease("another server", ttl_s=60, now_s=0, force=True))
+    wait(stage.store.take_lease("another server", name="another", target="", ttl_s=60, force=True))
 
     with pytest.raises(StaleEpoch):
         wait(stage.server.jobs.abort(JOB, reason="too late"))

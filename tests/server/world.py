@@ -464,13 +464,13 @@ class Dialler:
         **more: Any,
     ) -> Wire:
         identity = identity or (self.project.admin(name) if name in ADMINS else self.project.site(name))
-        registrant = Registrant(PROJECT, name, "server", identity, self.project.roots)
+        registrant = Registrant(PROJECT, name, ("server",), identity, self.project.roots)
         more = {"registrant": registrant, **more}
         return Wire(target_of(server), fqcn or name, tls=tls or self.tls(identity), **more)
 
     def plain(self, server: FederatedServer, name: str = "site-1", **more: Any) -> Wire:
         """A registered client of a server without TLS."""
-        more = {"registrant": Registrant(PROJECT, name, "server"), **more}
+        more = {"registrant": Registrant(PROJECT, name, ("server",)), **more}
         return self.dial(Wire(target_of(server), name, **more))
 
     def stranger(self, server: FederatedServer, name: str = "site-1", **more: Any) -> Wire:

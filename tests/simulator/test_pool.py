@@ -233,7 +233,7 @@ async def test_script_that_ends_before_its_first_task_is_broken(tmp_path: Path) 
         await crew.leave(client())
         with pytest.raises(Unreachable):
             await crew.ask(client(), work(code), ignore)
-    assert answer == Broken("ZeroDivisionError: division by zero (train.py:1)")
+    assert answer == Broken(Raised(0, "ZeroDivisionError: division by zero (train.py:1)"))
 
 
 def test_worker_loads_no_network_and_no_database() -> None:

@@ -24,7 +24,7 @@ from hanse.cell.loop import run
 from hanse.client.agent import ClientAgent
 from hanse.errors import ConfigError, Conflict, JobInvalid
 from hanse.ids import Digest
-from hanse.launch.process import ProcessLauncher
+from hanse.launch.surviving import SurvivingLauncher
 from hanse.messages import JobEvent
 from hanse.run.authoring import package_of
 from hanse.server.federated_server import FederatedServer
@@ -98,7 +98,7 @@ async def _deployed(server: FederatedServer, job: Path, home: Path, clients: int
                 tls=False,
             ),
             workspace=home / f"site-{number + 1}",
-            launcher=ProcessLauncher(),
+            launcher=SurvivingLauncher(),
             rng=random.Random(number),
         )
         for number in range(clients)
@@ -181,8 +181,8 @@ def test_exception_in_training_code_is_told_with_file_and_line(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("client", "reason"),
     [
-        ("import no_such_module\n", r"the job's client is 'client:app'.*No module named 'no_such_module'"),
-        ("1 / 0\n", r"ZeroDivisionError: division by zero \(client\.py:1\)"),
+        ("import no_such_module\n", r"module 'no_such_module', which client\.py:1 imports, is not inst"),
+        ("1 / 0\n", r"by Python 3[.\d]+: ZeroDivisionError: division by zero \(client\.py:1\)"),
         ("app = 3\n", "expected a ClientApp; it is a int"),
     ],
 )

@@ -10,7 +10,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hanse.errors import NotFound, ProtocolError, StoreFailed
+from hanse.errors import NoSpace, NotFound, ProtocolError, StoreFailed
 from hanse.ids import Digest
 from hanse.messages import INLINE_LIMIT_BYTES, ITEM_BYTES, ModelRef
 from hanse.model import Array, Model, ModelInvalid, TensorMismatch, TensorSpec, dtype_named
@@ -298,7 +298,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(StoreFailed, match=r"writing .*model\.safetensors: No space left"):
+    with pytest.raises(NoSpace, match=r"writing .*model\.safetensors failed: .* is full \(No space left"):
         write_safetensors(Model({"w": np.zeros(3)}), path)
 
     assert read_safetensors(path) == Model({"w": np.ones(3)})

@@ -513,6 +513,20 @@ async def test_an_answered_task_issued_again_stays_answered(running: Store) -> N
     assert (run.tasks, run.answers) == ((), (answer(),))
 
 
+async def test_a_retracted_answer_leaves_its_task_to_be_answered_again(running: Store) -> None:
+    await running.issue_tasks(EPOCH, JOB, [task("site-1"), task("site-2")])
+    for site in ("site-1", "site-2"):
+        await running.accept_answer(EPOCH, JOB, answer(site))
+
+    await running.retract_answers(EPOCH, JOB, [task("site-1").key])
+
+    run = await running.snapshot(JOB)
+    assert (run.tasks, run.answers) == ((task("site-1"),), (answer("site-2"),))
+    assert await running.accept_answer(EPOCH, JOB, answer("site-1", num_examples=77)) == answer(
+        "site-1", num_examples=77
+    )
+
+
 async def test_an_answer_without_a_task_is_not_found(running: Store) -> None:
     await running.issue_tasks(EPOCH, JOB, [task()])
 

@@ -13,7 +13,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hanse.errors import NotFound, ProtocolError, StoreFailed
+from hanse.errors import NoSpace, NotFound, ProtocolError, StoreFailed
 from hanse.ids import Digest
 from hanse.storage.tensors import TensorFiles, digest_of
 
@@ -149,7 +149,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(StoreFailed, match=r"writing a tensor: No space left on device .*tensors"):
+    with pytest.raises(NoSpace, match=rf"writing a tensor failed: .* holds {files.root}, is full \(No space left"):
         files.put(CONTENT)
     assert names(files) == set()
 
@@ -468,7 +468,7 @@ def test_a_write_that_the_disk_refuses_can_be_repeated(files: TensorFiles, monke
                 raise OSError(28, "No space left on device")
 
             patch.setattr(os, "pwrite", full)
-            with pytest.raises(StoreFailed, match="No space left"):
+            with pytest.raises(NoSpace, match="No space left"):
                 partial.write(CONTENT[1000:])
         assert partial.offset == 1000
 

@@ -35,9 +35,11 @@ from hanse.messages import (
     LogQuery,
     LogText,
     Message,
+    PromoteServer,
     RegisteredClient,
     ServerStatus,
     ServerStop,
+    StandbyView,
     StatusQuery,
     SubmitJob,
     ok,
@@ -46,7 +48,7 @@ from hanse.server.bounds import shortened
 from hanse.server.federated_server import FederatedServer
 from hanse.server.payloads import expect
 from hanse.storage.packages import MAX_PACKAGE_BYTES
-from hanse.storage.records import AuditEntry
+from hanse.storage.records import AuditEntry, Standby
 from hanse.storage.tensors import TensorFiles
 
 MAX_JOBS: Final = 1000
@@ -55,6 +57,8 @@ MAX_ROUNDS: Final = 1000
 MAX_ANSWER_BYTES: Final = MAX_PAYLOAD_BYTES - 64 * 1024
 MAX_LOG_LINES: Final = 10_000
 MAX_AUDITED_CHARS: Final = 128
+STANDBY_HEARD_S: Final = 60.0
+"""A server that has not said for so long that it stands by is not handed over to; every few seconds is usual."""
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -101,6 +105,7 @@ class _Desk:
             "client.disable": self._disable,
             "server.status": self._status,
             "server.stop": self._stop,
+            "server.promote": self._promote,
         }
 
     # jobs
@@ -190,7 +195,9 @@ class _Desk:
                     release=release if isinstance(release, str) else "",
                 )
             )
-        return ok(ClientList(tuple(clients), await self._server.jobs.services.store.disabled_clients()))
+        disabled = await self._server.jobs.services.store.disabled_clients()
+        refused = tuple(each for each in self._server.refused.views() if each.name not in disabled)
+        return ok(ClientList(tuple(clients), disabled, refused))
 
     async def _disable(self, message: Message) -> None:
         request, who = expect(message, DisableClient), _asker(message)
@@ -217,6 +224,8 @@ class _Desk:
                 clients=len(self._server.get_all_clients()),
                 jobs_running=len(running),
                 since=self._since,
+                name=self._server.name,
+                standbys=tuple(StandbyView(each.name, each.target, each.seen_at) for each in await self._standbys()),
             )
         )
 
@@ -226,6 +235,30 @@ class _Desk:
         await self._audited(who, "server.stop", self._server.project_name, _nothing())
         _log.info("stopped by an administrator", extra={"admin": who})
         self._on_stop()
+
+    async def _promote(self, message: Message) -> None:
+        request, who = expect(message, PromoteServer), _asker(message)
+        await self._audited(who, "server.promote", request.name, self._demand_standby(request.name))
+        _log.info("handing over", extra={"admin": who, "successor": request.name})
+        # In a thread, for it waits for the loop; and not awaited, for the answer must be out before everybody is.
+        threading.Thread(target=_hand_over, args=(self._server, request.name), name="handover").start()
+
+    async def _demand_standby(self, name: str) -> None:
+        """Let a handover to the server called *name* pass.
+
+        Raises:
+            NotFound: no server of that name has said of late that it stands by; the sentence says which have.
+        """
+        names = [standby.name for standby in await self._standbys()]
+        if name not in names:
+            known = f"; {', '.join(names)} stands by" if names else "; none stands by"
+            raise NotFound(f"server standing by{known}:", name)
+
+    async def _standbys(self) -> list[Standby]:
+        """Return the other servers that have said within the last minute that they stand by."""
+        found = await self._server.jobs.services.store.standbys()
+        now = self._wall()
+        return [each for each in found if each.name != self._server.name and each.seen_at > now - STANDBY_HEARD_S]
 
     # audit
 
@@ -261,6 +294,13 @@ def _fitting(views: Sequence[S], room: int) -> tuple[S, ...]:
 def _shut_down(server: FederatedServer) -> None:
     """Shut *server* down; not on the event loop, because that is among what it waits for."""
     threading.Thread(target=server.fl_shutdown, name="shutdown").start()
+
+
+def _hand_over(server: FederatedServer, successor: str) -> None:
+    try:
+        server.hand_over(successor)
+    except HanseError as error:  # it has lost the primacy meanwhile, so another has it
+        _log.warning("not handed over", extra={"successor": successor, "reason": error.reason})
 
 
 def _clear_up(files: TensorFiles, package: Path) -> None:

@@ -32,7 +32,7 @@ from hanse.cell.rpc import ClientTls
 from hanse.cell.transfer import TensorTransfers, Transfers
 from hanse.client.registration import REGISTER_TIMEOUT_S, Registrant, registered_by
 from hanse.client.uplink import Uplink, may_help_later
-from hanse.errors import ConfigError, Conflict, HanseError, ProtocolError
+from hanse.errors import ConfigError, Conflict, HanseError, ProtocolError, TimedOut, Unreachable
 from hanse.events import EventType
 from hanse.identity.kits import Kit
 from hanse.ids import SERVER, Digest, Fqcn, JobId
@@ -54,6 +54,8 @@ from hanse.messages import (
     LogQuery,
     LogText,
     Message,
+    PromoteServer,
+    RefusedClient,
     Register,
     Registered,
     RegisteredClient,
@@ -110,13 +112,14 @@ class AdminSession:
         self._registrant = Registrant(
             kit.settings.project,
             kit.settings.name,
-            kit.settings.server_name,
+            kit.settings.server_names,
             kit.identity,
             kit.ca_pem,
             release=self._release,
         )
         self._registered: Registered | None = None
         self._is_registered = asyncio.Event()
+        self._is_down = asyncio.Event()
         self._watches: set[_Watch] = set()
         self._life: AbstractAsyncContextManager[None] | None = None
 
@@ -238,6 +241,10 @@ class AdminSession:
         """Return the names of the clients that are refused, each with the reason."""
         return (await self._ask("client.list", ListClients(), ClientList)).disabled
 
+    async def refused_clients(self) -> tuple[RefusedClient, ...]:
+        """Return who was refused lately, by the names that they gave, and why; none that is disabled."""
+        return (await self._ask("client.list", ListClients(), ClientList)).refused
+
     async def disable(self, client: str) -> None:
         """Refuse *client* from now on."""
         await self._command("client.disable", DisableClient(client))
@@ -254,6 +261,25 @@ class AdminSession:
         """Have the server shut down in order; running jobs stay resumable. Returns when it has agreed."""
         await self._command("server.stop", ServerStop())
 
+    async def promote(self, name: str) -> ServerStatus:
+        """Have the server called *name*, which stands by, take over from the one that serves; return how it is then.
+
+        Raises:
+            RemoteError: it does not stand by.
+            Unreachable: another one serves now.
+        """
+        self._is_down.clear()
+        await self._command("server.promote", PromoteServer(name))
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._is_down.wait()
+        except TimeoutError:
+            raise TimedOut("the server that serves", "server.promote", self._patience_s) from None
+        status = await self._persist(self.status)
+        if status.name != name:
+            raise Unreachable(f"server {name}", f"it did not take over; {status.name} serves")
+        return status
+
     # the connection
 
     @asynccontextmanager
@@ -268,7 +294,7 @@ class AdminSession:
         self._connector = Connector(
             self._uplink.cell,
             targets=settings.servers,
-            hello=lambda: Hello(PROTOCOL_VERSIONS, self._fqcn, settings.project, self._release),
+            hello=self._hello,
             tls=tls,
             rng=self._rng,
             on_welcome=self._on_welcome,
@@ -291,6 +317,11 @@ class AdminSession:
 
     async def _ready(self) -> None:
         await self._connector.wait_ready(self._patience_s)
+
+    def _hello(self) -> Hello:
+        """Return what opens a stream; raise ``Unauthenticated`` if the certificate that goes with it is not valid."""
+        self._registrant.require_valid()
+        return Hello(PROTOCOL_VERSIONS, self._fqcn, self._kit.settings.project, self._release)
 
     async def _on_welcome(self, link: Link, welcome: Welcome) -> None:
         def trust() -> None:
@@ -338,6 +369,7 @@ class AdminSession:
 
     def _on_link_down(self, peer: Peer, reason: str) -> None:
         del peer, reason
+        self._is_down.set()
         for watch in self._watches:
             watch.interrupt()
 
@@ -469,6 +501,10 @@ class BlockingAdminSession:
         """Return the names of the clients that are refused, each with the reason."""
         return run(self._session.disabled_clients())
 
+    def refused_clients(self) -> tuple[RefusedClient, ...]:
+        """Return who was refused lately, by the names that they gave, and why."""
+        return run(self._session.refused_clients())
+
     def disable(self, client: str) -> None:
         """Refuse *client* from now on."""
         run(self._session.disable(client))
@@ -480,6 +516,10 @@ class BlockingAdminSession:
     def status(self) -> ServerStatus:
         """Return how the server is."""
         return run(self._session.status())
+
+    def promote(self, name: str) -> ServerStatus:
+        """See ``AdminSession.promote``."""
+        return run(self._session.promote(name))
 
     def stop(self) -> None:
         """Have the server shut down in order."""

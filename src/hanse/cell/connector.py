@@ -17,16 +17,20 @@ from typing import Final, TypeAlias
 
 import grpc.aio
 
-from hanse.cell.backoff import Backoff
+from hanse.cell.backoff import LONGEST_S, Backoff
 from hanse.cell.cell import Cell
 from hanse.cell.handshake import say_hello
 from hanse.cell.link import Link, Peer, Pipe, StreamLink, Transport
-from hanse.cell.rpc import CONNECT, ClientTls, error_of, open_channel
+from hanse.cell.rpc import CONNECT, CONTROL_OPTIONS, ClientTls, error_of, open_channel
 from hanse.errors import HanseError, InternalError, TimedOut, Unreachable
 from hanse.ids import SERVER
 from hanse.messages import Hello, Welcome
 
 CONNECT_TIMEOUT_S: Final = 10.0
+CONNECT_BETWEEN_SERVERS_S: Final = 5.0
+"""How long a server that says nothing is waited for where another may serve."""
+LONGEST_BETWEEN_SERVERS_S: Final = 2.0
+"""The longest pause where there are several servers: one of them takes over in seconds from one that dies."""
 STEADY_S: Final = 5.0
 """A link that was up this long has proven that dialling works: the next pause is short again."""
 
@@ -57,14 +61,15 @@ class Connector:
         on_waiting: Callable[[str], None] | None = None,
         on_refused: Callable[[HanseError], bool] | None = None,
         dial: Dial | None = None,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        connect_timeout_s: float | None = None,
     ) -> None:
         self._cell, self._targets, self._hello = cell, tuple(targets), hello
         self._on_welcome, self._on_waiting, self._on_refused = on_welcome, on_waiting, on_refused
         self._dial = dial or GrpcDial(tls)
         self._transport: Transport | None = "memory" if dial else None
-        self._tls, self._connect_timeout_s = tls, connect_timeout_s
-        self._backoff = Backoff(rng)
+        usual_s = CONNECT_TIMEOUT_S if len(self._targets) == 1 else CONNECT_BETWEEN_SERVERS_S
+        self._tls, self._connect_timeout_s = tls, connect_timeout_s or usual_s
+        self._backoff = Backoff(rng, longest_s=LONGEST_S if len(self._targets) == 1 else LONGEST_BETWEEN_SERVERS_S)
         self._link: StreamLink | None = None
         self._dialling: asyncio.Timeout | None = None
         self._closing = asyncio.Event()
@@ -212,7 +217,7 @@ class GrpcDial:
 
     async def __call__(self, target: str) -> Pipe:
         """Return a pipe to *target*; whether anybody is there shows at the first read or write."""
-        channel = open_channel(target, self._tls)
+        channel = open_channel(target, self._tls, CONTROL_OPTIONS)
         return _ClientPipe(target, channel, channel.stream_stream(CONNECT)())
 
 

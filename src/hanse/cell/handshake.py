@@ -8,7 +8,8 @@ long, so that nobody can sit on the port's places without a name.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeAlias
 
 from hanse.cell.cell import Cell
@@ -35,7 +36,15 @@ from hanse.cell.link import (
     memory_pipe_pair,
 )
 from hanse.cell.refusals import error_from
-from hanse.errors import HanseError, InternalError, NotInService, ProtocolError, Unauthenticated, Unreachable
+from hanse.errors import (
+    HanseError,
+    InternalError,
+    NotInService,
+    ProtocolError,
+    Unauthenticated,
+    Unreachable,
+    VersionMismatch,
+)
 from hanse.ids import SERVER, Ssid
 from hanse.messages import PROTOCOL_VERSIONS, Hello, Welcome
 
@@ -53,7 +62,8 @@ async def say_hello(pipe: Pipe, hello: Hello) -> Welcome:
     """Open a stream from the side that dialled, and return the other side's welcome.
 
     Raises:
-        ProtocolError: the answer is no welcome, or names a version that *hello* did not offer.
+        ProtocolError: the answer is no welcome.
+        VersionMismatch: it names a version that *hello* did not offer.
         HanseError: the pipe broke, or the other side refused; the sentence says why.
     """
     await pipe.write(encode(Frame(FrameKind.HELLO, origin=hello.fqcn, payload=encode_struct(hello))))
@@ -64,7 +74,13 @@ async def say_hello(pipe: Pipe, hello: Hello) -> Welcome:
         raise ProtocolError("first frame", got=frame.kind.name, expected="WELCOME or BYE")
     welcome = decode_struct(Welcome, frame.payload)
     if welcome.version not in hello.versions:
-        raise ProtocolError("Welcome.version", got=welcome.version, expected=f"one of {list(hello.versions)}")
+        raise VersionMismatch(
+            "the server",
+            release=welcome.release,
+            versions=(welcome.version,),
+            our_release=hello.release,
+            our_versions=hello.versions,
+        )
     return welcome
 
 
@@ -84,23 +100,26 @@ async def hear_hello(pipe: Pipe) -> Hello:
     return hello
 
 
-def choose_version(theirs: Sequence[int], ours: Sequence[int] = PROTOCOL_VERSIONS) -> int:
-    """Return the highest protocol version that both sides speak.
+def choose_version(hello: Hello, ours: Sequence[int] = PROTOCOL_VERSIONS, *, release: str = "") -> int:
+    """Return the highest protocol version that both sides speak; this one's *release* is for the sentence.
 
     Raises:
-        ProtocolError: there is none.
+        VersionMismatch: there is none.
     """
-    shared = set(theirs) & set(ours)
+    shared = set(hello.versions) & set(ours)
     if not shared:
-        raise ProtocolError("Hello.versions", got=sorted(set(theirs))[:8], expected=f"one of {sorted(ours)}")
+        raise VersionMismatch(
+            hello.fqcn, release=hello.release, versions=hello.versions, our_release=release, our_versions=ours
+        )
     return max(shared)
 
 
 class Reception:
     """Opens the streams that others dial to *cell*, over any transport, and serves each until it ends.
 
-    A welcome names *server*, *release* and the SSID that *session* tells. ``dial`` is the way in for cells of the same
-    process. After ``close`` nobody is let in any more.
+    A welcome names *server*, *release*, the SSID that *session* tells, and the time of *wall*. *wait_turn* is awaited
+    before a caller is judged; *on_refused* hears who was not let in, by its own word, and why. ``dial`` is the way in
+    for cells of the same process. After ``close`` nobody is let in any more.
     """
 
     def __init__(
@@ -109,17 +128,23 @@ class Reception:
         *,
         authorize: Authorize,
         session: Callable[[], Ssid] = lambda: Ssid(""),
+        wait_turn: Callable[[], Awaitable[None]] | None = None,
         server: str = SERVER,
         release: str = "",
+        on_refused: Callable[[Hello, HanseError], None] = lambda *_: None,
         versions: Sequence[int] = PROTOCOL_VERSIONS,
         hello_timeout_s: float = HELLO_TIMEOUT_S,
         prove_timeout_s: float = PROVE_TIMEOUT_S,
         max_streams: int = MAX_STREAMS,
         max_queued_frames: int = MAX_QUEUED_FRAMES,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._cell, self._authorize, self._session = cell, authorize, session
+        self._wait_turn = wait_turn
         self._server, self._release, self._versions = server, release, tuple(versions)
+        self._wall = wall
+        self._on_refused = on_refused
         self._hello_timeout_s, self._prove_timeout_s = hello_timeout_s, prove_timeout_s
         self._max_streams, self._max_frames, self._max_bytes = max_streams, max_queued_frames, max_queued_bytes
         self._opening: set[asyncio.Timeout] = set()
@@ -172,16 +197,19 @@ class Reception:
         if len(self._links) + len(self._opening) >= self._max_streams:
             raise NotInService(f"{self._cell.fqcn} has all of its {self._max_streams} streams in use")
         hello = await self._hear_hello(pipe)
-        version = choose_version(hello.versions, self._versions)
+        if self._wait_turn is not None:
+            await self._wait_turn()
         try:
+            version = choose_version(hello, self._versions, release=self._release)
             peer = self._authorize(hello, certificate, transport)
-        except HanseError:
+        except HanseError as error:
+            self._on_refused(hello, error)
             raise
         except Exception as error:
             _log.exception("authorization failed", extra={"peer": hello.fqcn})
             raise InternalError(f"authorizing {hello.fqcn}") from error
         link = StreamLink(peer, pipe, max_frames=self._max_frames, max_bytes=self._max_bytes)
-        welcome = Welcome(version, self._server, self._session(), self._release, MAX_PAYLOAD_BYTES)
+        welcome = Welcome(version, self._server, self._session(), self._release, MAX_PAYLOAD_BYTES, self._wall())
         link.send_nowait(Frame(FrameKind.WELCOME, origin=self._cell.fqcn, payload=encode_struct(welcome)))
         self._cell.attach(link)
         return link

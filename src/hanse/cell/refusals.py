@@ -30,7 +30,10 @@ RETURN_CODES: Final[Mapping[type[HanseError], ReturnCode]] = {
     errors.SiteError: ReturnCode.REFUSED,
     errors.SiteRefused: ReturnCode.REFUSED,
     errors.TrainingFailed: ReturnCode.REFUSED,
+    errors.ImportFailed: ReturnCode.REFUSED,
+    errors.MissingDependency: ReturnCode.REFUSED,
     errors.ProcessDied: ReturnCode.REFUSED,
+    errors.OutOfMemory: ReturnCode.REFUSED,
     errors.UpdateRejected: ReturnCode.REFUSED,
     errors.WorkflowError: ReturnCode.ABORT_RUN,
     errors.WorkflowFailed: ReturnCode.ABORT_RUN,
@@ -39,7 +42,9 @@ RETURN_CODES: Final[Mapping[type[HanseError], ReturnCode]] = {
     errors.Unreachable: ReturnCode.COMM_ERROR,
     errors.TimedOut: ReturnCode.TIMED_OUT,
     errors.ProtocolError: ReturnCode.INVALID_REQUEST,
+    errors.VersionMismatch: ReturnCode.INVALID_REQUEST,
     errors.StoreFailed: ReturnCode.INTERNAL,
+    errors.NoSpace: ReturnCode.INTERNAL,
     errors.StaleEpoch: ReturnCode.COMM_ERROR,
 }
 """Each class's return code; a class that is not here (one of another module) has that of the nearest above it."""

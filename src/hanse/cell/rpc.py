@@ -6,7 +6,7 @@ trailing metadata; one that gRPC itself reports (no connection, a failed handsha
 ``Unauthenticated`` where the handshake shows that trying again is useless.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,6 +49,13 @@ CLIENT_OPTIONS: Final = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
+CONTROL_OPTIONS: Final = (
+    *CLIENT_OPTIONS,
+    # gRPC waits a minute for the answer to a ping unless it is told otherwise. Not where tensors go: on a slow line an
+    # answer comes behind the megabytes that are on their way, and there a stall is noticed by what no longer moves.
+    ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_S * 1000)),
+)
+"""The options of a connection for a stream: one that is dead without a word is given up after twice the keepalive."""
 SERVER_OPTIONS: Final = (
     *_OPTIONS,
     # Two servers on one port would share the clients between them.
@@ -111,12 +118,14 @@ class ClientTls:
         return grpc.ssl_channel_credentials(self.roots_pem, self.key_pem, self.cert_pem)
 
 
-def open_channel(target: str, tls: ClientTls | None) -> grpc.aio.Channel:
+def open_channel(
+    target: str, tls: ClientTls | None, options: Sequence[tuple[str, int]] = CLIENT_OPTIONS
+) -> grpc.aio.Channel:
     """Return a channel to *target* with a connection of its own; it connects when first used."""
     if tls is None or target.startswith("unix:"):
-        return grpc.aio.insecure_channel(target, options=CLIENT_OPTIONS)
+        return grpc.aio.insecure_channel(target, options=tuple(options))
     name = (("grpc.ssl_target_name_override", tls.server_name),) if tls.server_name else ()
-    return grpc.aio.secure_channel(target, tls.credentials(), options=(*CLIENT_OPTIONS, *name))
+    return grpc.aio.secure_channel(target, tls.credentials(), options=(*options, *name))
 
 
 def metadata_of(hello: Hello) -> tuple[tuple[str, str], ...]:
@@ -175,9 +184,11 @@ def error_of(error: grpc.aio.AioRpcError, where: str) -> HanseError:
             }
         )
     if "CERTIFICATE_VERIFY_FAILED" in details:
-        return Unauthenticated(f"the certificate of the server at {where} is not one that the project's CA issued")
+        return Unauthenticated(f"the certificate of the server at {where} {_distrust(details)}")
     if "Hostname Verification Check failed" in details:
-        return Unauthenticated(f"the certificate of the server at {where} does not hold that host's name")
+        return Unauthenticated(
+            f"the certificate of the server at {where} does not hold that host's name; dial it by one that it holds"
+        )
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ProtocolError("frame", got=details, expected=f"at most {MAX_FRAME_BYTES} bytes")
     if details.startswith("failed to connect"):
@@ -187,6 +198,18 @@ def error_of(error: grpc.aio.AioRpcError, where: str) -> HanseError:
         # What TLS 1.3 shows of a server that does not take the client's certificate; it may also just be going down.
         details = "it closed the connection, as one does that accepts no such certificate, or expects TLS and gets none"
     return Unreachable(where, details)
+
+
+def _distrust(details: str) -> str:
+    """Return what TLS found wrong with a server's certificate, and what to do; *details* are BoringSSL's words."""
+    if "certificate has expired" in details:
+        return "has expired; its operator has to ask the project for a new one, or this machine's clock is wrong"
+    if "certificate is not yet valid" in details:
+        return "is not valid yet; compare the clocks"
+    return (
+        "is not one that the project's CA issued; another project's server is there, or a proxy that ends TLS: "
+        "'hanse doctor' with this kit tells which"
+    )
 
 
 def encode_chunk(data: bytes | memoryview) -> bytes:

@@ -175,6 +175,7 @@ class Transfers:
         self._max_tries, self._stall_s = max_tries, stall_s
         self._places = asyncio.Semaphore(MAX_AT_ONCE)
         self._channel: tuple[str, grpc.aio.Channel] | None = None
+        self._limits: set[asyncio.Timeout] = set()
         self._is_closed = False
 
     async def missing(self, scope: str, digests: Sequence[Digest]) -> list[Digest]:
@@ -218,6 +219,14 @@ class Transfers:
 
         async with self._places:
             await self._persist(attempt, moved=lambda: there)
+
+    async def renew(self) -> None:
+        """Have the connection dialled anew, and what is under way go on there.
+
+        For when another connection to the same place broke: this one may be as dead, and would be waited for until it
+        has moved nothing for long.
+        """
+        await self._hang_up()
 
     async def close(self) -> None:
         """Close the connection; transfers that are under way raise ``Unreachable``."""
@@ -277,11 +286,15 @@ class Transfers:
                     call = open_call(path)(metadata=metadata)
                 else:
                     call = open_call(path)(request, metadata=metadata)
+                self._limits.add(limit)
                 try:
                     yield call, limit
                 finally:
+                    self._limits.discard(limit)
                     call.cancel()
         except TimeoutError:
+            if self._channel is None or self._channel[1] is not channel:
+                raise Unreachable(target, "the connection was closed") from None
             raise TimedOut(target, path.rpartition("/")[2], self._stall_s) from None
         except grpc.aio.AioRpcError as error:
             raise error_of(error, target) from error
@@ -307,6 +320,8 @@ class Transfers:
 
     async def _hang_up(self) -> None:
         channel, self._channel = self._channel, None
+        for limit in self._limits:  # for a call that has only just begun is not ended by closing its channel
+            limit.reschedule(asyncio.get_running_loop().time())
         if channel is not None:
             await channel[1].close(None)
 

@@ -21,12 +21,17 @@ COMMANDS: Final = {
     "kit request": ("hanse.cli.kit:request", "Make a key here, and a request for a certificate."),
     "kit approve": ("hanse.cli.kit:approve", "Answer a request, as the holder of the project's authority."),
     "kit install": ("hanse.cli.kit:install", "Put what was approved beside the key."),
+    "doctor": (
+        "hanse.cli.doctor:doctor",
+        "Check a kit before any job: files, certificates, disk, the way to the server.",
+    ),
     "server start": ("hanse.cli.server:start", "Run the server until it is stopped."),
     "server status": ("hanse.cli.status:status", "Show how the server is."),
     "server stop": (
         "hanse.cli.stop:server",
         "Stop the server in order, by its kit, here, or by an administrator's (--kit).",
     ),
+    "server promote": ("hanse.cli.promote:promote", "Have a server that stands by take over."),
     "client start": ("hanse.cli.client:start", "Run a site's agent until it is stopped."),
     "client stop": ("hanse.cli.stop:client", "Stop a site's agent."),
     "client list": ("hanse.cli.clients:list_clients", "List the clients that the server knows."),
@@ -34,7 +39,7 @@ COMMANDS: Final = {
     "client enable": ("hanse.cli.clients:enable", "Refuse a client no longer."),
     "job submit": ("hanse.cli.submit:submit", "Submit a job; prints its id."),
     "job list": ("hanse.cli.job:list_jobs", "List all jobs, newest first."),
-    "job show": ("hanse.cli.job:show", "Show one job: state, reason, clients, rounds."),
+    "job show": ("hanse.cli.job:show", "Show one job: state, what it waits for or how it ended, clients, rounds."),
     "job wait": (
         "hanse.cli.job:wait",
         "Follow a job to its end; ends with 0 (completed), 20 (failed) or 21 (aborted).",
@@ -42,6 +47,7 @@ COMMANDS: Final = {
     "job log": ("hanse.cli.job:log", "Show the last lines of a job's log, at the server or as a client reported it."),
     "job abort": ("hanse.cli.job:abort", "End a job; what is committed stays."),
     "job download": ("hanse.cli.job:download", "Fetch the model that a job resulted in."),
+    "explain": ("hanse.cli.explain:explain", "Say what a code means, as errors and jobs have it, and what to do."),
     "version": ("hanse.cli.version:version", "Print the release."),
 }
 """Each command, the function behind it, and what it does."""

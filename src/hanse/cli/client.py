@@ -12,11 +12,12 @@ from cyclopts import Parameter
 
 from hanse.cli.logs import show_logs
 from hanse.cli.output import TEXT, Output
-from hanse.cli.process_file import CLIENT_FILE, announced, workspace_of
+from hanse.cli.process_file import announced, workspace_of
 from hanse.client.agent import ClientAgent
+from hanse.client.workspace import CLIENT_FILE
 from hanse.identity.kits import Kit
 from hanse.identity.private_files import make_private_folder
-from hanse.launch.process import ProcessLauncher
+from hanse.launch.surviving import SurvivingLauncher
 from hanse.settings import ClientSettings
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -38,7 +39,7 @@ async def _take_part(kit: Kit[ClientSettings], workspace: Path, output: Output) 
     agent = ClientAgent(
         kit.settings,
         workspace=workspace,
-        launcher=ProcessLauncher(),
+        launcher=SurvivingLauncher(),
         rng=random.Random(),  # noqa: S311 - the jitter of pauses, nothing secret
         identity=kit.identity,
         roots=kit.ca_pem,

@@ -7,26 +7,30 @@ from cyclopts import Parameter
 from hanse.admin.session import AdminSession
 from hanse.cli.asking import KitFolder, ask
 from hanse.cli.output import TEXT, Output, duration_text
-from hanse.messages import RegisteredClient
+from hanse.messages import ClientList
 
 ClientArgument: TypeAlias = Annotated[str, Parameter(help="The client's name; it need not be registered.")]
 
 
 def list_clients(*, kit: KitFolder = None, output: Output = TEXT) -> None:
-    """List the clients that are registered, and those that are disabled."""
+    """List the clients that are registered, those that are disabled, and who was refused lately, and why."""
 
-    async def work(session: AdminSession) -> tuple[tuple[RegisteredClient, ...], dict[str, str]]:
-        return await session.clients(), await session.disabled_clients()
+    async def work(session: AdminSession) -> ClientList:
+        return ClientList(await session.clients(), await session.disabled_clients(), await session.refused_clients())
 
-    clients, disabled = ask(kit, work, output)
+    found = ask(kit, work, output)
     if output.is_json:
-        output.document({"clients": clients, "disabled": disabled})
+        output.document(found)
         return
     rows = [
         (client.name, client.state, f"{duration_text(client.last_heard_s)} ago", ", ".join(client.jobs))
-        for client in clients
+        for client in found.clients
     ]
-    rows += [(name, "disabled", "-", reason) for name, reason in sorted(disabled.items())]
+    rows += [(name, "disabled", "-", reason) for name, reason in sorted(found.disabled.items())]
+    rows += [
+        (each.name, "refused", f"{duration_text(each.ago_s)} ago", f"{each.reason} [{each.code}]")
+        for each in found.refused
+    ]
     output.table(("client", "state", "heard of", "jobs, or why"), rows, nothing="no clients")
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
+from hanse.codes import advice
 from hanse.errors import ConfigError, EnvironmentFault, HanseError, InternalError
 
 USAGE: Final = ConfigError.exit_status
@@ -31,8 +32,8 @@ class Failure:
 
     def tell(self, *, as_json: bool) -> int:
         """Write it to standard error and return the exit status."""
-        text = json.dumps({"error": {"code": self.code, "reason": self.reason}}) if as_json else f"hanse: {self.reason}"
-        sys.stderr.write(f"{text}\n")
+        document = {"error": {"code": self.code, "reason": self.reason, "advice": advice(self.code)}}
+        sys.stderr.write(f"{json.dumps(document) if as_json else f'hanse: {self.reason} [{self.code}]'}\n")
         return self.status
 
 

@@ -35,7 +35,7 @@ def list_jobs(
 
 
 def show(job: JobName, /, *, kit: KitFolder = None, output: Output = TEXT) -> None:
-    """Show one job: its state with the reason or what it waits for, its clients, its rounds."""
+    """Show one job: its state, what it waits for or how it ended, its clients, its rounds."""
     show_job(ask(kit, lambda session: session.show(job), output), output)
 
 
@@ -49,7 +49,8 @@ def wait(
 ) -> int:
     """Follow a job to its end; the exit status says how it ended.
 
-    0: completed; 20: failed; 21: aborted. The server may be restarted meanwhile.
+    0: completed; 20: failed; 21: aborted. Of a bad end it prints the reason with its code, what to do, and the last
+    lines of the log. The server may be restarted meanwhile.
     """
 
     async def work(session: AdminSession) -> int:

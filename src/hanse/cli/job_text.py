@@ -5,7 +5,7 @@ from typing import Final
 
 from hanse.cli.output import duration_text, metrics_text, time_text
 from hanse.job import JobState
-from hanse.messages import JobView
+from hanse.messages import ClientView, JobView, Waiting
 
 JOB_FAILED: Final = 20
 """The command went well, and the job that it waited for failed."""
@@ -15,6 +15,20 @@ JOB_ABORTED: Final = 21
 
 LAST_ROUNDS: Final = 20
 """How many rounds of a job are shown; ``--format json`` has them all."""
+
+SHOWN_CLIENTS: Final = 20
+"""How many of the clients that a job waits for are shown; ``--format json`` has them all."""
+
+STANDINGS: Final = {
+    "deploying": "has not taken the job yet",
+    "deployed": "has the job, and is not started yet",
+    "starting": "its process is being started",
+    "running": "connected and working",
+    "suspect": "suspect, for it is not connected",
+    "lost": "lost, for it has been away too long",
+    "failed": "failed, and out of the run",
+}
+"""What a client's state means for whoever waits for it."""
 
 
 def job_status(state: str) -> int:
@@ -30,7 +44,7 @@ def job_line(view: JobView) -> tuple[str, ...]:
         rounds_text(view),
         time_text(view.submitted_at),
         view.submitter,
-        view.reason or waiting_text(view) or metrics_text(view.metrics),
+        view.reason or metrics_text(view.metrics) or waiting_text(view),
     )
 
 
@@ -38,10 +52,9 @@ def job_lines(view: JobView, *, where: str = "") -> Iterator[str]:
     """Yield all that is known of a job, a line at a time; *where* its result is, or how to get it."""
     yield f"job        {view.job_id}"
     yield f"state      {view.state}"
-    if view.reason:
-        yield f"reason     {view.reason}{f' ({view.code})' if view.code else ''}"
-    if waiting := waiting_text(view):
-        yield f"waits for  {waiting}"
+    yield from _failure_lines(view)
+    for waiting in view.waiting:
+        yield from _waiting_lines(waiting)
     yield f"submitted  {time_text(view.submitted_at)} by {view.submitter}"
     if view.started_at:
         until = f", took {duration_text(view.ended_at - view.started_at)}" if view.ended_at else ""
@@ -58,6 +71,9 @@ def job_lines(view: JobView, *, where: str = "") -> Iterator[str]:
         yield f"round {each.round:<4} {metrics_text(each.metrics)}  [{duration_text(each.took_s)}]"
     if view.result:
         yield f"result     {view.result_bytes:,} bytes ({where or f'hanse job download {view.job_id}'})"
+    if view.log_tail:
+        yield f"log        its last lines at {view.client or 'the server'}:"
+        yield from (f"           {line}" for line in view.log_tail.splitlines())
 
 
 def rounds_text(view: JobView) -> str:
@@ -66,7 +82,36 @@ def rounds_text(view: JobView) -> str:
 
 
 def waiting_text(view: JobView) -> str:
-    """Return what a job waits for and until when; empty when it does not wait."""
-    if not view.waiting_for:
-        return ""
-    return f"{view.waiting_for}, until {time_text(view.waiting_until)}" if view.waiting_until else view.waiting_for
+    """Return what a job waits for and until when, in one line; empty when it does not wait."""
+    return "; ".join(
+        f"{each.what}, until {time_text(each.until)}" if each.until else each.what for each in view.waiting
+    )
+
+
+def standing_text(client: ClientView) -> str:
+    """Return how a client stands that is waited for, and since when."""
+    state = STANDINGS.get(client.state, client.state)
+    start = f", start {client.attempt}" if client.attempt > 1 else ""
+    since = f", since {time_text(client.since)}" if client.since else ""
+    return f"{state}{start}{since}{f': {client.reason}' if client.reason else ''}"
+
+
+def _failure_lines(view: JobView) -> Iterator[str]:
+    if view.reason:
+        yield f"reason     {view.reason}{f' ({view.code})' if view.code else ''}"
+    if view.client:
+        yield f"at         {view.client}{f' ({view.cause})' if view.cause else ''}"
+    if view.advice:
+        yield f"advice     {view.advice} (hanse explain {view.cause or view.code})"
+
+
+def _waiting_lines(waiting: Waiting) -> Iterator[str]:
+    yield f"waits for  {waiting.what}"
+    times = [f"since {time_text(waiting.since)}"] if waiting.since else []
+    times.append(f"until {time_text(waiting.until)}" if waiting.until else "for as long as it takes")
+    then = f"; then {waiting.then}" if waiting.then else ""
+    yield f"           {', '.join(times)}{then}"
+    for client in waiting.whom[:SHOWN_CLIENTS]:
+        yield f"           {client.name}: {standing_text(client)}"
+    if len(waiting.whom) > SHOWN_CLIENTS:
+        yield f"           and {len(waiting.whom) - SHOWN_CLIENTS} more"

@@ -4,23 +4,19 @@ The process holds a lock on the file for as long as it lives, however it ends, s
 never taken for a running process, and never is another process stopped that has got the number since.
 """
 
-import fcntl
 import os
-import select
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from hanse.errors import Conflict, TimedOut
+from hanse.errors import TimedOut
 from hanse.identity.kits import Kit
+from hanse.launch.held import HeldProcess, lock_nowait, number_in, only_holder
 from hanse.settings import ClientSettings, ServerSettings
 
 SERVER_FILE: Final = "server.pid"
-CLIENT_FILE: Final = "client.pid"
-_NUMBER_BYTES: Final = 32
 
 
 def workspace_of(kit: Kit[ServerSettings] | Kit[ClientSettings]) -> Path:
@@ -35,19 +31,13 @@ def announced(path: Path, *, what: str) -> Iterator[None]:
     Raises:
         Conflict: another process is.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        if not _lock(descriptor):
-            state = f"running already, as process {_number(descriptor) or '(starting)'}"
-            raise Conflict(what, state=state, wanted="started again")
+    with only_holder(path, what=what) as descriptor:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         try:
             yield
         finally:
             os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)
 
 
 def stop(path: Path, *, what: str, timeout_s: float, force: bool = False) -> int | None:
@@ -62,14 +52,14 @@ def stop(path: Path, *, what: str, timeout_s: float, force: bool = False) -> int
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    pid = _number(descriptor)
+    pid = number_in(descriptor)
     try:
-        process = _Process(pid) if pid else None
+        process = HeldProcess(pid) if pid else None
     except ProcessLookupError:
         process = None
     try:
         # Only now that the process is held on to: while it holds the lock, the number in the file is its own.
-        if process is None or _lock(descriptor):
+        if process is None or lock_nowait(descriptor):
             return None
         process.send(signal.SIGTERM)
         if not process.wait(timeout_s):
@@ -82,57 +72,3 @@ def stop(path: Path, *, what: str, timeout_s: float, force: bool = False) -> int
         if process is not None:
             process.close()
         os.close(descriptor)
-
-
-if sys.platform == "linux":
-
-    class _Process:
-        """A process that is held on to: its number is no other's while this is open."""
-
-        def __init__(self, pid: int) -> None:
-            self._descriptor = os.pidfd_open(pid)
-
-        def send(self, number: signal.Signals) -> None:
-            signal.pidfd_send_signal(self._descriptor, number)
-
-        def wait(self, timeout_s: float) -> bool:
-            """Return whether it has ended, within *timeout_s*."""
-            return bool(select.select([self._descriptor], [], [], timeout_s)[0])
-
-        def close(self) -> None:
-            os.close(self._descriptor)
-
-else:
-
-    class _Process:
-        """A process whose end is heard of."""
-
-        def __init__(self, pid: int) -> None:
-            self._pid = pid
-            self._queue = select.kqueue()
-            at_exit = select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)
-            self._queue.control([at_exit], 0)
-
-        def send(self, number: signal.Signals) -> None:
-            os.kill(self._pid, number)
-
-        def wait(self, timeout_s: float) -> bool:
-            """Return whether it has ended, within *timeout_s*."""
-            return bool(self._queue.control(None, 1, timeout_s))
-
-        def close(self) -> None:
-            self._queue.close()
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _number(descriptor: int) -> int:
-    """Return the number in the file; 0 where there is none."""
-    text = os.pread(descriptor, _NUMBER_BYTES, 0).strip()
-    return int(text) if text.isdigit() else 0

@@ -8,13 +8,17 @@ from cyclopts import Parameter
 from hanse.admin.session import AdminSession
 from hanse.cli.asking import KitFolder, ask
 from hanse.cli.output import TEXT, Output
-from hanse.cli.process_file import CLIENT_FILE, SERVER_FILE, stop, workspace_of
+from hanse.cli.process_file import SERVER_FILE, stop, workspace_of
+from hanse.client.workspace import CLIENT_FILE, end_orphans
 from hanse.errors import ConfigError
 from hanse.identity.kits import Kit
 from hanse.settings import ClientSettings, ServerSettings
 
 CLIENT_TIMEOUT_S: Final = 30.0
 """How long an agent may take to stop; it tells the server and ends its jobs' processes, each in a few seconds."""
+
+ORPHAN_GRACE_S: Final = 5.0
+"""How long a job's process that an agent has left behind may take to end once asked; it needs two seconds at most."""
 
 BEYOND_SHUTDOWN_S: Final = 30.0
 """How much longer than it waits for its clients a server may take to stop."""
@@ -57,14 +61,18 @@ def client(
     force: Force = False,
     output: Output = TEXT,
 ) -> None:
-    """Stop a site's agent; the processes of its jobs end with it."""
-    path = workspace_of(Kit.load(kit, ClientSettings)) / CLIENT_FILE
-    _tell("client", stop(path, what="the client", timeout_s=CLIENT_TIMEOUT_S, force=force), output)
+    """Stop a site's agent; the processes of its jobs end with it, also those that a killed agent has left behind."""
+    workspace = workspace_of(Kit.load(kit, ClientSettings))
+    pid = stop(workspace / CLIENT_FILE, what="the client", timeout_s=CLIENT_TIMEOUT_S, force=force)
+    orphans = end_orphans(workspace, grace_s=ORPHAN_GRACE_S) if workspace.is_dir() else []
+    _tell("client", pid, output, left=orphans)
+    if orphans and not output.is_json:
+        output.say(f"the jobs' processes that it had left have ended: {', '.join(map(str, orphans))}")
 
 
-def _tell(which: str, pid: int | None, output: Output) -> None:
+def _tell(which: str, pid: int | None, output: Output, **more: object) -> None:
     what = "not running" if pid is None else "stopped"
     if output.is_json:
-        output.document({which: what, "process": pid})
+        output.document({which: what, "process": pid, **more})
     else:
         output.say(f"the {which} {'is' if pid is None else f'(process {pid}) has'} {what}")

@@ -65,10 +65,11 @@ class _Session:
 class ClientAgent:
     """One client, for as long as ``run`` runs. Belongs to one event loop, which must be running when it is made.
 
-    *workspace* is where *settings* say, made absolute. *identity* and *roots* (PEM) are the kit's; ``None`` and empty
-    without TLS. *tls_roots* is what the connection is checked against, where that is not *roots*. *dial* and
-    *transfers* stand in for gRPC where the server is in the same process. *random_bytes* and *wall* are what
-    registration uses.
+    *workspace* is where *settings* say, made absolute, and this agent's alone: whoever makes it holds
+    ``only_agent_of``. *launcher* is a ``SurvivingLauncher``, or one whose processes are no processes. *identity* and
+    *roots* (PEM) are the kit's; ``None`` and empty without TLS. *tls_roots* is what the connection is checked against,
+    where that is not *roots*. *dial* and *transfers* stand in for gRPC where the server is in the same process.
+    *random_bytes* and *wall* are what registration uses.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class ClientAgent:
         self._registrant = Registrant(
             settings.project,
             settings.name,
-            settings.server_name,
+            settings.server_names,
             identity,
             roots,
             settings.resources,
@@ -189,10 +190,18 @@ class ClientAgent:
     # The connection ---------------------------------------------------------------------------------------------------
 
     def _hello(self) -> Hello:
+        """Return what opens a stream; raise ``Unauthenticated`` once the certificate that goes with it is not valid."""
+        try:
+            self._registrant.require_valid()
+        except Unauthenticated:
+            self._session = None  # no token helps then, so there is no need to dial again without it
+            raise
         credentials = self._session.credentials if self._session else None
         return Hello(PROTOCOL_VERSIONS, self._uplink.cell.fqcn, self._settings.project, self._release, credentials)
 
     async def _on_welcome(self, link: Link, welcome: Welcome) -> None:
+        if self._own_transfers is not None:
+            await self._own_transfers.renew()
         if self._session is not None:
             # The stream was opened with the token, so the server knows who this is; TLS has told who the server is.
             self._uplink.trust(link.peer, ssid=welcome.ssid)

@@ -10,8 +10,9 @@ from typing import Final
 
 from hanse.cell.loop import run
 from hanse.client.agent import ClientAgent
+from hanse.client.workspace import only_agent_of
 from hanse.identity.certificates import Identity
-from hanse.launch.process import ProcessLauncher
+from hanse.launch.surviving import SurvivingLauncher
 from hanse.settings import ClientSettings
 
 REGISTER_TIMEOUT_S: Final = 30.0
@@ -26,14 +27,17 @@ def running_client(
     *identity* and *roots* (the project's CA, PEM) are the kit's; without TLS there are none.
 
     Raises:
+        Conflict: another agent has the workspace.
         HanseError: the server refuses the client, or does not answer in time.
     """
-    agent, work = run(_start(settings, workspace.absolute(), identity, roots))
-    try:
-        run(_registered(agent, work), REGISTER_TIMEOUT_S)
-        yield agent
-    finally:
-        run(_stop(agent, work))
+    workspace = workspace.absolute()
+    with only_agent_of(workspace):
+        agent, work = run(_start(settings, workspace, identity, roots))
+        try:
+            run(_registered(agent, work), REGISTER_TIMEOUT_S)
+            yield agent
+        finally:
+            run(_stop(agent, work))
 
 
 async def _start(
@@ -42,7 +46,7 @@ async def _start(
     agent = ClientAgent(
         settings,
         workspace=workspace,
-        launcher=ProcessLauncher(),
+        launcher=SurvivingLauncher(),
         rng=random.Random(),  # noqa: S311 - jitter between tries, not a secret
         identity=identity,
         roots=roots,

@@ -12,6 +12,8 @@ import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Final
 
+import msgspec
+
 from hanse.cell.cell import RemoteError
 from hanse.cell.transfer import TensorTransfers
 from hanse.client.task import TaskContext
@@ -64,7 +66,8 @@ class ClientJob:
     """One job's tasks at one site; ``run`` is its life.
 
     *keep_only* is called with the tensors that the next task may share with the last one, when its answer has been
-    dealt with: ``files.keep_only`` where *files* are this job's alone, nothing where others use them too.
+    dealt with: ``files.keep_only`` where *files* are this job's alone, nothing where others use them too. *log_tail*
+    gives the last lines of the log that may go with a fault.
     """
 
     def __init__(
@@ -80,11 +83,12 @@ class ClientJob:
         keep_only: Callable[[Collection[Digest]], object],
         trainer: Trainer,
         filters: Sequence[Filter] = (),
+        log_tail: Callable[[], str] = lambda: "",
     ) -> None:
         self._uplink = uplink
         self._job_id, self._client, self._spec, self._site = job_id, client, spec, site
         self._transfers, self._files, self._keep_only = transfers, files, keep_only
-        self._trainer, self._filters = trainer, filters
+        self._trainer, self._filters, self._log_tail = trainer, filters, log_tail
         self._scope = f"job/{job_id}"
         self._queue: dict[TaskKey, TaskAssignment] = {}
         self._queued = asyncio.Event()
@@ -164,7 +168,8 @@ class ClientJob:
             self._log.exception("task failed")
             bug = InternalError(f"working on task {key.name!r} at {self._client}")
             fault = TaskFault(bug.code, bug.reason)
-        return TaskResult(key, fault=fault), {}
+        log_tail = await asyncio.to_thread(self._log_tail)
+        return TaskResult(key, fault=msgspec.structs.replace(fault, log_tail=log_tail)), {}
 
     async def _fetch(self, reference: ModelRef) -> Model:
         """Return the model that *reference* names, its missing tensors fetched."""

@@ -1,26 +1,30 @@
 """A job's process at a site: ``python -m hanse.client.job_process``, started by the site's agent.
 
 The job's code runs in the main thread, as such code expects; the connection to the server lives on the event loop's
-thread (``JobConnection``); the two meet in a ``MainThreadTrainer``. A third thread watches the life line, the pipe that
-the specification came on and that the agent holds: its end, or SIGTERM, means that the process is to end. It then says
-goodbye and is gone within ``EXIT_GRACE_S``, whatever the job's code is doing.
+thread (``JobConnection``); the two meet in a ``MainThreadTrainer``. Two more threads wait for what ends the process:
+SIGTERM, and having been without an agent for too long (``LifeLine``). It then says goodbye and is gone within
+``EXIT_GRACE_S``, whatever the job's code is doing.
 
-The exit status is 0 when the process was asked to end, and 1 when it could not go on; the log's last line says why.
+When its agent dies, the process goes on: it has its own connection to the server, and delivers. The next agent takes it
+over. One that comes to nobody ends by itself, with all that it has started, since nobody is there to see to it.
+
+The exit status is ``TERMINATED`` after SIGTERM, whoever sent it, and 1 when the process could not go on; the log's last
+line says why. Only the job's own code can end it with 0.
 """
 
 import asyncio
 import logging
 import os
 import random
-import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import msgspec
 
@@ -31,7 +35,7 @@ from hanse.cell.rpc import ClientTls
 from hanse.cell.transfer import TensorTransfers, Transfers
 from hanse.client.api import Site
 from hanse.client.job_cell import ClientJob, filters_of
-from hanse.client.process_spec import JobProcessSpec
+from hanse.client.process_spec import TAIL_CHARS, JobProcessSpec
 from hanse.client.registration import registered_by
 from hanse.client.trainer import MainThreadTrainer, Trainer, load_app
 from hanse.client.uplink import Uplink, first_error
@@ -39,7 +43,8 @@ from hanse.errors import HanseError, JobInvalid, TrainingFailed
 from hanse.identity.tokens import parse_token
 from hanse.ids import Digest, job_cell
 from hanse.launch.log_lines import FieldLogger, log_to_stderr
-from hanse.launch.process import read_spec
+from hanse.launch.process import last_lines, logged_before, read_spec
+from hanse.launch.surviving import LifeLine
 from hanse.messages import (
     PROTOCOL_VERSIONS,
     Channel,
@@ -57,6 +62,9 @@ _log = logging.getLogger(__name__)
 EXIT_GRACE_S: Final = 2.0
 """How long the process may take to end once it must: less than its agent waits before it kills."""
 
+TERMINATED: Final = 128 + signal.SIGTERM
+"""The exit status of a process that was asked to end: as a shell has it for one that the signal killed."""
+
 REPORT_TIMEOUT_S: Final = 15.0
 """How long a failure may take to reach the server; the agent tells of it too, by the log's last lines."""
 
@@ -65,7 +73,8 @@ class JobConnection:
     """The job's cell with its connection to the server: ``run`` is its life. Belongs to one event loop.
 
     *dial* and *transfers* stand in for gRPC where the server is in the same process; *keep_only* stands in for deleting
-    tensors that no longer matter, where the job's folder for tensors is not its alone.
+    tensors that no longer matter, where the job's folder for tensors is not its alone. *log_tail* gives the last lines
+    of the log that may go with a failure.
     """
 
     def __init__(
@@ -78,8 +87,9 @@ class JobConnection:
         dial: Dial | None = None,
         transfers: TensorTransfers | None = None,
         keep_only: Callable[[Collection[Digest]], object] | None = None,
+        log_tail: Callable[[], str] = lambda: "",
     ) -> None:
-        self._spec, self._wall = spec, wall
+        self._spec, self._wall, self._log_tail = spec, wall, log_tail
         self._credentials = spec.identity.credentials
         self._uplink = Uplink(job_cell(spec.client, spec.job_id), rng)
         self._log = FieldLogger(_log, {"job": spec.job_id})
@@ -112,6 +122,7 @@ class JobConnection:
             keep_only=keep_only or files.keep_only,
             trainer=trainer,
             filters=filters_of(spec.policy),
+            log_tail=log_tail,
         )
         self._uplink.cell.on(Channel.JOB, "goodbye", self._on_goodbye)
 
@@ -149,13 +160,16 @@ class JobConnection:
         """
         kind = "config" if isinstance(failure, JobInvalid) else "exception"
         reason = failure.why if isinstance(failure, TrainingFailed) else failure.reason
-        report = JobFailure(self._spec.job_id, kind, reason, failure.code)
+        log_tail = await asyncio.to_thread(self._log_tail)
+        report = JobFailure(self._spec.job_id, kind, reason, failure.code, log_tail)
         await self._uplink.ask_until_answered(Channel.SERVER, "job_failure", report)
 
     def _hello(self) -> Hello:
         return Hello(PROTOCOL_VERSIONS, self._uplink.cell.fqcn, self._spec.project, credentials=self._credentials)
 
     async def _on_welcome(self, link: Link, welcome: Welcome) -> None:
+        if self._own_transfers is not None:
+            await self._own_transfers.renew()
         self._uplink.trust(link.peer, ssid=welcome.ssid)
         self._log.info("connected", extra={"server": welcome.server, "target": self._connector.target})
 
@@ -179,38 +193,48 @@ class JobConnection:
 
 def main() -> int:
     """Run the job that standard input describes until asked to end; return the exit status."""
+    log_start = logged_before()
     log_to_stderr()
     signals = _catch_sigterm()
-    life_line = _take_life_line()
-    spec = msgspec.msgpack.decode(read_spec(life_line), type=JobProcessSpec)
+    line = LifeLine()
+    spec = msgspec.msgpack.decode(_read_input(), type=JobProcessSpec)
     folder = Path(spec.code or spec.tensors)
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     if spec.code:
         sys.path.insert(0, spec.code)
+    ending = _Ending()
     trainer = MainThreadTrainer(folder)
-    connection = run(_connection_of(spec, trainer))
+    connection = run(_connection_of(spec, trainer, partial(_log_tail, spec, log_start)))
     life = asyncio.run_coroutine_threadsafe(connection.run(), background_loop())
 
     def ended(life: Future[None]) -> None:
-        trainer.close()
         if (error := life.exception()) is not None:
             _log.error("the job cannot go on: %s", error, extra={"job": spec.job_id})
-            _exit_within(EXIT_GRACE_S, status=1)
+            ending.begin(1)
+        trainer.close()
 
-    def end() -> None:
-        _exit_within(EXIT_GRACE_S)
+    def end(*, with_group: bool = False) -> None:
+        ending.begin(TERMINATED, with_group=with_group)
         asyncio.run_coroutine_threadsafe(connection.close(), background_loop())
 
+    def end_alone(why: str) -> None:
+        _log.error("the job ends here: %s", why, extra={"job": spec.job_id})
+        end(with_group=True)
+
     life.add_done_callback(ended)
-    _watch(life_line, signals, end)
+    _on_sigterm(signals, end)
+    line.watch(grace_s=spec.agent_grace_s, on_alone=end_alone)
     try:
         serve(spec, trainer, folder)
     except HanseError as failure:
+        if failure.__cause__ is not None:
+            _log.error("the job's code failed", exc_info=failure.__cause__)
         _tell(connection, failure)
         _log.error("the job cannot go on: %s", failure.reason, extra={"job": spec.job_id})
-        return 1
-    return 0 if life.exception() is None else 1
+        ending.begin(1)
+        run(connection.close())
+    return ending.finish()
 
 
 def serve(spec: JobProcessSpec, trainer: MainThreadTrainer, folder: Path) -> None:
@@ -231,27 +255,67 @@ def serve(spec: JobProcessSpec, trainer: MainThreadTrainer, folder: Path) -> Non
     trainer.serve_script(script, site)
 
 
-async def _connection_of(spec: JobProcessSpec, trainer: Trainer) -> JobConnection:
-    return JobConnection(spec, trainer, rng=random.Random())  # noqa: S311 - spreads retries, hides nothing
+async def _connection_of(spec: JobProcessSpec, trainer: Trainer, log_tail: Callable[[], str]) -> JobConnection:
+    rng = random.Random()  # noqa: S311 - spreads retries, hides nothing
+    return JobConnection(spec, trainer, rng=rng, log_tail=log_tail)
+
+
+def _log_tail(spec: JobProcessSpec, log_start: int) -> str:
+    """Return what the site lets the server know of the end of this process's log, which begins at *log_start*."""
+    if not spec.log:
+        return ""
+    return last_lines(Path(spec.log), spec.policy.log_lines, start=log_start)[-TAIL_CHARS:]
+
+
+class _Ending:
+    """The end of this process: whoever begins it first says how, and ``EXIT_GRACE_S`` later it is over, come what may.
+
+    User code, or a thread of its own, may not want to end.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._status: int | None = None
+        self._with_group = False
+
+    def begin(self, status: int, *, with_group: bool = False) -> None:
+        """Have the process end with *status*, and *with_group*, all that it has started, by SIGKILL."""
+        with self._lock:
+            if self._status is not None:
+                return
+            self._status, self._with_group = status, with_group
+        timer = threading.Timer(EXIT_GRACE_S, self._force)
+        timer.daemon = True
+        timer.start()
+
+    def finish(self) -> int:
+        """Return the status to end with, now that the work is over; with its group, the process ends here."""
+        if self._with_group:
+            self._force()
+        return self._status or 0
+
+    def _force(self) -> None:
+        if self._with_group and os.getpgrp() == os.getpid():  # its own, and not that of whoever runs it by hand
+            os.killpg(0, signal.SIGKILL)
+        os._exit(self._status or 0)
 
 
 def _tell(connection: JobConnection, failure: HanseError) -> None:
-    """Tell the server of *failure*, if it can be told, and leave it."""
+    """Tell the server of *failure*, if it can be told."""
     try:
         run(connection.report_failure(failure), REPORT_TIMEOUT_S)
     except HanseError as error:
         _log.warning("the server was not told", extra={"reason": error.reason})
-    _exit_within(EXIT_GRACE_S, status=1)
-    run(connection.close())
 
 
-def _take_life_line() -> BinaryIO:
-    """Return the pipe to the agent, moved away from standard input, which the job's code may read and finds empty."""
-    life_line = os.fdopen(os.dup(0), "rb")
+def _read_input() -> bytes:
+    """Return the specification on standard input, which is empty from then on: the job's code may read it."""
+    with os.fdopen(os.dup(0), "rb") as pipe:
+        spec = read_spec(pipe)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    return life_line
+    return spec
 
 
 def _catch_sigterm() -> int:
@@ -266,27 +330,15 @@ def _catch_sigterm() -> int:
     return signals
 
 
-def _watch(life_line: BinaryIO, signals: int, end: Callable[[], None]) -> None:
-    """Call *end*, from a thread of its own, when the agent is gone or asks by SIGTERM."""
-    agent = life_line.fileno()
+def _on_sigterm(signals: int, end: Callable[[], None]) -> None:
+    """Call *end*, from a thread of its own, when SIGTERM arrives on *signals*."""
 
     def watch() -> None:
-        while True:
-            ready, _, _ = select.select([agent, signals], [], [])
-            if signals in ready and signal.SIGTERM in os.read(signals, 64):
-                break
-            if agent in ready and not os.read(agent, 64):
-                break
+        while signal.SIGTERM not in os.read(signals, 64):
+            continue
         end()
 
-    threading.Thread(target=watch, name="life line", daemon=True).start()
-
-
-def _exit_within(grace_s: float, status: int = 0) -> None:
-    """Have the process be gone after *grace_s* seconds, though user code or one of its threads may not want to end."""
-    timer = threading.Timer(grace_s, os._exit, [status])
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
 if __name__ == "__main__":

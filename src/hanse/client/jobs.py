@@ -1,14 +1,17 @@
 """The jobs at one site: deployed if the site's policy lets them, each run in a process of its own, always reaped.
 
-A job has a folder, ``jobs/<job id>`` of the workspace: its package, its code, its tensors while it runs, and its log,
-which alone stays. What the server asks about one job happens in order, and may be asked twice. A process that ends
-without having been asked is reported until the server has heard of it, or wants the job ended.
+What the server asks about one job happens in order, and may be asked twice. A process that ends without having been
+asked is reported until the server has heard of it, or wants the job ended.
+
+An agent that stops ends its jobs' processes. One that is killed leaves them, and they go on; the next agent of the same
+workspace takes over those that it would have started in the same way, and ends the others. What it took over counts as
+running from its first heartbeat on, so the server starts no other.
 """
 
 import asyncio
+import hashlib
 import importlib.util
 import logging
-import shutil
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,16 +22,19 @@ from typing import Final
 import msgspec
 
 from hanse.cell.transfer import TensorTransfers
-from hanse.client.process_spec import PROCESS_MODULE, JobProcessSpec
+from hanse.client.process_spec import PROCESS_MODULE, TAIL_CHARS, JobProcessSpec
 from hanse.client.uplink import Uplink
+from hanse.client.workspace import JobFolder, StartedJob, job_folders
 from hanse.coordination.policy import may_run
 from hanse.errors import HanseError, JobInvalid, NotFound, ProtocolError, SiteRefused
-from hanse.ids import ClientName, JobId, is_job_id
+from hanse.ids import ClientName, JobId, Ssid, Token, is_job_id
 from hanse.job import JobSpec
+from hanse.launch.memory import KillCounter, cause_of
 from hanse.launch.process import Handle, Launcher
-from hanse.messages import AbortJob, Channel, DeployJob, JobCredentials, JobEnded, Message, StartJob
+from hanse.launch.surviving import Survivor, survivor_at
+from hanse.messages import AbortJob, Channel, Credentials, DeployJob, JobCredentials, JobEnded, Message, StartJob
 from hanse.settings import ClientSettings
-from hanse.storage.packages import MAX_PACKAGE_BYTES, unpack_package
+from hanse.storage.packages import MAX_PACKAGE_BYTES, comes_with, unpack_package
 from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
@@ -36,40 +42,7 @@ _log = logging.getLogger(__name__)
 STOP_GRACE_S: Final = 5.0
 """How long a job's process may take to end once asked; it needs two seconds at most."""
 
-TAIL_LINES: Final = 20
-TAIL_CHARS: Final = 8 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class JobFolder:
-    """Where a site keeps what belongs to one job."""
-
-    path: Path
-
-    @property
-    def package(self) -> Path:
-        """The job's package, under its digest."""
-        return self.path / "package"
-
-    @property
-    def code(self) -> Path:
-        """The job's code, unpacked."""
-        return self.path / "code"
-
-    @property
-    def tensors(self) -> Path:
-        """The job's tensor files."""
-        return self.path / "tensors"
-
-    @property
-    def log(self) -> Path:
-        """What the job's process said, all attempts in one."""
-        return self.path / "job.log"
-
-    def clear(self) -> None:
-        """Delete all but the log."""
-        for path in (self.package, self.code, self.tensors):
-            shutil.rmtree(path, ignore_errors=True)
+_NOBODY: Final = JobCredentials(Credentials("", Token(""), "", Ssid("")))
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +51,7 @@ class _Process:
 
     handle: Handle
     attempt: int
+    kills: KillCounter
     is_asked: bool = False
     watcher: asyncio.Task[None] | None = None
 
@@ -121,12 +95,13 @@ class SiteJobs:
     async def serving(self) -> AsyncIterator[None]:
         """Answer the server within this block; at its end, stop and reap every process.
 
-        What an agent that was killed left behind is cleared away first; its processes ended with it.
+        What an agent that was killed left behind is taken over first, or cleared away.
         """
-        await asyncio.to_thread(self._clear_leftovers)
         async with asyncio.TaskGroup() as group:
             self._group = group
             try:
+                folders = await asyncio.to_thread(job_folders, self._workspace)
+                await asyncio.gather(*(self._take_over(folder) for folder in folders))
                 yield
             finally:
                 self._group = None
@@ -184,6 +159,39 @@ class SiteJobs:
             raise ProtocolError("payload", got=message.payload, expected="AbortJob")
         self.abort(message.payload.job_id, message.payload.reason)
 
+    # What an earlier agent left ---------------------------------------------------------------------------------------
+
+    async def _take_over(self, folder: JobFolder) -> None:
+        """Take over the process that an agent which was killed has left in *folder*; clear away what none lives of."""
+        job_id = JobId(folder.path.name)
+        survivor = survivor_at(folder.log, name=f"job {job_id}")
+        if survivor is not None:
+            job = self._adopted(folder, survivor)
+            if job is not None:
+                self._jobs[job_id] = job
+                return
+            await survivor.stop(STOP_GRACE_S)
+        await asyncio.to_thread(folder.clear)
+
+    def _adopted(self, folder: JobFolder, survivor: Survivor) -> _Job | None:
+        """Return the job that *survivor* runs, taken over; ``None`` when this agent would not run it like that."""
+        started = folder.started()
+        extra = {"job": folder.path.name, "pid": survivor.pid}
+        if started is None or started.terms != self._terms(started.deployed, folder):
+            _log.warning(
+                "a job's process is ended: this agent's settings are others than it was started with", extra=extra
+            )
+            return None
+        try:
+            survivor.take_over()
+        except OSError as error:
+            _log.warning("a job's process is ended: it cannot be taken over", extra={**extra, "reason": error.strerror})
+            return None
+        job = _Job(started.deployed, folder)
+        self._run(job, _Process(survivor, started.attempt, KillCounter(survivor.pid)))
+        _log.info("job taken over from an agent that was killed", extra={**extra, "attempt": started.attempt})
+        return job
+
     # Doing it ---------------------------------------------------------------------------------------------------------
 
     async def _deploy(self, deploy: DeployJob) -> None:
@@ -194,40 +202,52 @@ class SiteJobs:
         spec = await asyncio.to_thread(unpack_package, packages.path(deploy.package), folder.code)
         if spec != deploy.spec:
             raise JobInvalid("package", got=f"another definition of {spec.name}", expected="the one that was announced")
-        if not _comes_with(spec, folder.code) and not _is_installed(spec):
+        if not _is_there(spec, folder.code) and not _is_installed(spec):
             raise JobInvalid("client", got=spec.client, expected="a module of the job, or one installed at the site")
         self._jobs[deploy.job_id] = _Job(deploy, folder)
         _log.info("job deployed", extra={"job": deploy.job_id, "job_name": deploy.name, "submitter": deploy.submitter})
 
     async def _start(self, job: _Job, start: StartJob) -> None:
         self._serving_group()
+        terms = self._terms(job.deployed, job.folder)
+        await asyncio.to_thread(job.folder.note, StartedJob(job.deployed, start.attempt, terms))
+        kills = KillCounter()
         handle = await self._launcher.launch(
             PROCESS_MODULE,
-            spec=msgspec.msgpack.encode(self._process_spec(job, start.identity)),
+            spec=msgspec.msgpack.encode(self._process_spec(job.deployed, job.folder, start.identity)),
             log_path=job.folder.log,
             env={},
             name=f"job {start.job_id}",
         )
         if self._group is None:  # the agent has begun to stop meanwhile
             await handle.stop(STOP_GRACE_S)
-        group = self._serving_group()
-        job.process = process = _Process(handle, start.attempt)
-        process.watcher = group.create_task(self._watch(job, process), name=f"watch job {start.job_id}")
+        self._run(job, _Process(handle, start.attempt, kills))
         _log.info("job started", extra={"job": start.job_id, "attempt": start.attempt, "pid": handle.pid})
 
-    def _process_spec(self, job: _Job, identity: JobCredentials) -> JobProcessSpec:
+    def _run(self, job: _Job, process: _Process) -> None:
+        group = self._serving_group()
+        job.process = process
+        process.watcher = group.create_task(self._watch(job, process), name=f"watch job {job.deployed.job_id}")
+
+    def _terms(self, deployed: DeployJob, folder: JobFolder) -> str:
+        """Return a digest of all that a job's process is told but for its credentials."""
+        spec = self._process_spec(deployed, folder, _NOBODY)
+        return hashlib.sha256(msgspec.msgpack.encode(spec, order="deterministic")).hexdigest()
+
+    def _process_spec(self, deployed: DeployJob, folder: JobFolder, identity: JobCredentials) -> JobProcessSpec:
         settings = self._settings
         return JobProcessSpec(
-            job_id=job.deployed.job_id,
+            job_id=deployed.job_id,
             client=self._client,
             project=settings.project,
-            spec=job.deployed.spec,
+            spec=deployed.spec,
             identity=identity,
             servers=settings.servers,
             roots=self._roots,
             # A file of the job must not stand in for the installed module that the site agreed to.
-            code=str(job.folder.code) if settings.policy.job_code == "allow" else "",
-            tensors=str(job.folder.tensors),
+            code=str(folder.code) if settings.policy.job_code == "allow" else "",
+            tensors=str(folder.tensors),
+            log=str(folder.log),
             site=settings.config,
             policy=settings.policy,
         )
@@ -237,10 +257,11 @@ class SiteJobs:
         status = await process.handle.wait()
         if process.is_asked:
             return
-        tail = process.handle.log_tail(TAIL_LINES)[-TAIL_CHARS:]
-        extra = {"job": job.deployed.job_id, "attempt": process.attempt, "status": status}
+        cause = cause_of(status, kills_before=process.kills.before, kills_after=process.kills.read())
+        tail = process.handle.log_tail(self._settings.policy.log_lines)[-TAIL_CHARS:]
+        extra = {"job": job.deployed.job_id, "attempt": process.attempt, "status": status, "cause": cause}
         _log.warning("a job's process ended unasked", extra=extra)
-        end = JobEnded(job.deployed.job_id, process.attempt, status, tail)
+        end = JobEnded(job.deployed.job_id, process.attempt, status, tail, cause)
         try:
             await self._uplink.ask_until_answered(Channel.SERVER, "job_ended", end)
         except HanseError as error:
@@ -283,29 +304,20 @@ class SiteJobs:
             raise SiteRefused(self._client, "its agent is stopping")
         return self._group
 
-    def _clear_leftovers(self) -> None:
-        folder = self._workspace / "jobs"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            JobFolder(path).clear()
-
 
 def _is_installed(spec: JobSpec) -> bool:
     """Return whether the job's client is a module that is installed here; only found, never imported."""
     if spec.is_script:
         return False
     try:
-        return importlib.util.find_spec(_top_module(spec)) is not None
+        return importlib.util.find_spec(_module(spec).partition(".")[0]) is not None
     except (ImportError, ValueError):
         return False
 
 
-def _comes_with(spec: JobSpec, code: Path) -> bool:
-    if spec.is_script:
-        return (code / spec.client).is_file()
-    top = code / _top_module(spec)
-    return top.is_dir() or top.with_suffix(".py").is_file()
+def _is_there(spec: JobSpec, code: Path) -> bool:
+    return (code / spec.client).is_file() if spec.is_script else comes_with(code, _module(spec))
 
 
-def _top_module(spec: JobSpec) -> str:
-    return spec.client.partition(":")[0].partition(".")[0]
+def _module(spec: JobSpec) -> str:
+    return spec.client.partition(":")[0]

@@ -55,18 +55,27 @@ def registered_by(reply: Message, *, to: str) -> Registered:
 class Registrant:
     """Who registers, and whom it expects.
 
-    That is the server called *server_name*, in a certificate that one of *roots* (PEM) issued.
+    That is a server called by one of *server_names*, in a certificate that one of *roots* (PEM) issued.
     """
 
     project: str
     name: str
-    server_name: str
+    server_names: tuple[str, ...]
     identity: Identity | None = None
     roots: bytes = field(default=b"", repr=False)
     resources: Resources = field(default_factory=Resources)
     release: str = ""
     random_bytes: Callable[[int], bytes] = secrets.token_bytes
     wall: Callable[[], datetime] = utc_now
+
+    def require_valid(self) -> None:
+        """Return if the certificate, where there is one, is valid now.
+
+        Raises:
+            Unauthenticated: it has expired, or is not valid yet; the sentence says whose it is and since when.
+        """
+        if self.identity is not None:
+            self.identity.require_valid_at(self.wall())
 
     async def register(self, cell: Cell, link: Link, *, on_server_proven: Callable[[], None]) -> Registered:
         """Register over *link*, which is not up yet, and return what the server gives.
@@ -82,14 +91,22 @@ class Registrant:
             on_server_proven()
             request = Register(self.name, self.project, resources=self.resources, release=self.release)
         else:
-            proof = await self._identify(self.identity, cell, link)
+            proof = await self.identify(self.identity, cell, link)
             on_server_proven()
             request = Register(self.name, self.project, self.identity.certificate, proof, self.resources, self.release)
         reply = await cell.ask(SERVER, Channel.SERVER, "register", request, timeout_s=REGISTER_TIMEOUT_S, link=link)
         return registered_by(reply, to="register")
 
-    async def _identify(self, identity: Identity, cell: Cell, link: Link) -> bytes:
-        """Challenge the server; return the client's signature, once the server's has been found good."""
+    async def identify(self, identity: Identity, cell: Cell, link: Link) -> bytes:
+        """Challenge the server; return the client's signature, once the server's has been found good.
+
+        Nothing is registered by this.
+
+        Raises:
+            Unauthenticated: the server does not prove itself; the sentence says how.
+            ProtocolError: its answer cannot be.
+            HanseError: the link broke, the server did not answer in time, or does not serve now.
+        """
         nonce = self.random_bytes(NONCE_BYTES)
         challenge = Challenge(self.name, self.project, nonce, identity.certificate)
         reply = await cell.ask(SERVER, Channel.SERVER, "challenge", challenge, timeout_s=REGISTER_TIMEOUT_S, link=link)
@@ -99,17 +116,18 @@ class Registrant:
         said = transcript(
             project=self.project,
             client=self.name,
-            server=self.server_name,
+            server=half.server,
             client_nonce=nonce,
             server_nonce=half.nonce,
             client_certificate=identity.certificate,
             server_certificate=half.certificate,
         )
-        if half.server != self.server_name:
-            raise Unauthenticated(f"the server calls itself {half.server!r}; this kit expects {self.server_name!r}")
+        if half.server not in self.server_names:
+            expected = " or ".join(map(repr, self.server_names))
+            raise Unauthenticated(f"the server calls itself {half.server!r:.80}; this kit expects {expected}")
         server = verify_certificate(
-            half.certificate, self.roots, now=self.wall(), role_prefix="server", name=self.server_name
+            half.certificate, self.roots, now=self.wall(), role_prefix="server", name=half.server
         )
         if not verify_signature(server.public_key, half.signature, server_half(said)):
-            raise Unauthenticated(f"the server's signature does not prove that it is {self.server_name!r}")
+            raise Unauthenticated(f"the server's signature does not prove that it is {half.server!r}")
         return identity.sign(client_half(said))

@@ -3,7 +3,8 @@
 The job's cell lives on the event loop's thread; frameworks, signal handlers and users' scripts want the main thread. A
 ``MainThreadTrainer`` joins the two: ``run`` puts a task into its inbox and awaits the answer, and the main thread,
 inside ``serve_app`` or ``serve_script``, takes tasks out one by one. Whatever the code raises becomes
-``TrainingFailed`` with the exception, its message and the user's own line; the process goes on to the next task.
+``TrainingFailed`` with the exception, its message and the user's own line, or one of its children where the reason is
+a known one (a module that is not installed); the process goes on to the next task.
 """
 
 import asyncio
@@ -11,19 +12,22 @@ import contextlib
 import importlib
 import logging
 import operator
+import platform
 import queue
 import runpy
 import traceback
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Final, Protocol
 
 from hanse.client.api import OutOfTurn, ReceivedTask, Site, session_of
 from hanse.client.app import ClientApp
 from hanse.client.task import TaskContext
-from hanse.errors import HanseError, JobInvalid, TrainingFailed
+from hanse.errors import HanseError, ImportFailed, JobInvalid, MissingDependency, TrainingFailed
 from hanse.model import Model, Update
+from hanse.storage.packages import comes_with
 
 _log = logging.getLogger(__name__)
 
@@ -51,16 +55,17 @@ def load_app(reference: str, *, client: str, code: Path) -> ClientApp:
     """Import and return the app that *reference* (``module:attribute``) names; *code* is the job's folder.
 
     Raises:
-        JobInvalid: there is no such module or attribute, something that it imports is missing, or it is no
-        ``ClientApp``. TrainingFailed: the module raised while it was imported.
+        JobInvalid: there is no such module or attribute, or it is no ``ClientApp``.
+        MissingDependency: something that the module imports is not installed.
+        ImportFailed: the module raised while it was imported.
     """
     module_name, _, attribute = reference.partition(":")
     try:
         app = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise JobInvalid("client", got=reference, expected=f"an app that can be imported ({error})") from error
     except Exception as error:  # the module is the user's: whatever it raises is told by the sentence
-        raise TrainingFailed(client, START, described(error, code)) from error
+        if _is_about(error, module_name, attribute):
+            raise JobInvalid("client", got=reference, expected=f"an app that can be imported ({error})") from error
+        raise import_failure(error, client=client, code=code) from error
     if not isinstance(app, ClientApp):
         raise JobInvalid("client", got=reference, expected=f"a ClientApp; it is a {type(app).__name__}")
     return app
@@ -75,7 +80,7 @@ def run_function(app: ClientApp, model: Model, ctx: TaskContext, *, code: Path) 
     try:
         answer: object = app.handler(ctx.name)(model, ctx)
     except (Exception, SystemExit) as error:
-        raise TrainingFailed(ctx.client, ctx.name, described(error, code)) from error
+        raise failure_of(error, client=ctx.client, task=ctx.name, code=code) from error
     if not isinstance(answer, Update):
         why = f"the function for {ctx.name!r} returned {type(answer).__name__}; expected a hanse Update"
         raise TrainingFailed(ctx.client, ctx.name, why)
@@ -96,19 +101,56 @@ def plain_update(update: Update, *, client: str, task: str) -> Update:
         raise TrainingFailed(client, task, why) from error
 
 
+def failure_of(error: BaseException, *, client: str, task: str, code: Path) -> TrainingFailed:
+    """Return the failure that says that the job's code, whose folder is *code*, raised *error* in *task*."""
+    return _missing(error, client=client, code=code) or TrainingFailed(client, task, described(error, code))
+
+
+def import_failure(error: BaseException, *, client: str, code: Path) -> TrainingFailed:
+    """Return the failure that says that the job's code, whose folder is *code*, raised *error* while imported."""
+    python = platform.python_version()
+    return _missing(error, client=client, code=code) or ImportFailed(client, described(error, code), python=python)
+
+
+def _missing(error: BaseException, *, client: str, code: Path) -> MissingDependency | None:
+    """Return the failure of a module that is not installed; ``None`` where *error* is not about one.
+
+    A module whose name begins like a module of the job's is not one: the job's code imports what it has not.
+    """
+    if not isinstance(error, ModuleNotFoundError) or not error.name or comes_with(code, error.name):
+        return None
+    return MissingDependency(client, error.name, place=_place(error, code) or "the job's code")
+
+
+def _is_about(error: Exception, module: str, attribute: str) -> bool:
+    """Return whether *error* says that there is no *module* by that name, or no *attribute* in it."""
+    if isinstance(error, ModuleNotFoundError):
+        return error.name is not None and f"{module}.".startswith(f"{error.name}.")
+    return isinstance(error, AttributeError) and error.name == attribute and isinstance(error.obj, ModuleType)
+
+
 def described(error: BaseException, code: Path) -> str:
     """Return *error* as ``Type: message (file:line)``: the innermost line of the job's own code, else of any."""
-    frames = traceback.extract_tb(error.__traceback__)
-    code = code.resolve()
-    own = [frame for frame in frames if Path(frame.filename).is_relative_to(code)]
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, HanseError) and not own:
+    if isinstance(error, HanseError) and not _own_frames(error, code):
         return str(error)  # our own sentence, complete without a line of ours
+    place = _place(error, code)
+    return f"{text} ({place})" if place else text
+
+
+def _place(error: BaseException, code: Path) -> str:
+    """Return ``file:line`` where *error* was raised, in the job's own code if it came through that; empty: unknown."""
+    own, frames = _own_frames(error, code), traceback.extract_tb(error.__traceback__)
     if not frames:
-        return text
+        return ""
     frame = (own or list(frames))[-1]
-    file = Path(frame.filename).relative_to(code) if own else Path(frame.filename).name
-    return f"{text} ({file}:{frame.lineno})"
+    file = Path(frame.filename).relative_to(code.resolve()) if own else Path(frame.filename).name
+    return f"{file}:{frame.lineno}"
+
+
+def _own_frames(error: BaseException, code: Path) -> list[traceback.FrameSummary]:
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if Path(frame.filename).is_relative_to(code.resolve())]
 
 
 @dataclass(slots=True, eq=False)
@@ -208,30 +250,33 @@ class MainThreadTrainer:
         try:
             while session.taken == 0 or session.wait_task():
                 taken_before = session.taken
-                why = self._run_script(script, session)
+                failure = self._run_script(script, session)
                 if session.is_over:
                     return
-                if why is None and session.task is not None:
-                    why = f"the script {script.name} ended without sending its answer"
-                elif why is None and session.taken == taken_before:
-                    why = f"the script {script.name} ended without receiving its task"
-                if why is not None and not session.fail(why) and session.taken == 0:
-                    raise TrainingFailed(site.name, START, why)
+                if failure is None and session.task is not None:
+                    failure = session.failure(f"the script {script.name} ended without sending its answer")
+                elif failure is None and session.taken == taken_before:
+                    failure = session.failure(f"the script {script.name} ended without receiving its task")
+                if failure is not None and not session.fail(failure) and session.taken == 0:
+                    raise failure
         finally:
-            session.fail(ENDING)
+            session.fail(session.failure(ENDING))
             self._inbox.end()
 
-    def _run_script(self, script: Path, session: "_ScriptSession") -> str | None:
+    def _run_script(self, script: Path, session: "_ScriptSession") -> TrainingFailed | None:
         """Run *script* once; return why it failed, ``None`` when it did not."""
         try:
             with session_of(session):
                 runpy.run_path(str(script), run_name="__main__")
         except SystemExit as error:
-            return None if error.code in (None, 0) else described(error, self._code)
+            return None if error.code in (None, 0) else session.failure(described(error, self._code))
         except Exception as error:  # noqa: BLE001 - the script is the user's; its failure goes on as the task's fault
             if not session.is_over:
                 _log.exception("training script failed")
-            return described(error, self._code)
+            client, task = session.site.name, session.task_name
+            if task == START and isinstance(error, ImportError | SyntaxError):
+                return import_failure(error, client=client, code=self._code)
+            return failure_of(error, client=client, task=task, code=self._code)
         return None
 
 
@@ -272,7 +317,16 @@ class _ScriptSession:
         work, self._in_hand = self._in_hand, None
         work.answer.set_result(update)
 
-    def fail(self, why: str) -> bool:
+    @property
+    def task_name(self) -> str:
+        """What the script does: the task in hand, else the one taken in advance."""
+        work = self._in_hand or self.next
+        return START if work is None else work.ctx.name
+
+    def failure(self, why: str) -> TrainingFailed:
+        return TrainingFailed(self.site.name, self.task_name, why)
+
+    def fail(self, failure: TrainingFailed) -> bool:
         """Give the task in hand, else the one taken in advance, a fault; return whether there was one."""
         work = self._in_hand or self.next
         if work is None:
@@ -281,5 +335,5 @@ class _ScriptSession:
             self.next = None
             self.taken += 1
         self._in_hand = None
-        work.answer.set_exception(TrainingFailed(work.ctx.client, work.ctx.name, why))
+        work.answer.set_exception(failure)
         return True

@@ -15,7 +15,7 @@ from hanse.cell.backoff import Backoff
 from hanse.cell.cell import Cell, RemoteError
 from hanse.cell.link import Peer
 from hanse.coordination.policy import PeerKind, demand_use
-from hanse.errors import HanseError
+from hanse.errors import HanseError, StoreFailed
 from hanse.ids import SERVER, Fqcn, Ssid
 from hanse.messages import Channel, Header, Message, Payload, ReturnCode, Topic
 
@@ -114,11 +114,13 @@ class Uplink:
 
 
 def may_help_later(error: HanseError) -> bool:
-    """Return whether the same request may be answered later.
+    """Return whether the same request may be answered later; what this machine's own disk did not do is no request.
 
     A server that has just taken over and restores its runs answers ``ABORT_RUN``: it will know the run in a moment, or
     tell the site's agent to end it.
     """
+    if isinstance(error, StoreFailed):
+        return False
     return error.retryable or (isinstance(error, RemoteError) and error.return_code is ReturnCode.ABORT_RUN)
 
 

@@ -31,7 +31,7 @@ _DOING: Final[Mapping[Right, str]] = {
     Right.ABORT_OWN: "abort their own jobs",
     Right.ABORT_ANY: "abort others' jobs",
     Right.MANAGE_CLIENTS: "disable or enable clients",
-    Right.STOP_SERVER: "stop the server",
+    Right.STOP_SERVER: "stop the server, or have another take over",
 }
 
 ROLE_RIGHTS: Final[Mapping[str, frozenset[Right]]] = {
@@ -52,6 +52,7 @@ ADMIN_RIGHTS: Final[Mapping[tuple[str, str], Right]] = {
     (Channel.ADMIN, "client.disable"): Right.MANAGE_CLIENTS,
     (Channel.ADMIN, "server.status"): Right.SEE,
     (Channel.ADMIN, "server.stop"): Right.STOP_SERVER,
+    (Channel.ADMIN, "server.promote"): Right.STOP_SERVER,
 }
 """The right that each administrative request needs at least; ``demand_abort`` decides about others' jobs."""
 

@@ -6,7 +6,8 @@ writes the journal, and then calls ``accept``: in between other things may happe
 is the last.
 
 Rounds: round 0 is the initial model. Tasks carry the number of the round that they work for, one more than the last
-committed; committing that round ends them.
+committed; committing that round ends them, but for those that the commit carries on. A task that is carried may be
+answered in a later round; it and its answer stay until a commit no longer carries it.
 
 A client's part in the run::
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, Self, TypeAlias
 
-from hanse.errors import Conflict, NotFound, ProcessDied, Unauthorized, UpdateRejected
+from hanse.errors import Conflict, NotFound, OutOfMemory, ProcessDied, Unauthorized, UpdateRejected
 from hanse.ids import ClientName, JobId
 from hanse.messages import TaskAssignment, TaskKey, TaskResult
 
@@ -109,9 +110,10 @@ class Restart:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Do not start the process again; *reason* is the sentence for the job's record."""
+    """Do not start the process again; *reason* is the sentence for the job's record, *code* that of how it died."""
 
     reason: str
+    code: str = ProcessDied.code
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,25 +144,28 @@ def heartbeat_sync(reported: Iterable[JobId], *, expected: Collection[JobId], pr
     )
 
 
-def after_death(where: str, *, attempt: int, tries: int, status: int, last_line: str = "") -> Restart | GiveUp:
+def after_death(
+    where: str, *, attempt: int, tries: int, status: int, last_line: str = "", cause: str = ""
+) -> Restart | GiveUp:
     """Return what to do about a job's process at *where* that ended unasked with *status* on its *attempt*-th start.
 
     It is started at most *tries* times in all. One that ended with status 0 has ended of its own accord, and would
-    again.
+    again. *cause* is the code of what ended it, where that is known.
     """
-    died = ProcessDied(where, status, last_line)
+    died = (OutOfMemory if cause == OutOfMemory.code else ProcessDied)(where, status, last_line)
     if status == 0:
-        return GiveUp(f"{died}; it ended before the run was over")
+        return GiveUp(f"{died}; it ended before the run was over", died.code)
     if attempt < tries:
         return Restart(attempt + 1)
-    return GiveUp(f"{died}; that was start {attempt} of {tries}" if tries > 1 else str(died))
+    return GiveUp(f"{died}; that was start {attempt} of {tries}" if tries > 1 else str(died), died.code)
 
 
 class Run:
     """One job while it runs: see the module.
 
-    *committed* is the last committed round, and *tasks* and *answers* are what the journal holds since; a run that
-    begins has none. Clients begin as deployed at monotonic time *now*; ``resumed`` gives a run that had begun before.
+    *committed* is the last committed round, and *tasks* and *answers* are what the journal holds since, the answers in
+    the order in which they were accepted; a run that begins has none. Clients begin as deployed at monotonic time
+    *now*; ``resumed`` gives a run that had begun before.
     """
 
     def __init__(
@@ -235,8 +240,18 @@ class Run:
 
     @property
     def answers(self) -> tuple[TaskResult, ...]:
-        """The answers accepted since the last committed round, in the order in which they came."""
+        """The answers accepted since the last committed round, or carried on by it, in the order in which they came."""
         return tuple(self._answers.values())
+
+    @property
+    def tasks(self) -> tuple[TaskAssignment, ...]:
+        """The tasks that are out, oldest first, whatever became of their clients."""
+        return tuple(self._tasks.values())
+
+    @property
+    def carried(self) -> tuple[TaskKey, ...]:
+        """The tasks of committed rounds that live on, answered or not."""
+        return tuple(key for key in (*self._tasks, *self._answers) if key.round < self.round)
 
     @property
     def lost_clients(self) -> tuple[ClientName, ...]:
@@ -318,11 +333,11 @@ class Run:
             return Stale("the run has ended")
         if key in self._cancelled:
             return Stale(f"{_shown(key)} is no longer wanted")
+        if key in self._tasks:
+            return Accepted()
         if key.round < self.round:
             return Stale(f"{_shown(key)} is over: round {self._committed} is committed")
-        if key not in self._tasks:
-            return Stale(f"{_shown(key)} was not issued to {key.client}")
-        return Accepted()
+        return Stale(f"{_shown(key)} was not issued to {key.client}")
 
     def accept(self, result: TaskResult, *, sender: ClientName) -> Reception:
         """Take *result* as the answer to its task, unless it is a duplicate or stale; ``judge`` says what it raises."""
@@ -340,20 +355,27 @@ class Run:
         self._cancelled.update(out)
         return out
 
-    def committed(self, round_number: int) -> tuple[TaskKey, ...]:
-        """Take *round_number* as committed and forget its answers; return the tasks still out, which are over.
+    def unknown(self, keys: Iterable[TaskKey]) -> tuple[TaskKey, ...]:
+        """Return those of *keys* that name no task that is out or answered: a commit cannot carry them."""
+        return tuple(key for key in keys if key not in self._tasks and key not in self._answers)
 
-        The round last committed, again, changes nothing.
+    def committed(self, round_number: int, *, carried: Collection[TaskKey] = ()) -> tuple[TaskKey, ...]:
+        """Take *round_number* as committed, and of its tasks and answers keep only those that are *carried* on.
+
+        Return the tasks still out that are over. The round last committed, again, changes nothing.
 
         Raises:
             Conflict: the round is not the next one.
+            NotFound: there is no such task to carry.
         """
         if round_number == self._committed:
             return ()
         if round_number != self.round:
             raise Conflict(f"run {self.job_id}", state=f"in round {self.round}", wanted=f"at round {round_number}")
+        for key in self.unknown(carried):
+            raise NotFound(f"task of job {self.job_id}", _shown(key))
         self._committed = round_number
-        return self._forget_tasks()
+        return self._forget_tasks(but=frozenset(carried))
 
     def end(self, *, now: float) -> tuple[TaskKey, ...]:
         """End the run: every client that has not failed is done; return the tasks still out. Twice is once."""
@@ -421,7 +443,7 @@ class Run:
         return True
 
     def process_ended(
-        self, client: ClientName, *, attempt: int, status: int, now: float, last_line: str = ""
+        self, client: ClientName, *, attempt: int, status: int, now: float, last_line: str = "", cause: str = ""
     ) -> Restart | GiveUp | None:
         """Return what to do about *client*'s process, whose *attempt*-th start ended unasked with *status*.
 
@@ -432,7 +454,9 @@ class Run:
         part = self.participant(client)
         if part.state in ENDED or attempt < max(part.attempt, 1):
             return None
-        verdict = after_death(client, attempt=attempt, tries=self.process_tries, status=status, last_line=last_line)
+        verdict = after_death(
+            client, attempt=attempt, tries=self.process_tries, status=status, last_line=last_line, cause=cause
+        )
         if isinstance(verdict, Restart):
             self._move(client, ClientState.STARTING, now=now, attempt=verdict.attempt)
         else:
@@ -453,12 +477,12 @@ class Run:
     def _suspects(self) -> list[Participant]:
         return [part for part in self._participants.values() if part.state is ClientState.SUSPECT]
 
-    def _forget_tasks(self) -> tuple[TaskKey, ...]:
-        out = tuple(self._tasks)
-        self._tasks.clear()
-        self._answers.clear()
+    def _forget_tasks(self, *, but: frozenset[TaskKey] = frozenset()) -> tuple[TaskKey, ...]:
+        over = tuple(key for key in self._tasks if key not in but)
+        self._tasks = {key: task for key, task in self._tasks.items() if key in but}
+        self._answers = {key: answer for key, answer in self._answers.items() if key in but}
         self._cancelled.clear()
-        return out
+        return over
 
     def _is_known(self, key: TaskKey) -> bool:
         return key in self._tasks or key in self._answers or key in self._cancelled

@@ -14,6 +14,7 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hanse.errors import ConfigError, Unauthenticated
@@ -57,6 +58,8 @@ _MAX_PROJECT: Final = _MAX_COMMON_NAME - len(" CA")
 _DNS_LABEL: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _JOB_URI: Final = "hanse-job:"
 _JOB_AUTHORITY_FILE: Final = "job-authority.pem"
+_P256_ORDER: Final = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # SEC 2, 2.4.2
+_KEY_SEED_BYTES: Final = 40  # the order's 256 bits and 64 more
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +151,27 @@ class JobAuthority:
 
     Such a certificate never proves a participant, because ``verify_certificate`` is given the project's roots alone.
     The listener adds ``certificate`` (PEM) to the roots that TLS accepts. The certificate of a job's process names its
-    cell in a URI (``hanse-job:<fqcn>``) and, where the 64 characters of a CN hold it, there too.
+    cell in a URI (``hanse-job:<fqcn>``) and, where the 64 characters of a CN hold it, there too. Servers that share a
+    secret share this authority: each verifies what another has issued.
     """
 
     certificate: bytes = field(repr=False)
     key: PrivateKey = field(repr=False)
+
+    @classmethod
+    def from_secret(cls, secret: bytes, *, now: datetime) -> "JobAuthority":
+        """Return the authority that *secret*, at least 40 random bytes, determines: what one issues, all verify.
+
+        Key and name come from *secret* alone, and that is all that counts when certificates are verified. The
+        authority's own is made anew each time: valid for a lifetime from *now*, and for one before it, so that a clock
+        that is set back does not undo it.
+        """
+        if len(secret) < _KEY_SEED_BYTES:
+            raise ValueError(f"a job authority's secret has at least {_KEY_SEED_BYTES} bytes, not {len(secret)}")
+        # 64 bits more than the order has make every key about as likely: NIST FIPS 186-5, A.2.1.
+        number = int.from_bytes(secret, "big") % (_P256_ORDER - 1) + 1
+        key = ec.derive_private_key(number, ec.SECP256R1())
+        return cls(certificate_pem(_job_root(key, now=now, backdated=AUTHORITY_LIFETIME)), key)
 
     @classmethod
     def load_or_create(cls, folder: Path, *, now: datetime) -> "JobAuthority":
@@ -171,8 +190,7 @@ class JobAuthority:
     @staticmethod
     def _new_file(now: datetime) -> bytes:
         key = new_key()
-        certificate = _self_signed("Hanse jobs", "Hanse", key, now=now, lifetime=AUTHORITY_LIFETIME)
-        return key_pem(key) + certificate_pem(certificate)
+        return key_pem(key) + certificate_pem(_job_root(key, now=now))
 
     @classmethod
     def _parse(cls, content: bytes, path: Path) -> "JobAuthority":
@@ -214,8 +232,18 @@ class JobAuthority:
         return fqcn
 
 
+def _job_root(key: PrivateKey, *, now: datetime, backdated: timedelta = BACKDATED) -> x509.Certificate:
+    return _self_signed("Hanse jobs", "Hanse", key, now=now, lifetime=AUTHORITY_LIFETIME, backdated=backdated)
+
+
 def _self_signed(
-    name: str, organisation: str, key: PrivateKey, *, now: datetime, lifetime: timedelta
+    name: str,
+    organisation: str,
+    key: PrivateKey,
+    *,
+    now: datetime,
+    lifetime: timedelta,
+    backdated: timedelta = BACKDATED,
 ) -> x509.Certificate:
     subject = x509.Name(
         [x509.NameAttribute(NameOID.COMMON_NAME, name), x509.NameAttribute(NameOID.ORGANIZATION_NAME, organisation)]
@@ -227,7 +255,7 @@ def _self_signed(
         .issuer_name(subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - BACKDATED)
+        .not_valid_before(now - backdated)
         .not_valid_after(now + lifetime)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(for_authority=True), critical=True)

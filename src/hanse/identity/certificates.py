@@ -176,6 +176,14 @@ class Identity:
         """The key as PEM, for TLS."""
         return key_pem(self.key)
 
+    def require_valid_at(self, now: datetime) -> None:
+        """Return if this identity's certificate is valid at *now*, which is aware.
+
+        Raises:
+            Unauthenticated: it has expired, or is not valid yet; the sentence says whose it is and since when.
+        """
+        require_valid_at(one_certificate(self.certificate), now, holder=self.name)
+
     def sign(self, data: bytes) -> bytes:
         """Return this identity's signature over *data*: ECDSA with SHA-256."""
         return self.key.sign(data, ec.ECDSA(hashes.SHA256()))

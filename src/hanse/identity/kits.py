@@ -1,12 +1,16 @@
 """Startup kits: a folder with all that one participant needs to take part.
 
 A kit holds ``settings.toml``, the project's certificate (``ca.pem``) and the participant's own certificate and key
-(``cert.pem``, ``key.pem``). ``Kit.load`` returns it only if the parts belong together, so a mix-up is found where it
+(``cert.pem``, ``key.pem``); where a project has several servers, theirs also hold the secret that they share
+(``servers.secret``). ``Kit.load`` returns it only if the parts belong together, so a mix-up is found where it
 was made and not as a refusal by somebody else. ``provision`` makes kits.
 """
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
@@ -22,6 +26,7 @@ from hanse.identity.certificates import (
 )
 from hanse.identity.private_files import read_file, require_private
 from hanse.identity.project import AnySettings
+from hanse.identity.servers_secret import SERVERS_SECRET_FILE, ServersSecret
 from hanse.settings import SETTINGS_FILE, AdminSettings, ClientSettings, ServerSettings, read
 
 CA_FILE: Final = "ca.pem"
@@ -37,6 +42,8 @@ _ROLES: Final[Mapping[type[AnySettings], str]] = {
 
 _WHOSE: Final = {SERVER_ROLE: "a server's", CLIENT_ROLE: "a client's", ADMIN_ROLE: "an administrator's"}
 
+_DIALS: Final = re.compile(r"^\s*servers\s*=", re.MULTILINE)
+
 S = TypeVar("S", bound=AnySettings)
 
 
@@ -50,6 +57,24 @@ def settings_kind(role: str) -> type[AnySettings]:
         if role.partition(":")[0] == prefix:
             return kind
     raise ConfigError("certificate's role", got=role, expected="'server', 'client' or 'admin:<role>'")
+
+
+def kind_of(folder: Path) -> type[AnySettings]:
+    """Return the type of settings of the kit in *folder*, as its certificate says whose it is.
+
+    Where no certificate says it, the settings do: whoever dials has ``servers``. An administrator's kit is taken for a
+    client's then, whose settings have all that an administrator's have.
+
+    Raises:
+        ConfigError: the kit has no settings, or its certificate has still to be installed.
+    """
+    path = folder / CERTIFICATE_FILE
+    if not path.exists() and (folder / REQUEST_FILE).exists():
+        raise _not_installed(folder)
+    with suppress(ConfigError):
+        return settings_kind(Subject.of(parse_certificate(read_file(path), path).subject).role)
+    text = read_file(folder / SETTINGS_FILE, what="settings file").decode(errors="replace")
+    return ClientSettings if _DIALS.search(text) else ServerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +95,22 @@ class Kit(Generic[S]):
     def load(cls, folder: Path, kind: type[S]) -> "Kit[S]":
         """Return the kit in *folder*, whose settings are of *kind*.
 
-        Whether its certificate is valid today is not asked: who verifies it has the clock that counts.
+        Whether its certificate is valid today is ``require_valid_at``'s question: a kit that is only looked at, as
+        when it is made or its process is stopped, may be any age.
 
         Raises:
             ConfigError: the kit is another kind of participant's, a file is missing or not what it should be, others
-            can read the key, or the parts do not belong together: key and certificate, certificate and authority,
-            certificate and settings.
+            can read a key, secret or password, or the parts do not belong together: key and certificate, certificate
+            and authority, certificate and settings, the servers' secret and settings.
         """
         paths = {name: folder / name for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE)}
         if paths[CERTIFICATE_FILE].exists():
             _require_kind(folder, kind)
         elif (folder / REQUEST_FILE).exists():
-            raise ConfigError(
-                "kit", got=f"{folder} without {CERTIFICATE_FILE}", expected="what 'hanse kit install' makes of it"
-            )
+            raise _not_installed(folder)
         settings = read(folder / SETTINGS_FILE, kind)
+        if isinstance(settings, ServerSettings):
+            _require_ready_to_share(folder, settings)
         if not settings.tls and not any(path.exists() for path in paths.values()):
             return cls(folder, settings, None, b"")
         require_private(paths[KEY_FILE])
@@ -95,9 +121,33 @@ class Kit(Generic[S]):
         tls_roots = read_file(folder / own_roots, what="tls_roots file") if own_roots else ca_pem
         return cls(folder, settings, identity, ca_pem, tls_roots)
 
+    @property
+    def servers_secret(self) -> Path | None:
+        """The file with what this server shares with the project's others; ``None`` where there is none."""
+        path = self.folder / SERVERS_SECRET_FILE
+        return path if path.exists() else None
+
+    def require_valid_at(self, now: datetime) -> None:
+        """Return if the kit's certificate, where it has one, is valid at *now*, which is aware.
+
+        A server asks this before it serves; whoever dials with an identity asks it of that each time, because over TLS
+        the other side's refusal says no more than that the connection was closed.
+
+        Raises:
+            Unauthenticated: it has expired, or is not valid yet; the sentence says whose it is and since when.
+        """
+        if self.identity is not None:
+            self.identity.require_valid_at(now)
+
     def resolve(self, path: str) -> Path:
         """Return the place that *path* in the settings means: relative ones start at the kit's folder."""
         return self.folder / path
+
+
+def _not_installed(folder: Path) -> ConfigError:
+    return ConfigError(
+        "kit", got=f"{folder} without {CERTIFICATE_FILE}", expected="what 'hanse kit install' makes of it"
+    )
 
 
 def _require_kind(folder: Path, kind: type[object]) -> None:
@@ -109,6 +159,21 @@ def _require_kind(folder: Path, kind: type[object]) -> None:
     if whose != wanted:
         this = _WHOSE.get(whose, f"for {role!r}")
         raise ConfigError("kit", got=str(folder), expected=f"{_WHOSE[wanted]}, and this one is {this}")
+
+
+def _require_ready_to_share(folder: Path, settings: ServerSettings) -> None:
+    """Raise unless what servers share is complete: with the secret go a store and a folder that all of them use."""
+    if settings.has_password:
+        require_private(folder / SETTINGS_FILE, what="settings file with a password")
+    path = folder / SERVERS_SECRET_FILE
+    if not path.exists():
+        return
+    ServersSecret.load(path)
+    for field_name in ("store", "runs"):
+        if not getattr(settings, field_name):
+            raise ConfigError(
+                field_name, got="", expected=f"what the project's servers share, since {SERVERS_SECRET_FILE} is there"
+            )
 
 
 def _require_coherent(folder: Path, settings: AnySettings, identity: Identity, ca_pem: bytes) -> None:

@@ -96,7 +96,7 @@ def require_private(path: Path, *, what: str = "key file") -> None:
         raise ConfigError(
             what,
             got=f"{path} with mode {mode & 0o777:04o}",
-            expected="a file that only its owner can read: chmod 600, and make a new key if others have had access",
+            expected="a file that only its owner can read: chmod 600, and make a new one if others have had access",
         )
 
 

@@ -17,13 +17,18 @@ The operator writes ``project.toml``; ``provision`` makes of it one startup kit 
     [[admins]]
     name = "ada@demo"
     role = "lead"                           # admin: everything; lead: submit, abort own, see all; member: see
+
+With ``[[standbys]]``, which have the fields of ``[server]``, a project has further servers: one of them takes over when
+the one that serves is gone. All of them then share a store and a folder for runs, which their settings name.
 """
 
 import ipaddress
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import PurePath
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
@@ -31,9 +36,9 @@ import msgspec
 
 from hanse.errors import ConfigError
 from hanse.identity.certificates import ADMIN_ROLE, CLIENT_ROLE, SERVER_ROLE, Subject
-from hanse.ids import NAME_RULE, SERVER, is_name
+from hanse.ids import NAME_RULE, SERVER, is_dialable, is_name
 from hanse.job import Config
-from hanse.settings import AdminSettings, ClientSettings, ServerSettings
+from hanse.settings import AdminSettings, ClientSettings, ServerSettings, checked
 
 AnySettings: TypeAlias = ServerSettings | ClientSettings | AdminSettings
 
@@ -43,9 +48,11 @@ _MAX_VALID_DAYS: Final = 3650
 
 _COMMENTS: Final[Mapping[str, str]] = {
     "project": "The project, and the name under which you take part in it: as in the certificate.",
-    "target": "Where the server listens: host:port.",
+    "target": "Where the server listens, and where clients reach it: host:port.",
+    "store": "The store: the same for all servers of the project.",
+    "runs": "The folder for runs: the same for all servers of the project.",
     "servers": "Where servers listen: host:port, tried in order.",
-    "server_name": "The name that the server's certificate must prove.",
+    "server_names": "The names of the project's servers; a certificate must prove one of them.",
     "config": "What training code may read of this site, as ctx.site.",
     "resources": "What jobs may use here.",
     "policy": "What jobs may do here; the site's word is the last.",
@@ -53,13 +60,13 @@ _COMMENTS: Final[Mapping[str, str]] = {
 
 
 class ServerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The server of a project."""
+    """A server of a project: the one that clients try first, or one that stands by."""
 
     hosts: tuple[str, ...]
     """The DNS names and IP addresses under which clients reach it, tried in this order."""
 
     name: str = str(SERVER)
-    """Its name in its certificate."""
+    """Its name in its certificate. A standby needs another."""
 
     port: int = 6007
     """The port at which clients reach it."""
@@ -74,7 +81,8 @@ class ServerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """Whether it makes its own key, which then never leaves it (``hanse kit request``); no kit is made for it here."""
 
     settings: dict[str, object] = {}
-    """Further fields of its ``settings.toml``."""
+    """Further fields of its ``settings.toml``. A standby has those of ``[server]`` where its own say nothing. Where
+    there are standbys, ``store`` and ``runs`` are among them."""
 
 
 class ClientEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -114,7 +122,10 @@ class AdminEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 @dataclass(frozen=True, slots=True)
 class Participant:
-    """One entry of a project's file, whatever its kind; ``role`` is as in the certificate."""
+    """One entry of a project's file, whatever its kind; ``role`` is as in the certificate.
+
+    ``shares_secret`` says whether its kit has the secret that the project's servers share.
+    """
 
     name: str
     organisation: str
@@ -123,6 +134,7 @@ class Participant:
     kind: type[AnySettings]
     settings: Mapping[str, object]
     hosts: tuple[str, ...] = ()
+    shares_secret: bool = False
 
     @property
     def subject(self) -> Subject:
@@ -153,6 +165,9 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     server: ServerEntry
     """Where all meet."""
 
+    standbys: tuple[ServerEntry, ...] = ()
+    """Further servers: one of them takes over when the one that serves is gone."""
+
     organisation: str = ""
     """Whose a participant is where its entry does not say; empty: the project's name stands for it."""
 
@@ -170,10 +185,7 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             raise ConfigError("name", got=self.name, expected=NAME_RULE)
         if not 1 <= self.valid_days <= _MAX_VALID_DAYS:
             raise ConfigError("valid_days", got=self.valid_days, expected=f"1 to {_MAX_VALID_DAYS}")
-        if not 1 <= self.server.port <= 65535:
-            raise ConfigError("server.port", got=self.server.port, expected="1 to 65535")
-        if not self._addresses():
-            raise ConfigError("server.hosts", got=self.server.hosts, expected="at least one name that clients can dial")
+        self._require_distinct_addresses()
         for index, admin in enumerate(self.admins):
             if admin.role not in ADMIN_ROLES:
                 raise ConfigError(f"admins[{index}].role", got=admin.role, expected=f"one of {', '.join(ADMIN_ROLES)}")
@@ -181,6 +193,8 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         for participant in self.participants():
             participant.subject.require_certifiable()
             _require_valid_settings(participant)
+            if participant.shares_secret:
+                _require_shared_places(participant)
 
     @property
     def lifetime(self) -> timedelta:
@@ -188,21 +202,24 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return timedelta(days=self.valid_days)
 
     def participants(self) -> Iterator[Participant]:
-        """Yield the server, the clients and the administrators, each in the file's order."""
+        """Yield the servers, the clients and the administrators, each in the file's order."""
         house = self.organisation or self.name
-        server = self.server
-        dialling = {"servers": self._addresses(), "server_name": server.name}
-        yield Participant(
-            name=server.name,
-            organisation=server.organisation or house,
-            role=SERVER_ROLE,
-            own_key=server.own_key,
-            kind=ServerSettings,
-            settings=self._settings(
-                server.name, {"target": f"{_bracketed(server.listen)}:{server.port}"}, further=server.settings
-            ),
-            hosts=tuple(map(_canonical, server.hosts)),
-        )
+        dialling = {
+            "servers": tuple(address for _, server in self._servers() for address in _addresses(server)),
+            "server_names": tuple(server.name for _, server in self._servers()),
+        }
+        for _, server in self._servers():
+            where = {"target": f"{_bracketed(server.listen)}:{server.port}", "address": _addresses(server)[0]}
+            yield Participant(
+                name=server.name,
+                organisation=server.organisation or house,
+                role=SERVER_ROLE,
+                own_key=server.own_key,
+                kind=ServerSettings,
+                settings=self._settings(server.name, where, further={**self.server.settings, **server.settings}),
+                hosts=tuple(map(_canonical, server.hosts)),
+                shares_secret=bool(self.standbys),
+            )
         for client in self.clients:
             config = {"config": client.config} if client.config else {}
             yield Participant(
@@ -233,30 +250,66 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             )
         return {**fixed, **further}
 
-    def _addresses(self) -> tuple[str, ...]:
-        hosts = [host for host in self.server.hosts if not host.startswith("*")]
-        return tuple(f"{_bracketed(host)}:{self.server.port}" for host in hosts)
+    def _servers(self) -> Iterator[tuple[str, ServerEntry]]:
+        """Yield the servers in the order in which clients try them, each with where it stands in the file."""
+        yield "server", self.server
+        for index, standby in enumerate(self.standbys):
+            yield f"standbys[{index}]", standby
+
+    def _require_distinct_addresses(self) -> None:
+        taken: set[str] = set()
+        for where, server in self._servers():
+            if not 1 <= server.port <= 65535:
+                raise ConfigError(f"{where}.port", got=server.port, expected="1 to 65535")
+            addresses = _addresses(server)
+            if not addresses:
+                expected = "at least one name that clients can dial"
+                raise ConfigError(f"{where}.hosts", got=server.hosts, expected=expected)
+            for address in addresses:
+                if not is_dialable(address):
+                    expected = "hosts that clients can dial, without port or brackets"
+                    raise ConfigError(f"{where}.hosts", got=address.rpartition(":")[0], expected=expected)
+                if address in taken:
+                    expected = "an address that no other server of the project has"
+                    raise ConfigError(f"{where}.hosts and port", got=address, expected=expected)
+            taken.update(addresses)
 
     def _require_distinct_names(self) -> None:
         # Kits are folders, and some file systems do not tell "Site-1" from "site-1".
         taken = {AUTHORITY_FOLDER}
-        names = [self.server.name, *(client.name for client in self.clients), *(admin.name for admin in self.admins)]
-        for name in names:
+        servers = [server.name for _, server in self._servers()]
+        for name in (*servers, *(client.name for client in self.clients), *(admin.name for admin in self.admins)):
             if not is_name(name):
                 raise ConfigError("name", got=name, expected=NAME_RULE)
             if name.casefold() in taken:
                 raise ConfigError("name", got=name, expected="a name that nothing else in the project has")
-            # Whatever the server's certificate calls it, SERVER is the address of its cell.
+            # Whatever the servers' certificates call them, SERVER is the address of their cell.
             taken |= {name.casefold(), str(SERVER)}
 
 
 def _require_valid_settings(participant: Participant) -> None:
     try:
-        msgspec.convert(participant.settings, participant.kind)
-    except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        raise ConfigError(f"settings of {participant.name}", got=participant.settings, expected=str(error)) from None
+        checked(participant.settings, participant.kind)
+    except ConfigError as error:
+        field = f"settings.{error.field} of {participant.name}"
+        raise ConfigError(field, got=error.got, expected=error.expected) from None
+
+
+def _require_shared_places(server: Participant) -> None:
+    """Raise unless *server*, one of several, has a store and a folder for runs that others can have too."""
+    for key in ("store", "runs"):
+        if not server.settings.get(key):
+            expected = f"the {key} that all servers share, since the project has standbys"
+            raise ConfigError(f"settings.{key} of {server.name}", got=server.settings.get(key), expected=expected)
+    runs = PurePath(os.path.normpath(str(server.settings["runs"])))
+    if not runs.is_absolute() and runs.parts[:1] != (os.pardir,):
+        expected = "a folder that all servers share, not one in this server's kit"
+        raise ConfigError(f"settings.runs of {server.name}", got=str(runs), expected=expected)
+
+
+def _addresses(server: ServerEntry) -> tuple[str, ...]:
+    """Return where clients dial *server*, in the order in which they try."""
+    return tuple(f"{_bracketed(host)}:{server.port}" for host in server.hosts if not host.startswith("*"))
 
 
 def _canonical(host: str) -> str:

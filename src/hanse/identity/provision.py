@@ -4,19 +4,25 @@ The operator makes a kit whole (``provision``) and hands it over. Or the site ma
 certificate (``request``), the operator answers with the rest (``approve``), and the site puts that beside its key
 (``install``); then the key never leaves the site.
 
+Where a project has standbys, the kits of all its servers get the secret that these share. It is made once and kept with
+the authority, so that a server that comes later gets the same. An answer to a server's request has it too, and so is
+not for everybody's eyes.
+
 Everything is made beside its place, checked by the same ``Kit.load`` that will read it, and only then moved there.
 Nothing that exists is ever written over, except by ``install``, which replaces a kit's certificates.
 """
 
+import json
 import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from io import BytesIO
 from pathlib import Path
 from typing import Final
 
@@ -37,11 +43,21 @@ from hanse.identity.certificates import (
     read_key,
 )
 from hanse.identity.kits import CA_FILE, CERTIFICATE_FILE, KEY_FILE, REQUEST_FILE, Kit, settings_kind
-from hanse.identity.private_files import PUBLIC_FILE, make_private_folder, read_file, replace_file, require_private
+from hanse.identity.private_files import (
+    PRIVATE_FILE,
+    PUBLIC_FILE,
+    make_private_folder,
+    read_file,
+    replace_file,
+    require_private,
+)
 from hanse.identity.project import AUTHORITY_FOLDER, Participant, Project
-from hanse.settings import SETTINGS_FILE, read
+from hanse.identity.servers_secret import SERVERS_SECRET_FILE, ServersSecret
+from hanse.settings import SETTINGS_FILE, ServerSettings, checked, read
 
-_APPROVED_FILES: Final = (CA_FILE, SETTINGS_FILE, CERTIFICATE_FILE)  # as installed: with the last one, the kit is whole
+_APPROVED_FILES: Final = (CA_FILE, SETTINGS_FILE, SERVERS_SECRET_FILE, CERTIFICATE_FILE)
+"""As installed: with the last one, the kit is whole. The secret is there for servers that share one."""
+_PRIVATE_FILES: Final = (SETTINGS_FILE, SERVERS_SECRET_FILE)
 _MAX_FILE_BYTES: Final = 256 * 1024
 _ZIP_TIME: Final = (1980, 1, 1, 0, 0, 0)  # the earliest that the format knows: equal content, equal bytes
 
@@ -87,16 +103,19 @@ def provision(project_file: Path, out: Path, *, now: datetime) -> list[KitReport
     project = read(project_file, Project)
     participants = list(project.participants())
     authority, is_new = _authority(project, participants, out, now=now)
+    secret = _servers_secret(participants, out)
     make_private_folder(out)
     with _staging(out) as staging:
         newcomers = [one for one in participants if not one.own_key and not (out / one.name).exists()]
         for newcomer in newcomers:
-            _make_kit(staging / newcomer.name, newcomer, project, authority, now=now)
+            _make_kit(staging / newcomer.name, newcomer, project, authority, secret, now=now)
         if is_new:  # in its place before any kit that trusts it
             authority.save(out / AUTHORITY_FOLDER)
+        if secret is not None and not (kept := out / AUTHORITY_FOLDER / SERVERS_SECRET_FILE).exists():
+            secret.save(kept)
         for newcomer in newcomers:
             (staging / newcomer.name).rename(out / newcomer.name)
-    return [_provisioned(one, out, authority, is_new=one in newcomers) for one in participants]
+    return [_provisioned(one, out, authority, secret, is_new=one in newcomers) for one in participants]
 
 
 def request(name: str, organisation: str, role: str, folder: Path) -> KitReport:
@@ -125,10 +144,12 @@ def request(name: str, organisation: str, role: str, folder: Path) -> KitReport:
 def approve(request_file: Path, authority_folder: Path, project_file: Path, out: Path, *, now: datetime) -> KitReport:
     """Answer a site's request with everything of its kit but the key: *out* is a new ``.zip`` file or folder.
 
-    What the certificate says is what the project's file says; the request has to say the same.
+    What the certificate says is what the project's file says; the request has to say the same. Where servers share a
+    secret, the answer to one of them has it, and only its owner can read *out*.
 
     Raises:
-        ConfigError: the request is not intact, the file does not list its name, or lists another role or organisation.
+        ConfigError: the request is not intact, the file does not list its name, or lists another role or organisation,
+        or the servers' secret is not there.
         Conflict: *out* exists.
     """
     asked = SigningRequest.load(request_file)
@@ -148,10 +169,19 @@ def approve(request_file: Path, authority_folder: Path, project_file: Path, out:
         SETTINGS_FILE: participant.settings_text().encode(),
         CERTIFICATE_FILE: certificate,
     }
+    note = ""
+    if participant.shares_secret:
+        files[SERVERS_SECRET_FILE] = _kept_secret(authority_folder).text
+        note = f"{out} holds the servers' secret: hand it over on a way that nobody else can read"
     _write_approved(out, files)
-    expires = parse_certificate(certificate, out).not_valid_after_utc
     return KitReport(
-        participant.name, participant.role, KitState.APPROVED, out, expires=expires, authority=authority.fingerprint
+        participant.name,
+        participant.role,
+        KitState.APPROVED,
+        out,
+        expires=parse_certificate(certificate, out).not_valid_after_utc,
+        authority=authority.fingerprint,
+        note=note,
     )
 
 
@@ -177,13 +207,16 @@ def install(approved: Path, folder: Path) -> KitReport:
         notes.append(f"the {SETTINGS_FILE} that was there stays")
     if (folder / CA_FILE).exists() and read_file(folder / CA_FILE) != files[CA_FILE]:
         notes.append("the project's authority is another than before: compare its fingerprint with the operator")
+    secret_path = folder / SERVERS_SECRET_FILE
+    if SERVERS_SECRET_FILE in files and secret_path.exists() and read_file(secret_path) != files[SERVERS_SECRET_FILE]:
+        notes.append("the servers' secret is another than before: all servers need this one")
     subject = Subject.of(certificate.subject)
     with _staging(folder) as staging:
-        for name in _APPROVED_FILES:
-            replace_file(staging / name, files[name], mode=PUBLIC_FILE)
+        for name, content in files.items():
+            replace_file(staging / name, content, mode=_mode(name))
         replace_file(staging / KEY_FILE, key_pem(key))
         Kit.load(staging, settings_kind(subject.role))
-        for name in _APPROVED_FILES:
+        for name in files:
             (staging / name).replace(folder / name)
     return KitReport(
         subject.name,
@@ -218,6 +251,28 @@ def _authority_of(project: Project, folder: Path) -> Authority:
     return authority
 
 
+def _servers_secret(participants: list[Participant], out: Path) -> ServersSecret | None:
+    """Return what the project's servers share, kept or new; ``None`` where there is one server alone."""
+    sharing = [one for one in participants if one.shares_secret]
+    if not sharing:
+        return None
+    if (out / AUTHORITY_FOLDER / SERVERS_SECRET_FILE).exists():
+        return _kept_secret(out / AUTHORITY_FOLDER)
+    for path in (out / one.name / SERVERS_SECRET_FILE for one in sharing):
+        if path.exists():  # with a second secret, servers would refuse each other's tokens, and nobody would see why
+            expected = f"the one that {path} is a copy of; copy it back"
+            raise ConfigError("servers' secret", got=f"no {out / AUTHORITY_FOLDER / path.name}", expected=expected)
+    return ServersSecret.new()
+
+
+def _kept_secret(authority_folder: Path) -> ServersSecret:
+    path = authority_folder / SERVERS_SECRET_FILE
+    if not path.exists():
+        expected = "what 'hanse provision' makes there for a project with standbys; run it first"
+        raise ConfigError("servers' secret", got=f"no {path}", expected=expected)
+    return ServersSecret.load(path)
+
+
 def _certificate(
     participant: Participant, public_key: PublicKey, project: Project, authority: Authority, *, now: datetime
 ) -> bytes:
@@ -232,10 +287,20 @@ def _certificate(
     )
 
 
-def _make_kit(folder: Path, participant: Participant, project: Project, authority: Authority, *, now: datetime) -> None:
+def _make_kit(
+    folder: Path,
+    participant: Participant,
+    project: Project,
+    authority: Authority,
+    secret: ServersSecret | None,
+    *,
+    now: datetime,
+) -> None:
     key = new_key()
     make_private_folder(folder)
-    replace_file(folder / SETTINGS_FILE, participant.settings_text().encode(), mode=PUBLIC_FILE)
+    if secret is not None and participant.shares_secret:
+        secret.save(folder / SERVERS_SECRET_FILE)
+    replace_file(folder / SETTINGS_FILE, participant.settings_text().encode(), mode=_mode(SETTINGS_FILE))
     replace_file(folder / CA_FILE, authority.certificate, mode=PUBLIC_FILE)
     certificate = _certificate(participant, key.public_key(), project, authority, now=now)
     replace_file(folder / CERTIFICATE_FILE, certificate, mode=PUBLIC_FILE)
@@ -243,7 +308,14 @@ def _make_kit(folder: Path, participant: Participant, project: Project, authorit
     Kit.load(folder, participant.kind)
 
 
-def _provisioned(participant: Participant, out: Path, authority: Authority, *, is_new: bool) -> KitReport:
+def _mode(name: str) -> int:
+    """Return the mode of the file *name* of a kit: settings may hold a password."""
+    return PRIVATE_FILE if name in _PRIVATE_FILES else PUBLIC_FILE
+
+
+def _provisioned(
+    participant: Participant, out: Path, authority: Authority, secret: ServersSecret | None, *, is_new: bool
+) -> KitReport:
     folder = out / participant.name
     name, role = participant.name, participant.role
     if not folder.exists():
@@ -254,6 +326,12 @@ def _provisioned(participant: Participant, out: Path, authority: Authority, *, i
         certificate = parse_certificate(read_file(path, what="certificate file"), path)
     except ConfigError as error:
         return KitReport(name, role, KitState.KEPT, folder, authority=authority.fingerprint, note=error.reason)
+    where = out / AUTHORITY_FOLDER / SERVERS_SECRET_FILE
+    differences = (
+        _other_certificate(participant, certificate, folder),
+        _lack_of_secret(folder / SERVERS_SECRET_FILE, secret, where) if participant.shares_secret else "",
+        _unknown_servers(participant, folder / SETTINGS_FILE),
+    )
     return KitReport(
         name,
         role,
@@ -261,11 +339,39 @@ def _provisioned(participant: Participant, out: Path, authority: Authority, *, i
         folder,
         expires=certificate.not_valid_after_utc,
         authority=authority.fingerprint,
-        note=_difference(participant, certificate, folder),
+        note="; ".join(filter(None, differences)),
     )
 
 
-def _difference(participant: Participant, certificate: x509.Certificate, folder: Path) -> str:
+def _lack_of_secret(path: Path, secret: ServersSecret | None, where: Path) -> str:
+    try:
+        if path.exists() and ServersSecret.load(path) == secret:
+            return ""
+    except ConfigError as error:
+        return error.reason
+    return (
+        f"it lacks the servers' secret: copy {where} to {path}, and write store and runs, as the project's file has "
+        f"them, to its {SETTINGS_FILE}"
+    )
+
+
+def _unknown_servers(participant: Participant, path: Path) -> str:
+    """Return what a client or administrator has to write, whose settings do not name all servers of the project."""
+    try:
+        kept = read(path, participant.kind)
+    except ConfigError as error:
+        return error.reason
+    now = checked(participant.settings, participant.kind)
+    if isinstance(kept, ServerSettings) or isinstance(now, ServerSettings):
+        return ""
+    missing = [name for name in now.server_names if name not in kept.server_names]
+    if not missing:
+        return ""
+    lines = f"servers = {json.dumps(now.servers)} and server_names = {json.dumps(now.server_names)}"
+    return f"it does not know {', '.join(missing)}: write {lines} to its {SETTINGS_FILE}"
+
+
+def _other_certificate(participant: Participant, certificate: x509.Certificate, folder: Path) -> str:
     subject = Subject.of(certificate.subject)
     missing = sorted(set(participant.hosts) - certified_hosts(certificate))
     if subject == participant.subject and not missing:
@@ -279,26 +385,34 @@ def _write_approved(out: Path, files: Mapping[str, bytes]) -> None:
     with _staging(out.parent) as staging:
         made = staging / "approved"
         if out.suffix == ".zip":
-            with zipfile.ZipFile(made, "w") as archive:
+            packed = BytesIO()
+            with zipfile.ZipFile(packed, "w") as archive:
                 for name, content in sorted(files.items()):
                     archive.writestr(zipfile.ZipInfo(name, _ZIP_TIME), content)
+            replace_file(made, packed.getvalue())
         else:
             make_private_folder(made)
             for name, content in files.items():
-                replace_file(made / name, content, mode=PUBLIC_FILE)
+                replace_file(made / name, content, mode=_mode(name))
         made.rename(out)
 
 
 def _read_approved(approved: Path) -> dict[str, bytes]:
-    expected = f"a folder or .zip file with {', '.join(_APPROVED_FILES)}, as 'hanse kit approve' makes it"
+    expected = f"a folder or .zip file with {', '.join(_named(()))}, as 'hanse kit approve' makes it"
     if approved.is_dir():
-        return {name: read_file(approved / name) for name in _APPROVED_FILES}
+        present = {path.name for path in approved.iterdir()}
+        return {name: read_file(approved / name) for name in _named(present)}
     try:
         with zipfile.ZipFile(approved) as archive:
-            files = {name: _read_member(archive, name) for name in _APPROVED_FILES}
+            files = {name: _read_member(archive, name) for name in _named(archive.namelist())}
     except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError("approved kit", got=str(approved), expected=expected) from error
     return files
+
+
+def _named(present: Container[str]) -> list[str]:
+    """Return which files to read of an answer that has those *present*: all, but the secret only where there is one."""
+    return [name for name in _APPROVED_FILES if name != SERVERS_SECRET_FILE or name in present]
 
 
 def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:

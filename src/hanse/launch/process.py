@@ -2,8 +2,9 @@
 
 A process gets its specification on its standard input, as four bytes of length (big-endian) and that many bytes. The
 pipe then stays open as a *life line*: the child reads from it and sees its end when its parent dies, however the
-parent dies. The process leads a session of its own, so that Ctrl-C in a terminal reaches only its parent, who decides;
-and what it started in turn (data loaders, say) is killed with it.
+parent dies (``surviving`` has processes that may outlive their parent). The process leads a session of its own, so that
+Ctrl-C in a terminal reaches only its parent, who decides; and what it started in turn (data loaders, say) is killed
+with it.
 
 Output and errors go straight to the log file, so that nothing limits what one process writes. At each start a log
 beyond ``MAX_LOG_BYTES`` is set aside, in place of the one that was set aside before: what a job that restarts leaves
@@ -17,9 +18,10 @@ import asyncio
 import contextlib
 import os
 import signal
+import stat
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
@@ -88,35 +90,65 @@ class ProcessLauncher:
         Raises:
             OSError: the interpreter or the log file cannot be opened.
         """
+        return await start_process(
+            self._python, module, spec=spec, log_path=log_path, env=env, name=name, pass_fds=self._pass_fds
+        )
+
+
+async def start_process(
+    python: str,
+    module: str,
+    *,
+    spec: bytes,
+    log_path: Path,
+    env: Mapping[str, str],
+    name: str,
+    pass_fds: Sequence[int] = (),
+    life_line: int | None = None,
+    on_started: Callable[[int, int], None] = lambda pid, log_start: None,
+) -> "RunningProcess":
+    """Start ``python -m module``; see ``ProcessLauncher.launch``.
+
+    With a *life_line* of its own, a descriptor that is closed when the process has ended, the pipe of its specification
+    is none. *on_started* hears of the process's number, and of where in the log it begins, before it gets its
+    specification: what goes wrong until then ends the process, which has done nothing yet.
+    """
+    child_end, pipe = os.pipe()  # not asyncio's: its ``wait`` also waits for grandchildren that hold the pipe
+    try:
         if len(spec) > MAX_SPEC_BYTES:
             raise ValueError(f"the specification of {name} has {len(spec)} bytes; at most {MAX_SPEC_BYTES} are allowed")
-        child_end, life_line = os.pipe()  # not asyncio's: its ``wait`` also waits for grandchildren that hold the pipe
-        try:
-            with _log_file(log_path) as log:
-                log_start = log.tell()
-                process = await asyncio.create_subprocess_exec(
-                    self._python,
-                    *_PYTHON_FLAGS,
-                    module,
-                    stdin=child_end,
-                    stdout=log,
-                    stderr=asyncio.subprocess.STDOUT,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **env},
-                    start_new_session=True,
-                    pass_fds=self._pass_fds,
-                )
-        except BaseException:
+        with _log_file(log_path) as log:
+            log_start = log.tell()
+            process = await asyncio.create_subprocess_exec(
+                python,
+                *_PYTHON_FLAGS,
+                module,
+                stdin=child_end,
+                stdout=log,
+                stderr=asyncio.subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **env},
+                start_new_session=True,
+                pass_fds=pass_fds,
+            )
+    except BaseException:
+        os.close(pipe)
+        if life_line is not None:
             os.close(life_line)
-            raise
-        finally:
-            os.close(child_end)
-        running = RunningProcess(process, life_line=life_line, log_path=log_path, log_start=log_start, name=name)
-        try:
-            await asyncio.to_thread(_write_spec, life_line, spec)  # blocks while the child has not read a large one
-        except BaseException:
-            await running.stop(grace_s=0)
-            raise
-        return running
+        raise
+    finally:
+        os.close(child_end)
+    ends_with_it = pipe if life_line is None else life_line
+    running = RunningProcess(process, life_line=ends_with_it, log_path=log_path, log_start=log_start, name=name)
+    try:
+        on_started(running.pid, log_start)
+        await asyncio.to_thread(_write_spec, pipe, spec)  # blocks while the child has not read a large one
+    except BaseException:
+        await running.stop(grace_s=0)
+        raise
+    finally:
+        if life_line is not None:
+            os.close(pipe)
+    return running
 
 
 class RunningProcess:
@@ -152,33 +184,57 @@ class RunningProcess:
         When the caller is cancelled while it waits, the group is killed at once.
         """
         if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
-            try:
-                async with asyncio.timeout(grace_s):
-                    await self.wait()
-            except TimeoutError:
-                pass
-            finally:
-                if self._process.returncode is None:
-                    self._kill_group()
+            await ask_then_force(ask=self._process.terminate, wait=self.wait, force=self._force, grace_s=grace_s)
         return await self.wait()
 
     def log_tail(self, lines: int = 20) -> str:
         """Return at most the last *lines* lines that this process has logged; its predecessors' are not among them."""
-        try:
-            with self._log_path.open("rb") as log:
-                end = log.seek(0, os.SEEK_END)
-                log.seek(max(self._log_start, end - _TAIL_BYTES))
-                text = log.read().decode("utf-8", errors="replace")
-        except OSError as error:
-            return f"(the log {self._log_path} cannot be read: {error.strerror})"
-        return "\n".join(text.splitlines()[-lines:])
+        return last_lines(self._log_path, lines, start=self._log_start)
+
+    def _force(self) -> None:
+        if self._process.returncode is None:
+            self._kill_group()
 
     def _kill_group(self) -> None:
         # macOS answers EPERM for a group of which only the dead leader is left.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def last_lines(log_path: Path, lines: int, *, start: int) -> str:
+    """Return at most the last *lines* lines of the log file that lie behind its first *start* bytes."""
+    try:
+        with log_path.open("rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(start, end - _TAIL_BYTES))
+            text = log.read().decode("utf-8", errors="replace")
+    except OSError as error:
+        return f"(the log {log_path} cannot be read: {error.strerror})"
+    return "\n".join(text.splitlines()[-lines:]) if lines else ""
+
+
+def logged_before() -> int:
+    """Return how many bytes the file that this process's output goes to has now; 0 where it goes to no file."""
+    output = os.fstat(sys.stderr.fileno())
+    return output.st_size if stat.S_ISREG(output.st_mode) else 0
+
+
+async def ask_then_force(
+    *, ask: Callable[[], None], wait: Callable[[], Awaitable[object]], force: Callable[[], None], grace_s: float
+) -> None:
+    """Ask a process to end, and force it unless it has ended within *grace_s* seconds, or when this is cancelled."""
+    has_ended = False
+    with contextlib.suppress(ProcessLookupError):
+        ask()
+    try:
+        async with asyncio.timeout(grace_s):
+            await wait()
+            has_ended = True
+    except TimeoutError:
+        pass
+    finally:
+        if not has_ended:
+            force()
 
 
 def read_spec(stream: BinaryIO) -> bytes:

@@ -1,7 +1,8 @@
 """Folding: many clients' updates become one model, block by block.
 
 The law: ``sum(n_k * w_k) / sum(n_k)`` for each number, in float64, in the order given, divided once at the end, then
-rounded to the tensor's own dtype (``bfloat16`` by way of float32). So the same updates in the same order give the
+rounded to the tensor's own dtype (``bfloat16`` by way of float32), with ``n_k`` the update's weight: its number of
+examples, or less where a workflow takes a late one for less. So the same updates in the same order give the
 same bytes on every machine; no library that may reorder a sum takes part. Callers give updates in client-name order.
 
 Models may be larger than memory: updates are mapped files, the result lies where ``allocate`` puts it, and what is in
@@ -46,7 +47,7 @@ def in_memory(spec: ModelSpec) -> Model:
 
 
 def weighted_mean(updates: Sequence[Update], out: Allocate = in_memory) -> Model:
-    """Return the mean of *updates*, each weighted by its number of examples, in arrays from *out*.
+    """Return the mean of *updates*, each by its weight (``Update.weight``), in arrays from *out*.
 
     ``sum(n_k * w_k) / sum(n_k)`` per number (McMahan et al. 2017, arXiv:1602.05629, Algorithm 1), as the module's law
     says; names, order, dtypes and shapes are the first update's. Updates without examples are checked, not read.
@@ -77,7 +78,7 @@ class Contributions:
         models = [_model_of(update) for update in updates]
         for model in models[1:]:
             check(model.spec, models[0].spec)
-        weighted = [(model, update.num_examples) for model, update in zip(models, updates, strict=True)]
+        weighted = [(model, update.weight) for model, update in zip(models, updates, strict=True)]
         self._weighted = [(model, weight) for model, weight in weighted if weight > 0]
         if not self._weighted:
             raise NoUpdates(len(updates))
@@ -88,8 +89,8 @@ class Contributions:
 
         A block is the caller's to change until the next one is asked for; then its memory is used again.
         """
-        flat = [(model[name].reshape(-1), float(weight)) for model, weight in self._weighted]
-        size, total = flat[0][0].size, float(sum(weight for _, weight in self._weighted))
+        flat = [(model[name].reshape(-1), weight) for model, weight in self._weighted]
+        size, total = flat[0][0].size, sum(weight for _, weight in self._weighted)
         sums, terms = np.empty(min(size, BLOCK)), np.empty(min(size, BLOCK))
         for start in range(0, size, BLOCK):
             part = slice(start, min(start + BLOCK, size))
@@ -128,16 +129,16 @@ def write_block(flat: Array, part: slice, values: Block) -> None:
 
 
 def mean_metrics(updates: Sequence[Update]) -> Metrics:
-    """Return the mean of each metric over the *updates* that have it, weighted by their number of examples.
+    """Return the mean of each metric over the *updates* that have it, each by its weight.
 
     Names come in alphabetical order; the sums are exact before they are rounded (``math.fsum``), so the order of
     *updates* does not matter. A metric that only updates without examples have is left out.
     """
-    pairs: dict[str, list[tuple[float, int]]] = {}
+    pairs: dict[str, list[tuple[float, float]]] = {}
     for update in updates:
         if update.num_examples:
             for name, value in update.metrics.items():
-                pairs.setdefault(name, []).append((value, update.num_examples))
+                pairs.setdefault(name, []).append((value, update.weight))
     return {name: _mean(pairs[name]) for name in sorted(pairs)}
 
 
@@ -149,7 +150,7 @@ def with_metadata(model: Mapping[str, Array], of: Model) -> Model:
     return Model(model, of.metadata)
 
 
-def _mean(pairs: Sequence[tuple[float, int]]) -> float:
+def _mean(pairs: Sequence[tuple[float, float]]) -> float:
     try:
         total = math.fsum(value * weight for value, weight in pairs)
     except (ValueError, OverflowError):  # infinities of both signs, or beyond what a float holds

@@ -2,7 +2,7 @@
 
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Final, Literal
 
 from hanse.errors import JobInvalid
 from hanse.ids import ClientName
@@ -10,8 +10,11 @@ from hanse.job import Config
 from hanse.learning.aggregate import with_metadata
 from hanse.learning.participation import Collection, Participation, Verdict, ask_checked
 from hanse.learning.training import TRAIN, round_metrics
-from hanse.learning.workflow import Federation, State, Task
+from hanse.learning.workflow import LONGEST_WAIT_S, Federation, State, Task
 from hanse.model import Model
+
+THEN: Final = "it is passed over, and the next client gets the model that it got"
+"""What happens to a client at its deadline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,8 @@ class Cyclic:
     min_clients: int = 1
     """The fewest clients that must have trained for a lap to count."""
 
-    deadline_s: float | None = None
-    """Seconds that each client has before it is passed over; by default as long as it lives."""
+    deadline_s: float = LONGEST_WAIT_S
+    """Seconds that each client has before it is passed over; by default a day."""
 
     config: Config = field(default_factory=dict)
     """What clients' training code reads in ``ctx.config``, over the job's own."""
@@ -56,11 +59,12 @@ class Cyclic:
             TooFewClients: fewer than ``min_clients`` clients could train.
         """
         everybody = Participation(min_clients=self.min_clients).select(federation.clients, federation.rng("lap"))
-        lap = Collection(everybody, aim=len(everybody), needed=self.min_clients)
+        lap = Collection(everybody.asked, aim=len(everybody.asked), needed=self.min_clients)
         model = state.model
         for client in self._lap_order(federation):
             task = Task(TRAIN, model, self.config)
-            async with aclosing(ask_checked(federation, task, (client,), deadline_s=self.deadline_s)) as answers:
+            asking = ask_checked(federation, task, (client,), deadline_s=self.deadline_s, then=THEN)
+            async with aclosing(asking) as answers:
                 async for answer in answers:
                     lap.add(answer)
                     if answer.update is not None and answer.update.model is not None:

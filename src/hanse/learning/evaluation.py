@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from hanse.errors import JobInvalid
 from hanse.job import Config
 from hanse.learning.participation import Participation, collect
 from hanse.learning.training import EVALUATE, round_metrics
@@ -18,11 +19,16 @@ class Evaluation(Participation):
     """One round in which clients evaluate the initial model, taking part as ``Participation`` says.
 
     The state's metrics are the means over clients, weighted by their examples; what each client measured stands in the
-    state's values.
+    state's values. No round follows in which a late answer could count, so ``late`` must be ``drop``.
     """
 
     config: Config = field(default_factory=dict)
     """What clients' evaluating code reads in ``ctx.config``, over the job's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.late != "drop":
+            raise JobInvalid("workflow.late", got=self.late, expected="'drop', as no round follows")
 
     @property
     def rounds(self) -> int:

@@ -1,31 +1,49 @@
 """Who takes part in a round and when the round has enough: a declared contract.
 
 A run has *n* clients. A round *aims* at some number of updates, *selects* that many clients and some to spare, and
-*needs* a number below which it fails. ``Participation`` says how the three follow from what a job declares;
-``Collection`` keeps the score for one round, as a value without clock or loop; ``collect`` plays the one against a
-``Federation``. An answer does one of four things: it counts, it is faulty (it failed, was lost, missed the deadline,
-or its tensors are not what was asked for), it is late (the round was decided before it came), or it is a stranger's.
+*needs* a number below which it fails. ``Participation`` says how the three follow from what a job declares, what
+becomes of answers that come too late, and who is asked again or instead when a client fails; ``Collection`` keeps the
+score for one round, as a value without clock or loop; ``collect`` plays the one against a ``Federation``. An answer
+does one of these: it counts; it is faulty (it failed, was lost, missed the deadline, or its tensors are not what was
+asked for) for good or for now; it is late (the round was decided before it came); or it is a stranger's.
 """
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
 from hanse.errors import JobInvalid, TooFewClients, UpdateRejected
 from hanse.ids import ClientName
 from hanse.learning.aggregate import BLOCK
-from hanse.learning.workflow import Answer, Federation, Task
+from hanse.learning.workflow import (
+    CLIENT_FAILED,
+    CLIENT_LOST,
+    DEADLINE,
+    LONGEST_WAIT_S,
+    Answer,
+    Federation,
+    Task,
+)
 from hanse.messages import TaskFault
 from hanse.model import Array, Model, TensorMismatch, Update, check
 
 _SHOWN: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Whom a round asks, in name order, and who stands in for those that drop out, first come first."""
+
+    asked: tuple[ClientName, ...]
+    reserve: tuple[ClientName, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +54,15 @@ class Participation:
     least a ``quorum`` given as a number. ``selected(n)`` clients are asked: the aim and ``over_selection`` of it to
     spare. The round is decided as soon as
 
-    - the aim is reached: the others are cancelled, and their answers are late;
+    - the aim is reached: what the others still do is late;
     - everybody has answered, or ``deadline_s`` is over, and at least ``needed(n)`` updates have come;
     - so many have failed that ``needed(n)`` cannot come any more: the round fails at once with ``TooFewClients``.
 
-    Nobody waits for more than that, and without a deadline a round waits for as long as a client lives.
+    Nobody waits for more than that. Before a client that is lost, refuses or fails is given up, ``retries`` and
+    ``substitutes`` say who is asked again, and who instead.
 
-    Which answers count depends on who is fast when there is a deadline or over-selection; without both, a round's
-    result depends on the seed and the data alone.
+    Which answers count depends on who is fast when there is a deadline or over-selection that makes itself felt;
+    otherwise a round's result depends on the seed and the data alone.
 
     Raises:
         JobInvalid: a field is out of range; the error names it.
@@ -60,11 +79,29 @@ class Participation:
     (``1.0`` too) is a share of the aim, rounded up. By default ``min_clients``: a run outlives the loss of clients as
     long as it would have started without them."""
 
-    deadline_s: float | None = None
-    """Seconds from asking until those that have not answered are given up; by default never."""
+    deadline_s: float = LONGEST_WAIT_S
+    """Seconds from asking until those that have not answered are given up; by default a day."""
 
     over_selection: float = 0.0
     """How many more clients than the aim are asked, as a share of the aim, rounded up: 0.3 asks 13 for 10."""
+
+    late: Literal["drop", "next", "discount"] = "drop"
+    """What becomes of the answers that come after the round was decided. ``drop`` cancels their tasks. With the others
+    the clients work on, are asked nothing new meanwhile, and their answers count in the round in which they come, as
+    any other: with ``next`` fully, with ``discount`` by their weight divided by the square root of one more than the
+    rounds that they are late (Nguyen et al. 2022, arXiv:2106.06639)."""
+
+    max_staleness: int = 1
+    """How many rounds late an answer may be, 1 or more; a task that is older is cancelled, and its client is free for
+    another. It matters unless ``late`` is ``drop``."""
+
+    retries: int = 0
+    """How often in a round a client is asked again: one whose task failed for a reason that may pass (a full disk, a
+    broken line), or one that was lost, whose task waits for it until the deadline."""
+
+    substitutes: int = 0
+    """How many clients that were not selected may stand in for others that are lost, refuse or fail; they are asked, in
+    an order that the seed gives, whenever fewer than the aim are left who could answer."""
 
     def __post_init__(self) -> None:
         _expect(0 < self.fraction <= 1, "fraction", self.fraction, "more than 0 and at most 1")
@@ -73,9 +110,12 @@ class Participation:
             _expect(0 < self.quorum <= 1, "quorum", self.quorum, "a share above 0 and at most 1, or a whole number")
         elif self.quorum is not None:
             _expect(self.quorum >= 1, "quorum", self.quorum, "1 or more, or a share such as 0.8")
-        if self.deadline_s is not None:
-            _expect(0 < self.deadline_s < math.inf, "deadline_s", self.deadline_s, "more than 0 seconds, or none")
+        _expect(0 < self.deadline_s < math.inf, "deadline_s", self.deadline_s, "more than 0 seconds, and an end")
         _expect(0 <= self.over_selection < math.inf, "over_selection", self.over_selection, "0 or more")
+        _expect(self.late in ("drop", "next", "discount"), "late", self.late, "'drop', 'next' or 'discount'")
+        _expect(self.max_staleness >= 1, "max_staleness", self.max_staleness, "1 or more")
+        _expect(self.retries >= 0, "retries", self.retries, "0 or more")
+        _expect(self.substitutes >= 0, "substitutes", self.substitutes, "0 or more")
 
     def aim(self, clients: int) -> int:
         """Return how many updates a round of a run with so many *clients* wants."""
@@ -93,8 +133,8 @@ class Participation:
         aim = self.aim(clients)
         return min(clients, aim + _share(self.over_selection, aim))
 
-    def select(self, clients: Sequence[ClientName], rng: np.random.Generator) -> tuple[ClientName, ...]:
-        """Return those of *clients* that a round asks, in name order: each equally likely, by *rng* alone.
+    def select(self, clients: Sequence[ClientName], rng: np.random.Generator) -> Selection:
+        """Return those of *clients* that a round asks, and who may stand in: each equally likely, by *rng* alone.
 
         Raises:
             TooFewClients: the run has fewer clients than a round aims at.
@@ -103,8 +143,16 @@ class Participation:
         if len(ordered) < aim:
             why = f"the run has {len(ordered)} clients: {_listed(ordered) or 'none'}"
             raise TooFewClients(got=len(ordered), needed=aim, why=why)
-        chosen = rng.permutation(len(ordered))[: self.selected(len(ordered))]
-        return tuple(ordered[position] for position in sorted(chosen))
+        drawn = [ordered[position] for position in rng.permutation(len(ordered))]
+        selected = self.selected(len(ordered))
+        return Selection(tuple(sorted(drawn[:selected])), tuple(drawn[selected : selected + self.substitutes]))
+
+    def discounted(self, answer: Answer) -> Answer:
+        """Return *answer* as it counts: with ``late`` as ``discount``, a late one for less."""
+        if self.late != "discount" or answer.update is None or not answer.staleness:
+            return answer
+        discount = answer.update.discount / math.sqrt(1 + answer.staleness)
+        return replace(answer, update=replace(answer.update, discount=discount))
 
 
 class Taken(StrEnum):
@@ -112,6 +160,8 @@ class Taken(StrEnum):
 
     COUNTED = "counted"
     FAULTY = "faulty"
+    AWAITED = "awaited"
+    AGAIN = "again"
     LATE = "late"
     STRANGER = "stranger"
 
@@ -125,46 +175,114 @@ class Verdict(StrEnum):
 
 
 class Collection:
-    """The score of one round: who was asked, who answered what, and whether that decides it.
+    """The score of one round: who was asked, who answered what, whom to ask next, and whether that decides it.
 
-    *aim* and *needed* are ``Participation``'s; ``1 <= needed <= aim <= len(asked)``. Once decided, it stays as it is.
+    *asked* are to be asked, and *busy* still have a task of an earlier round whose answer counts in this one.
+    *aim*, *needed* and *retries* are ``Participation``'s, and *reserve* are its substitutes;
+    ``1 <= needed <= aim <= len(asked | busy)``. Once decided, it stays as it is.
+
+    A client is in one of these ways: it may answer; it is away (lost, and may come back); its update counts; or it is
+    faulty. Of a lost client an update counts even when it was given up, as long as the round is open.
     """
 
-    def __init__(self, asked: Iterable[ClientName], *, aim: int, needed: int) -> None:
-        self._asked = frozenset(asked)
-        if not 1 <= needed <= aim <= len(self._asked):
-            raise ValueError(f"1 <= needed ({needed}) <= aim ({aim}) <= asked ({len(self._asked)}) does not hold")
-        self._aim, self._needed = aim, needed
-        self._updates: dict[ClientName, Update] = {}
+    def __init__(
+        self,
+        asked: Iterable[ClientName],
+        *,
+        aim: int,
+        needed: int,
+        retries: int = 0,
+        reserve: Iterable[ClientName] = (),
+        busy: Iterable[ClientName] = (),
+    ) -> None:
+        at_work = frozenset(busy)
+        self._due = sorted(frozenset(asked) - at_work)
+        self._taking_part = {*self._due, *at_work}
+        if not 1 <= needed <= aim <= len(self._taking_part):
+            count = len(self._taking_part)
+            raise ValueError(f"1 <= needed ({needed}) <= aim ({aim}) <= asked ({count}) does not hold")
+        self._aim, self._needed, self._retries = aim, needed, retries
+        self._reserve = deque(client for client in reserve if client not in self._taking_part)
+        self._counted: dict[ClientName, Answer] = {}
         self._faults: dict[ClientName, TaskFault] = {}
+        self._away: set[ClientName] = set()
+        self._tries: Counter[ClientName] = Counter()
 
     def add(self, answer: Answer) -> Taken:
         """Take *answer* into account; a late one, a client's second one and a stranger's change nothing."""
-        if answer.client not in self._asked:
+        client = answer.client
+        if client not in self._taking_part:
             return Taken.STRANGER
-        if self.is_decided or answer.client in self._updates or answer.client in self._faults:
+        if self.is_decided or client in self._counted:
             return Taken.LATE
+        before = self._faults.get(client)
         if answer.fault is not None:
-            self._faults[answer.client] = answer.fault
-            return Taken.FAULTY
-        if answer.update is not None:  # as it is then, by what an Answer is
-            self._updates[answer.client] = answer.update
+            return Taken.LATE if before is not None else self._add_fault(client, answer.fault)
+        if answer.update is None or (before is not None and before.code != CLIENT_LOST):
+            return Taken.LATE
+        self._faults.pop(client, None)
+        self._away.discard(client)
+        self._counted[client] = answer
         return Taken.COUNTED
+
+    def _add_fault(self, client: ClientName, fault: TaskFault) -> Taken:
+        if fault.code == DEADLINE:  # there is no time left to ask anybody
+            self._reserve.clear()
+            self._due.clear()
+        taken = self._second_chance(client, fault)
+        if taken is Taken.FAULTY:
+            self._away.discard(client)
+            self._faults[client] = fault
+        self._call_substitutes()
+        return taken
+
+    def _second_chance(self, client: ClientName, fault: TaskFault) -> Taken:
+        may_pass = fault.code == CLIENT_LOST or (fault.retryable and fault.code not in (DEADLINE, CLIENT_FAILED))
+        if not may_pass or self._tries[client] == self._retries:
+            return Taken.FAULTY
+        self._tries[client] += 1
+        if fault.code == CLIENT_LOST:
+            self._away.add(client)
+            return Taken.AWAITED
+        self._away.discard(client)
+        self._due.append(client)
+        return Taken.AGAIN
+
+    def _call_substitutes(self) -> None:
+        while self._reserve and len(self._taking_part) - len(self._faults) - len(self._away) < self._aim:
+            substitute = self._reserve.popleft()
+            self._taking_part.add(substitute)
+            self._due.append(substitute)
+
+    @property
+    def has_due(self) -> bool:
+        """Whether somebody is to be asked now."""
+        return bool(self._due) and not self.is_decided
+
+    def take_due(self) -> tuple[ClientName, ...]:
+        """Return whom to ask now, each once: at first those that are asked at all, later some again or instead."""
+        due, self._due = tuple(self._due), []
+        return due
+
+    @property
+    def taking_part(self) -> tuple[ClientName, ...]:
+        """Those whose answers count, in name order: asked at first or later, whatever became of them."""
+        return tuple(sorted(self._taking_part))
 
     @property
     def outstanding(self) -> tuple[ClientName, ...]:
-        """Those that have not answered, in name order."""
-        return tuple(sorted(self._asked - self._updates.keys() - self._faults.keys()))
+        """Those that have not answered, and may, in name order."""
+        return tuple(sorted(self._taking_part - self._counted.keys() - self._faults.keys()))
 
     @property
     def verdict(self) -> Verdict:
         """Where the round stands."""
-        if len(self._updates) >= self._aim:
+        if len(self._counted) >= self._aim:
             return Verdict.ENOUGH
-        possible = len(self._asked) - len(self._faults)
+        possible = len(self._taking_part) - len(self._faults)
         if possible < self._needed:
             return Verdict.FAILED
-        return Verdict.ENOUGH if possible == len(self._updates) else Verdict.OPEN
+        return Verdict.ENOUGH if possible == len(self._counted) else Verdict.OPEN
 
     @property
     def is_decided(self) -> bool:
@@ -177,7 +295,16 @@ class Collection:
         return dict(sorted(self._faults.items()))
 
     def updates(self) -> dict[ClientName, Update]:
-        """Return what counts, in client-name order, whatever the order of arrival was.
+        """Return the updates that count, in client-name order, whatever the order of arrival was.
+
+        Raises:
+            TooFewClients: the round failed; the sentence names who did not answer, and why.
+        """
+        counted = self.counted()
+        return {client: answer.update for client, answer in counted.items() if answer.update is not None}
+
+    def counted(self) -> dict[ClientName, Answer]:
+        """Return the answers that count, those with the updates.
 
         Raises:
             TooFewClients: the round failed; the sentence names who did not answer, and why.
@@ -186,40 +313,109 @@ class Collection:
             case Verdict.OPEN:
                 raise ValueError(f"the round is still open: {_listed(self.outstanding)} may answer")
             case Verdict.FAILED:
-                why = _listed([f"{client} ({fault.reason})" for client, fault in self.faults.items()], separator="; ")
-                raise TooFewClients(got=len(self._asked) - len(self._faults), needed=self._needed, why=why)
+                why = _listed([_told(client, fault) for client, fault in self.faults.items()], separator="; ")
+                got, first = len(self._taking_part) - len(self._faults), next(iter(self._faults))
+                raise TooFewClients(got=got, needed=self._needed, why=why, client=first)
             case Verdict.ENOUGH:
-                return dict(sorted(self._updates.items()))
+                return dict(sorted(self._counted.items()))
 
 
-async def collect(federation: Federation, task: Task, participation: Participation) -> dict[ClientName, Update]:
+async def collect(
+    federation: Federation,
+    task: Task,
+    participation: Participation,
+    *,
+    among: Sequence[ClientName] | None = None,
+) -> dict[ClientName, Update]:
     """Ask *task* of the clients that *participation* selects; return the updates that count, in client-name order.
 
-    Whoever is outstanding when the round is decided is cancelled, also when this is.
+    It selects *among* the given clients, by default all of the run. Whoever is outstanding when the round is decided,
+    also by this being cancelled, is late.
 
     Raises:
         TooFewClients: the round cannot have the updates that it needs; the sentence names who did not answer, and why.
     """
-    selected = participation.select(federation.clients, federation.rng("participation", task.name))
-    total = len(federation.clients)
-    collection = Collection(selected, aim=participation.aim(total), needed=participation.needed(total))
-    async with aclosing(ask_checked(federation, task, selected, deadline_s=participation.deadline_s)) as answers:
-        async for answer in answers:
-            collection.add(answer)
-            if collection.is_decided:
-                break
+    clients = federation.clients if among is None else tuple(among)
+    needed = participation.needed(len(clients))
+    selection = participation.select(clients, federation.rng("participation", task.name))
+    collection = Collection(
+        selection.asked,
+        aim=participation.aim(len(clients)),
+        needed=needed,
+        retries=participation.retries,
+        reserve=selection.reserve,
+        busy=await outstanding_at_most(federation, task.name, participation.max_staleness),
+    )
+    try:
+        await ask_until_decided(
+            federation,
+            task,
+            collection,
+            deadline_s=participation.deadline_s,
+            then=lambda: at_deadline(needed, len(collection.taking_part)),
+            as_it_counts=participation.discounted,
+        )
+    finally:
+        if participation.late == "drop":
+            await federation.cancel(task.name)
     return collection.updates()
 
 
+async def ask_until_decided(
+    federation: Federation,
+    task: Task,
+    collection: Collection,
+    *,
+    deadline_s: float,
+    then: Callable[[], str],
+    as_it_counts: Callable[[Answer], Answer] = lambda answer: answer,
+) -> None:
+    """Ask *task*, to keep, of whomever *collection* wants to be asked, and add the answers until it is decided.
+
+    *deadline_s* is for all of it, and *then* says what happens then. Kept tasks that are outstanding stay so.
+    """
+    began_s = federation.elapsed_s
+    while True:
+        left_s = max(deadline_s - (federation.elapsed_s - began_s), 0.0)
+        asking = ask_checked(federation, task, collection.take_due(), deadline_s=left_s, then=then(), keep=True)
+        async with aclosing(asking) as answers:
+            async for answer in answers:
+                collection.add(as_it_counts(answer))
+                if collection.is_decided or collection.has_due:
+                    break
+        if not collection.has_due:
+            return
+
+
+async def outstanding_at_most(federation: Federation, name: str, max_staleness: int) -> tuple[ClientName, ...]:
+    """Return who has an outstanding task *name* at most *max_staleness* rounds old, having cancelled the older ones."""
+    ages = federation.outstanding(name)
+    if stale := [client for client, staleness in ages.items() if staleness > max_staleness]:
+        await federation.cancel(name, stale)
+    return tuple(client for client in ages if client not in stale)
+
+
+def at_deadline(needed: int, of: int) -> str:
+    """Return what happens at the deadline of a round that goes on with the answers of so many of its clients."""
+    clients = "client" if of == 1 else "clients"
+    return f"the round goes on with the answers of at least {needed} of its {of} {clients}, and fails with fewer"
+
+
 async def ask_checked(
-    federation: Federation, task: Task, clients: Sequence[ClientName], *, deadline_s: float | None = None
+    federation: Federation,
+    task: Task,
+    clients: Sequence[ClientName],
+    *,
+    deadline_s: float = LONGEST_WAIT_S,
+    then: str = "",
+    keep: bool = False,
 ) -> AsyncGenerator[Answer, None]:
     """Ask as ``federation.ask`` does, and yield a fault in place of each update that is not what *task* asks for.
 
     That is one without a model, one with other tensors than ``task.model``, and one that holds a NaN: a client whose
     training diverged must not spoil everybody's model. Close it as ``Federation.ask`` says.
     """
-    async with aclosing(federation.ask(task, clients, deadline_s=deadline_s)) as answers:
+    async with aclosing(federation.ask(task, clients, deadline_s=deadline_s, then=then, keep=keep)) as answers:
         async for answer in answers:
             # in a thread, because looking through a large update would hold up the loop
             yield await asyncio.to_thread(checked, answer, task)
@@ -233,7 +429,7 @@ def checked(answer: Answer, task: Task) -> Answer:
     if why is None:
         return answer
     rejected = UpdateRejected(answer.client, why)
-    return Answer(answer.client, fault=TaskFault(rejected.code, rejected.reason))
+    return Answer(answer.client, None, TaskFault(rejected.code, rejected.reason), answer.staleness)
 
 
 def _objection(got: Model | None, expected: Model | None) -> str | None:
@@ -263,6 +459,10 @@ def _share(share: float, of: int) -> int:
 def _expect(holds: bool, name: str, got: object, expected: str) -> None:
     if not holds:
         raise JobInvalid(f"workflow.{name}", got=got, expected=expected)
+
+
+def _told(client: ClientName, fault: TaskFault) -> str:
+    return fault.reason if fault.reason.startswith(f"{client} ") else f"{client} ({fault.reason})"
 
 
 def _listed(items: Sequence[str], *, separator: str = ", ") -> str:

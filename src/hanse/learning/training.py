@@ -40,7 +40,8 @@ class TrainingSettings(Participation):
     """What clients' training code reads in ``ctx.config``, over the job's own: epochs, learning rate, batch size."""
 
     evaluate_every: int = 0
-    """Every so many rounds, and after the last, clients evaluate the new model; 0 never asks them to."""
+    """Every so many rounds, and after the last, clients evaluate the new model; 0 never asks them to. Clients that
+    still train for a late answer are left out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,10 +79,19 @@ async def training_round(
     following = await asyncio.to_thread(aggregate, state, ordered, federation.allocate)
     metrics = round_metrics(ordered)
     if settings.is_evaluated(state.round + 1):
-        answers = await collect(federation, Task(EVALUATE, following.model, config, expects_model=False), settings)
+        busy = federation.outstanding(TRAIN)
+        idle = [client for client in federation.clients if client not in busy]
+        task = Task(EVALUATE, following.model, config, expects_model=False)
+        answers = await collect(federation, task, _evaluation(settings, len(idle)), among=idle)
         measured = mean_metrics(tuple(answers.values()))
         metrics |= {f"eval_{name}": value for name, value in measured.items()}
     return replace(following, round=state.round + 1, metrics=metrics)
+
+
+def _evaluation(settings: TrainingSettings, clients: int) -> Participation:
+    """Return how *clients* of the run evaluate: as they train, but that nobody wants to know of late answers."""
+    quorum = min(settings.quorum, clients) if isinstance(settings.quorum, int) else settings.quorum
+    return replace(settings, late="drop", min_clients=min(settings.min_clients, clients), quorum=quorum)
 
 
 def round_metrics(updates: Sequence[Update]) -> Metrics:

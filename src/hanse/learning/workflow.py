@@ -13,7 +13,8 @@ that class, a dataclass or ``msgspec.Struct``.
 
 import dataclasses
 import hashlib
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+import math
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Final, Protocol, runtime_checkable
@@ -33,12 +34,23 @@ DEADLINE: Final = "deadline"
 CLIENT_LOST: Final = "client-lost"
 """The code of the fault that stands for a client that was lost before it answered."""
 
+CLIENT_FAILED: Final = "client-failed"
+"""The code of the fault that stands for a client that is out of the run for good."""
+
+LONGEST_WAIT_S: Final = 24 * 3600.0
+"""How long answers are waited for where nobody says otherwise: a day. Hardly a task trains for longer, and whoever has
+one that does can say so; a client that hangs is found out the next day, and nothing waits for ever."""
+
+THEN: Final = f"the workflow gets a fault of code {DEADLINE!r} in the place of each missing answer"
+"""What happens at the deadline of a workflow that does not say it in its own words."""
+
 WORKFLOWS: Final[Mapping[str, str]] = {
     "fedavg": "hanse.learning.fedavg:FedAvg",
     "fedavgm": "hanse.learning.fedopt:FedAvgM",
     "fedadagrad": "hanse.learning.fedopt:FedAdagrad",
     "fedadam": "hanse.learning.fedopt:FedAdam",
     "fedyogi": "hanse.learning.fedopt:FedYogi",
+    "fedbuff": "hanse.learning.fedbuff:FedBuff",
     "fedprox": "hanse.learning.fedprox:FedProx",
     "cyclic": "hanse.learning.cyclic:Cyclic",
     "evaluation": "hanse.learning.evaluation:Evaluation",
@@ -81,12 +93,14 @@ class Task:
 class Answer:
     """What became of a task at one client: an update or a fault, never both and never neither.
 
-    A client that was lost or too late answers too: with the fault ``CLIENT_LOST`` or ``DEADLINE``.
+    A client that was lost, is out of the run or was too late answers too: with the fault ``CLIENT_LOST``,
+    ``CLIENT_FAILED`` or ``DEADLINE``. ``staleness`` is how many rounds ago it was asked: 0 for a task of this round.
     """
 
     client: ClientName
     update: Update | None = None
     fault: TaskFault | None = None
+    staleness: int = 0
 
     def __post_init__(self) -> None:
         if (self.update is None) == (self.fault is None):
@@ -114,16 +128,42 @@ class Federation(Protocol):
     def rng(self, *purpose: str) -> np.random.Generator:
         """Return the generator of this round for *purpose*: ``rng_for(seed, round, *purpose)``."""
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since this round began. After a crash a round begins anew, and so does its time."""
+
     def ask(
-        self, task: Task, clients: Sequence[ClientName], *, deadline_s: float | None = None
+        self,
+        task: Task,
+        clients: Sequence[ClientName],
+        *,
+        deadline_s: float = LONGEST_WAIT_S,
+        then: str = "",
+        keep: bool = False,
     ) -> AsyncGenerator[Answer, None]:
         """Give *task* to each of *clients* and yield one answer per client, in the order of arrival.
 
         It ends when all have answered. At the deadline, *deadline_s* seconds after the first step of the iteration, the
-        missing ones answer with the fault ``DEADLINE``. Closing the generator early cancels what is outstanding; since
-        ``break`` alone does not close it, iterate within ``contextlib.aclosing``. Later answers are then stale and
-        reach nobody.
+        missing ones answer with the fault ``DEADLINE``. *then* is one clause that tells people what happens at the
+        deadline (``THEN`` without it). Closing the generator early cancels what is outstanding; since ``break`` alone
+        does not close it, iterate within ``contextlib.aclosing``. Later answers are then stale and reach nobody.
+
+        With *keep* the tasks outlive the iteration: closing it cancels nothing. What is ``outstanding`` when the round
+        is committed is carried into the next ones, over crashes too, and the next ask of the same name with *keep*
+        yields those answers as well; to wait for them alone, ask of nobody. A kept task also outlives the loss of its
+        client, which answers with ``CLIENT_LOST`` once a loss and a round, and then with its update if it comes back.
+        An answer is yielded once. One such ask of a name at a time.
         """
+
+    def outstanding(self, name: str) -> Mapping[ClientName, int]:
+        """Return the clients with a kept task *name* whose answer was not yielded yet, in name order.
+
+        For each it says how many rounds ago its (oldest) task was asked; 0 is this round. Whether the answer has come
+        meanwhile makes no difference, so at the beginning of a round that is run again they are the same.
+        """
+
+    async def cancel(self, name: str, clients: Collection[ClientName] | None = None) -> None:
+        """Want the outstanding answers to kept tasks *name* no longer, of *clients* or of all."""
 
     def allocate(self, spec: ModelSpec) -> Model:
         """Return a model of *spec* with writable arrays of undefined content; large ones lie in mapped files.
@@ -168,6 +208,17 @@ def check_next(previous: State, state: object, *, workflow: str) -> State:
     if state.round != expected:
         raise WorkflowFailed(workflow, expected, f"round() returned a state of round {state.round}")
     return state
+
+
+def check_wait(deadline_s: float) -> float:
+    """Return *deadline_s* if it is a time that an ask can wait for answers.
+
+    Raises:
+        ValueError: it is negative, or has no end.
+    """
+    if not 0 <= deadline_s < math.inf:
+        raise ValueError(f"deadline_s is {deadline_s}; expected 0 or more seconds, and an end")
+    return deadline_s
 
 
 def rng_for(seed: int, round_number: int, *purpose: str) -> np.random.Generator:

@@ -1,37 +1,52 @@
 """A run's handle on its clients: what ``workflow.round`` gets as ``federation``.
 
 ``ask`` names each task by its key *(round, name, sequence, client)*. A workflow that is called again for the same round
-after a crash asks the same things in the same order, so its keys are the same: the server hands over the answers that
-it has accepted for them, and only the rest reaches a client. The sequence counts the asks of one name to one client
-within the round.
+after a crash asks the same things in the same order, so its keys are the same: it finds the answers that the server has
+accepted for them, in the order in which they were accepted, and only the rest reaches a client. The sequence counts the
+asks of one name to one client within the round.
+
+Tasks lie in a ``_Pool``: those of one ask, or of all asks of one name that keep theirs. What is left in the latter when
+a round is committed is ``carried`` into the next one.
 """
 
 import asyncio
+import heapq
+import itertools
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 
+from hanse.errors import TrainingFailed
 from hanse.ids import ClientName
-from hanse.learning.workflow import Answer, Task, rng_for
+from hanse.learning.workflow import (
+    CLIENT_FAILED,
+    CLIENT_LOST,
+    DEADLINE,
+    LONGEST_WAIT_S,
+    THEN,
+    Answer,
+    Task,
+    check_wait,
+    rng_for,
+)
 from hanse.messages import ClientChanged, IssueTasks, ModelRef, TaskFault, TaskKey, TaskResult
 from hanse.model import Model, ModelSpec, Update
 from hanse.run.server_link import ServerLink
 from hanse.storage.models import allocate, load_model, store_model
 from hanse.storage.tensors import TensorFiles
 
-CLIENT_LOST = "client-lost"
-CLIENT_FAILED = "client-failed"
-DEADLINE = "deadline"
-UNANSWERED = frozenset({CLIENT_LOST, CLIENT_FAILED, DEADLINE})
-"""Faults that the run makes itself: the client has not answered, and may yet."""
+RUNS_OWN: Final = frozenset({CLIENT_LOST, CLIENT_FAILED, DEADLINE})
+"""Faults that the run makes itself, about a client that has not answered; none that a client sends is called so."""
 
 
 class RunFederation:
     """The clients of one run, as its workflow sees them; implements ``hanse.learning.workflow.Federation``.
 
-    It lives for the whole run; ``enter_round`` begins a round. Answers that come for a task that nobody waits for any
-    more are dropped: the server has already refused or journalled them.
+    It lives for the whole run; ``enter_round`` begins a round. *carried* are the tasks of earlier rounds that the last
+    commit kept. An answer that comes before its task was asked, as after a crash, waits for that; one that comes for a
+    task that nobody waits for any more is dropped.
     """
 
     def __init__(
@@ -42,6 +57,7 @@ class RunFederation:
         clients: Iterable[ClientName],
         seed: int,
         lost: Iterable[ClientName] = (),
+        carried: Iterable[TaskKey] = (),
     ) -> None:
         self._link = link
         self._files = files
@@ -49,16 +65,41 @@ class RunFederation:
         self.seed = seed
         self.round = 0
         self.answered_clients: set[ClientName] = set()
+        self._began = 0.0
         self._unavailable = {client: TaskFault(CLIENT_LOST, f"{client} was lost") for client in lost}
-        self._waiting: dict[TaskKey, asyncio.Queue[TaskResult]] = {}
+        self._kept: dict[str, _Pool] = {}
+        self._pool_of: dict[TaskKey, _Pool] = {}
+        self._arrivals = itertools.count()
+        self._early: dict[TaskKey, _Arrival] = {}
+        self._asked: set[TaskKey] = set()
         self._sequence: Counter[tuple[str, ClientName]] = Counter()
         self._stored: tuple[Model, ModelRef] | None = None
+        for key in sorted(carried, key=_order):
+            self._enter(key, self._kept.setdefault(key.name, _Pool(keeps=True)))
+
+    # rounds
 
     def enter_round(self, round_number: int) -> None:
-        """Begin round *round_number*: sequences count from the start again."""
+        """Begin round *round_number*: sequences and its time count from the start again."""
         self.round = round_number
         self.answered_clients = set()
+        self._began = asyncio.get_running_loop().time()
         self._sequence.clear()
+        self._asked.clear()
+        self._early = {key: arrival for key, arrival in self._early.items() if key.round >= round_number}
+        self._pool_of = {key: pool for key, pool in self._pool_of.items() if pool.keeps}
+        for key in list(self._pool_of):
+            self._tell_of_loss(key)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since ``enter_round``."""
+        return asyncio.get_running_loop().time() - self._began
+
+    @property
+    def carried(self) -> tuple[TaskKey, ...]:
+        """The kept tasks whose answers were not yielded: what a commit now carries into the next round."""
+        return tuple(sorted((key for pool in self._kept.values() for key in pool.keys), key=_order))
 
     def rng(self, *purpose: str) -> np.random.Generator:
         """Return a generator that depends on the job's seed, the round and *purpose* alone."""
@@ -68,93 +109,231 @@ class RunFederation:
         """Return writable arrays like *spec*; large ones lie in mapped files, so they cost no memory."""
         return allocate(spec, self._files)
 
-    async def ask(
-        self, task: Task, clients: Sequence[ClientName], *, deadline_s: float | None = None
-    ) -> AsyncGenerator[Answer, None]:
-        """Give *task* to *clients* and yield one answer for each, in order of arrival.
+    # tasks and answers
 
-        A client that is lost or has failed, or has not answered *deadline_s* seconds after the ask, answers with a
-        fault that says so. Leaving the iteration early cancels what is still open. Closing matters: iterate under
-        ``contextlib.aclosing`` or to the end.
+    async def ask(
+        self,
+        task: Task,
+        clients: Sequence[ClientName],
+        *,
+        deadline_s: float = LONGEST_WAIT_S,
+        then: str = "",
+        keep: bool = False,
+    ) -> AsyncGenerator[Answer, None]:
+        """Give *task* to *clients* and yield one answer for each, in order of arrival; see ``Federation.ask``.
+
+        Closing matters: iterate under ``contextlib.aclosing`` or to the end.
         """
+        deadline = asyncio.get_running_loop().time() + check_wait(deadline_s)
+        pool = self._kept.setdefault(task.name, _Pool(keeps=True)) if keep else _Pool(keeps=False)
         keys = [self._next_key(task.name, client) for client in clients]
-        arrivals: asyncio.Queue[TaskResult] = asyncio.Queue(maxsize=len(keys))
-        absent = [(key, self._unavailable[key.client]) for key in keys if key.client in self._unavailable]
-        asked = [key for key in keys if key.client not in self._unavailable]
-        unanswered = set(asked)
-        for key in asked:
-            self._waiting[key] = arrivals
+        for key in keys:
+            self._enter(key, pool)
         try:
-            await self._issue(task, asked)
-            for key, fault in absent:
-                yield Answer(key.client, None, fault)
-            async for result in _until(arrivals, set(asked), deadline_s):
-                if result.fault is None or result.fault.code not in UNANSWERED:
-                    unanswered.discard(result.key)
-                yield await self._answer(result)
+            await self._issue(task, keys, pool, deadline_s=deadline_s, then=then or THEN)
+            async for result, is_clients_own in pool.results(deadline, deadline_s):
+                yield await self._answer(result, is_clients_own=is_clients_own)
         finally:
-            for key in asked:
-                self._waiting.pop(key, None)
-            if unanswered:
-                await self._link.cancel(sorted(unanswered, key=lambda key: key.client))
+            if not keep:
+                await self._withdraw(pool.unanswered)
+
+    def outstanding(self, name: str) -> Mapping[ClientName, int]:
+        """Return who has a kept task *name* whose answer was not yielded, and how many rounds ago it was asked."""
+        ages: dict[ClientName, int] = {}
+        for key in self._kept_keys(name):
+            ages.setdefault(key.client, self.round - key.round)
+        return dict(sorted(ages.items()))
+
+    async def cancel(self, name: str, clients: Collection[ClientName] | None = None) -> None:
+        """Want the outstanding answers to kept tasks *name* no longer, of *clients* or of all."""
+        keys = [key for key in self._kept_keys(name) if clients is None or key.client in clients]
+        if keys:
+            unanswered = self._kept[name].unanswered.intersection(keys)
+            self._kept[name].forget(keys)
+            await self._withdraw(unanswered)
 
     def answered(self, result: TaskResult) -> None:
         """Take an accepted answer from the server."""
-        if (queue := self._waiting.pop(result.key, None)) is not None:
-            queue.put_nowait(result)
+        key = result.key
+        if (pool := self._pool_of.pop(key, None)) is not None:
+            pool.answered(_Arrival(next(self._arrivals), result))
+        elif key not in self._asked and key.round >= self.round and key not in self._early:
+            self._early[key] = _Arrival(next(self._arrivals), result)
 
     def client_changed(self, change: ClientChanged) -> None:
         """Take note that a client was lost, came back, or failed for good: its open tasks get a fault for an answer."""
+        client = change.client
+        keys = [key for key in self._pool_of if key.client == client]
         if change.change == "back":
-            self._unavailable.pop(change.client, None)
+            self._unavailable.pop(client, None)
+            for key in keys:
+                self._pool_of[key].forget_loss(key)
             return
         code = CLIENT_LOST if change.change == "lost" else CLIENT_FAILED
-        fault = TaskFault(code, change.reason or f"{change.client} was lost")
-        self._unavailable[change.client] = fault
-        for key in [key for key in self._waiting if key.client == change.client]:
-            self._waiting.pop(key).put_nowait(TaskResult(key, fault=fault))
+        self._unavailable[client] = TaskFault(code, change.reason or f"{client} was lost")
+        for key in keys:
+            self._tell_of_loss(key)
+
+    def _kept_keys(self, name: str) -> list[TaskKey]:
+        """Return the keys of kept tasks *name* whose answers were not yielded, the oldest first."""
+        return sorted(self._kept[name].keys, key=_order) if name in self._kept else []
 
     def _next_key(self, name: str, client: ClientName) -> TaskKey:
         sequence = self._sequence[name, client]
         self._sequence[name, client] += 1
         return TaskKey(self.round, name, sequence, client)
 
-    async def _issue(self, task: Task, keys: Sequence[TaskKey]) -> None:
-        if not keys:
+    def _enter(self, key: TaskKey, pool: "_Pool") -> None:
+        """Have the answer to *key* go to *pool*; at once, if it has come."""
+        self._asked.add(key)
+        pool.open(key)
+        if (early := self._early.pop(key, None)) is not None:
+            pool.answered(early)
+        else:
+            self._pool_of[key] = pool
+
+    def _tell_of_loss(self, key: TaskKey) -> None:
+        """Put a fault in the place of *key*'s answer if its client is not there; a kept task may still be answered."""
+        fault, pool = self._unavailable.get(key.client), self._pool_of.get(key)
+        if fault is None or pool is None or pool.has_news(key):
             return
-        model = None if task.model is None else await self._ref(task.model)
-        await self._link.issue(IssueTasks(tuple(keys), model, dict(task.config), task.expects_model))
+        news = _Arrival(next(self._arrivals), TaskResult(key, fault=fault), is_clients_own=False)
+        if pool.keeps and fault.code == CLIENT_LOST:
+            pool.news(news)
+        else:
+            del self._pool_of[key]
+            pool.given_up(news)
+
+    async def _withdraw(self, keys: Iterable[TaskKey]) -> None:
+        unwanted = sorted(keys, key=_order)
+        for key in unwanted:
+            self._pool_of.pop(key, None)
+        if unwanted:
+            await self._link.cancel(unwanted)
+
+    async def _issue(self, task: Task, keys: Sequence[TaskKey], pool: "_Pool", *, deadline_s: float, then: str) -> None:
+        """Have those of *keys* that have no answer yet handed out, and the server know until when they are waited for.
+
+        Those of lost clients too: they may come back.
+        """
+        new = tuple(key for key in keys if key in self._pool_of)
+        try:
+            model = None if task.model is None or not new else await self._ref(task.model)
+            config = dict(task.config)
+            await self._link.issue(IssueTasks(new, model, config, task.expects_model, deadline_s=deadline_s, then=then))
+        except BaseException:
+            if pool.keeps:  # none is carried of which the server may not know
+                pool.forget(new)
+            raise
+        for key in new:
+            self._tell_of_loss(key)
 
     async def _ref(self, model: Model) -> ModelRef:
         if self._stored is None or self._stored[0] is not model:
             self._stored = (model, await asyncio.to_thread(store_model, model, self._files))
         return self._stored[1]
 
-    async def _answer(self, result: TaskResult) -> Answer:
-        client = result.key.client
+    async def _answer(self, result: TaskResult, *, is_clients_own: bool) -> Answer:
+        client, staleness = result.key.client, self.round - result.key.round
         if result.update is None:
             fault = result.fault or TaskFault("no-answer", f"{client} answered with neither an update nor a fault")
-            return Answer(client, None, fault)
+            if is_clients_own and fault.code in RUNS_OWN:
+                fault = TaskFault(TrainingFailed.code, fault.reason, fault.retryable)
+            return Answer(client, None, fault, staleness)
         reference = result.update
         model = None if reference.model is None else load_model(reference.model, self._files)
         self.answered_clients.add(client)
-        return Answer(client, Update(model, reference.num_examples, reference.metrics), None)
+        return Answer(client, Update(model, reference.num_examples, reference.metrics), None, staleness)
 
 
-async def _until(
-    arrivals: asyncio.Queue[TaskResult], open_keys: set[TaskKey], deadline_s: float | None
-) -> AsyncGenerator[TaskResult, None]:
-    """Yield the first result of each of *open_keys* (removing it), and faults for those left at the deadline."""
-    loop = asyncio.get_running_loop()
-    deadline = None if deadline_s is None else loop.time() + deadline_s
-    while open_keys:
-        try:
-            async with asyncio.timeout_at(deadline):
-                result = await arrivals.get()
-        except TimeoutError:
-            break
-        if result.key in open_keys:
-            open_keys.discard(result.key)
-            yield result
-    for key in sorted(open_keys, key=lambda key: key.client):
-        yield TaskResult(key, fault=TaskFault(DEADLINE, f"{key.client} did not answer within {deadline_s:g} s"))
+class _Arrival(NamedTuple):
+    """The *number*-th thing that came: a client's own answer, or a fault that the run puts in its place."""
+
+    number: int
+    result: TaskResult
+    is_clients_own: bool = True
+
+
+class _Pool:
+    """Tasks that are asked, and what has come for them: in the order in which it came, each once.
+
+    Of a task whose client was lost, a pool that *keeps* its tasks still expects an answer.
+    """
+
+    def __init__(self, *, keeps: bool) -> None:
+        self.keeps = keeps
+        self.unanswered: set[TaskKey] = set()
+        """Tasks that their clients have not answered."""
+        self._expected: set[TaskKey] = set()
+        self._arrived: list[_Arrival] = []  # a heap: what the journal had already was not told in the order of asking
+        self._changed = asyncio.Event()
+
+    @property
+    def keys(self) -> set[TaskKey]:
+        """The tasks of which no answer of their clients' own was taken, and may be."""
+        return self._expected | {arrival.result.key for arrival in self._arrived if arrival.is_clients_own}
+
+    def open(self, key: TaskKey) -> None:
+        """Expect an answer to *key*."""
+        self.unanswered.add(key)
+        self._expected.add(key)
+
+    def answered(self, arrival: _Arrival) -> None:
+        """Take a client's answer; with it, that its client was lost is no news any more."""
+        self.forget_loss(arrival.result.key)
+        self.unanswered.discard(arrival.result.key)
+        self.given_up(arrival)
+
+    def given_up(self, arrival: _Arrival) -> None:
+        """Take what ends the waiting for a task's answer."""
+        self._expected.discard(arrival.result.key)
+        self.news(arrival)
+
+    def news(self, arrival: _Arrival) -> None:
+        """Take news of a task."""
+        heapq.heappush(self._arrived, arrival)
+        self._changed.set()
+
+    def has_news(self, key: TaskKey) -> bool:
+        """Return whether something has come for *key* that nobody has taken yet."""
+        return any(arrival.result.key == key for arrival in self._arrived)
+
+    def forget_loss(self, key: TaskKey) -> None:
+        """Drop the news that *key*'s client was lost, where nobody has heard it and an answer is still expected."""
+        if key in self._expected:
+            self._keep_arrivals(lambda arrival: arrival.result.key != key)
+
+    def forget(self, keys: Collection[TaskKey]) -> None:
+        """Drop *keys* and whatever came for them."""
+        self.unanswered.difference_update(keys)
+        self._expected.difference_update(keys)
+        self._keep_arrivals(lambda arrival: arrival.result.key not in keys)
+
+    def _keep_arrivals(self, is_kept: Callable[[_Arrival], bool]) -> None:
+        self._arrived = [arrival for arrival in self._arrived if is_kept(arrival)]
+        heapq.heapify(self._arrived)
+
+    async def results(self, deadline: float, deadline_s: float) -> AsyncGenerator[tuple[TaskResult, bool], None]:
+        """Yield what comes until nothing more is expected, and at the *deadline* a fault for each that is missing.
+
+        With each it says whether it is the client's own.
+        """
+        while self._arrived or self._expected:
+            if self._arrived:
+                _, result, is_clients_own = heapq.heappop(self._arrived)
+                yield result, is_clients_own
+                continue
+            self._changed.clear()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._changed.wait()
+            except TimeoutError:
+                if not self._arrived:
+                    break
+        for key in sorted(self._expected, key=_order):
+            late = TaskFault(DEADLINE, f"{key.client} did not answer within {deadline_s:g} s")
+            yield TaskResult(key, fault=late), False
+
+
+def _order(key: TaskKey) -> tuple[int, str, int, ClientName]:
+    return key.round, key.name, key.sequence, key.client

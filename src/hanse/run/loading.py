@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hanse.errors import JobInvalid
+from hanse.errors import JobInvalid, MissingDependency
+from hanse.ids import SERVER
 from hanse.job import JobSpec
 from hanse.learning.workflow import Workflow, load_workflow
 from hanse.model import Model
 from hanse.storage.models import read_safetensors
+from hanse.storage.packages import comes_with
 
 
 @contextmanager
@@ -50,6 +52,7 @@ def initial_model_of(spec: JobSpec, code: Path) -> Model:
 
     Raises:
         JobInvalid: no such file, module or function, or the function returns no ``Model``.
+        MissingDependency: its module imports one that is neither the job's nor installed here.
     """
     if spec.model.endswith(".safetensors"):
         path = code / spec.model
@@ -60,6 +63,9 @@ def initial_model_of(spec: JobSpec, code: Path) -> Model:
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name and not comes_with(code, error.name)
+        if is_missing and not f"{module_name}.".startswith(f"{error.name}."):
+            raise MissingDependency(SERVER, str(error.name), place=module_name) from error
         raise JobInvalid("model", got=spec.model, expected=f"a function that can be imported ({error})") from error
     takes_seed = "seed" in inspect.signature(function).parameters
     model = function(seed=spec.seed) if takes_seed else function()

@@ -13,7 +13,7 @@ from hanse.errors import HanseError, WorkflowFailed
 from hanse.ids import ClientName
 from hanse.job import JobSpec
 from hanse.learning.workflow import State, Workflow, check_next, is_over
-from hanse.messages import RunSnapshot, StateRef
+from hanse.messages import RunSnapshot, StateRef, TaskKey
 from hanse.model import Model
 from hanse.run.federation import RunFederation
 from hanse.run.server_link import ServerLink
@@ -46,7 +46,7 @@ async def drive(
     if snapshot.state is None:
         began = time.monotonic()
         state = await _guarded(spec, 0, asyncio.to_thread(lambda: workflow.start(initial())))
-        state = await _commit(state, link, files, began=began, answered=())
+        state = await _commit(state, link, files, began=began)
     else:
         state = load_state(snapshot.state, files)
     while not is_over(workflow, state) and not is_stopping():
@@ -55,16 +55,24 @@ async def drive(
         began = time.monotonic()
         following = await _guarded(spec, number, workflow.round(state, federation))
         state = check_next(state, following, workflow=spec.workflow.name)
-        state = await _commit(state, link, files, began=began, answered=sorted(federation.answered_clients))
+        carried = () if is_over(workflow, state) else federation.carried
+        answered = sorted(federation.answered_clients)
+        state = await _commit(state, link, files, began=began, answered=answered, carried=carried)
     return state
 
 
 async def _commit(
-    state: State, link: ServerLink, files: TensorFiles, *, began: float, answered: Sequence[ClientName]
+    state: State,
+    link: ServerLink,
+    files: TensorFiles,
+    *,
+    began: float,
+    answered: Sequence[ClientName] = (),
+    carried: Sequence[TaskKey] = (),
 ) -> State:
     """Commit *state*, and return it with its arrays mapped: what the workflow computed in memory is let go."""
     reference = await asyncio.to_thread(store_state, state, files)
-    await link.commit(reference, took_s=time.monotonic() - began, answered=answered)
+    await link.commit(reference, took_s=time.monotonic() - began, answered=answered, carried=carried)
     return load_state(reference, files)
 
 

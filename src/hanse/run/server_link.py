@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from hanse.cell.backoff import Backoff
-from hanse.cell.cell import Cell, RemoteFault
-from hanse.errors import InternalError
+from hanse.cell.cell import Cell
+from hanse.errors import HanseError, InternalError
 from hanse.ids import SERVER, ClientName
 from hanse.messages import (
     AbortRun,
@@ -74,14 +74,20 @@ class ServerLink:
         self._is_cut_off = True
 
     async def attach(self) -> RunSnapshot:
-        """Return where the run stands. Events that come before ``listen`` are kept for it."""
+        """Return where the run stands. Events that come before ``listen`` are kept for it.
+
+        Among them are the answers that were accepted since the last commit, or that it has carried on.
+        """
         reply = await self._ask("attach", Attach())
         if not isinstance(reply.payload, RunSnapshot):
             raise InternalError("reading the run's snapshot from its server")
         return reply.payload
 
     async def issue(self, tasks: IssueTasks) -> None:
-        """Journal *tasks* and have them handed to their clients; keys answered before bring their answers as events."""
+        """Journal *tasks* and have them handed to their clients; keys answered before bring their answers as events.
+
+        With no keys it only tells how long the run waits for what is out already.
+        """
         await self._ask("issue", tasks)
 
     async def cancel(self, keys: Sequence[TaskKey]) -> None:
@@ -90,30 +96,36 @@ class ServerLink:
             return
         await self._ask_once("cancel", CancelTasks(tuple(keys)))
 
-    async def commit(self, state: StateRef, *, took_s: float, answered: Sequence[ClientName]) -> None:
-        """Commit *state* as the run's newest."""
-        await self._ask("commit", CommitRound(state, took_s, tuple(answered)))
+    async def commit(
+        self, state: StateRef, *, took_s: float, answered: Sequence[ClientName], carried: Sequence[TaskKey] = ()
+    ) -> None:
+        """Commit *state* as the run's newest; of the tasks so far, those *carried* live on."""
+        await self._ask("commit", CommitRound(state, took_s, tuple(answered), tuple(carried)))
 
     async def ended(self, end: RunEnded) -> None:
         """Tell that the run's process has nothing more to do."""
         await self._ask("ended", end)
+
+    async def given_up(self, end: RunEnded) -> None:
+        """Tell, once, that the run's process ends without having reached its end: whoever wanted that may be away."""
+        await self._ask_once("ended", end)
 
     def heartbeat(self) -> None:
         """Tell that the run's process is alive."""
         self._cell.tell(SERVER, Channel.RUN, "heartbeat", RunHeartbeat())
 
     async def _ask(self, topic: str, payload: Attach | IssueTasks | CommitRound | RunEnded) -> Message:
-        """Return the server's reply; ask again while it could not, this time: whatever is asked may be asked twice."""
+        """Return the server's reply; ask again while trying again may help: whatever is asked may be asked twice."""
         loop, backoff = asyncio.get_running_loop(), Backoff(self._rng)
         give_up_at = loop.time() + JOURNAL_TIMEOUT_S
         while True:
             try:
                 return await self._ask_once(topic, payload)
-            except RemoteFault as fault:
+            except HanseError as error:
                 pause_s = backoff.next_s()
-                if loop.time() + pause_s > give_up_at:
+                if not error.retryable or loop.time() + pause_s > give_up_at:
                     raise
-                _log.warning("the server did not take it", extra={"topic": topic, "reason": fault.reason})
+                _log.warning("the server did not take it", extra={"topic": topic, "reason": error.reason})
             await asyncio.sleep(pause_s)
 
     async def _ask_once(

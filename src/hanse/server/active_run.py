@@ -12,33 +12,49 @@ agent comes back without one. The run's own process is started again when it die
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Coroutine
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from hanse.cell.cell import Cell
+from hanse.cell.cell import Cell, RemoteError
 from hanse.coordination.runs import Accepted, ClientState, Duplicate, GiveUp, Restart, Run, Stale, after_death
+from hanse.coordination.waiting import (
+    Ask,
+    Phase,
+    RunProcess,
+    StoreTrouble,
+    asks_taken_up,
+    views_of,
+    waiting_of_running,
+    with_issue,
+)
 from hanse.errors import (
     HanseError,
     InternalError,
+    OutOfMemory,
+    ProcessDied,
     ProtocolError,
     SiteRefused,
     StoreFailed,
     UpdateRejected,
+    WorkflowFailed,
 )
 from hanse.events import EventType, FLContext, Handlers
 from hanse.ids import SERVER, ClientName, Digest, Fqcn, JobId, job_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.launch.log_lines import FieldLogger
-from hanse.launch.process import Launcher
+from hanse.launch.process import Handle, Launcher
+from hanse.learning.workflow import CLIENT_LOST
 from hanse.messages import (
     AbortJob,
     AbortRun,
     Channel,
     ClientChanged,
+    ClientView,
     CommitRound,
     DeployJob,
     IssueTasks,
@@ -57,11 +73,13 @@ from hanse.messages import (
     TaskFault,
     TaskKey,
     TaskResult,
+    Waiting,
 )
 from hanse.model import TensorMismatch
-from hanse.server.bounds import MAX_CODE_CHARS, MAX_TAIL_CHARS, check_metrics, shortened
+from hanse.server.bounds import MAX_CODE_CHARS, TAIL_LINES, check_metrics, ending, shortened
 from hanse.server.inbox import Inbox
 from hanse.server.lifetime import start_in
+from hanse.server.run_folder import RunFolder
 from hanse.server.run_spec import RunProcessSpec
 from hanse.storage.models import check_ref, digests_of
 from hanse.storage.records import Store
@@ -72,6 +90,8 @@ _log = logging.getLogger(__name__)
 DEPLOY_TIMEOUT_S: Final = 120.0
 """How long a client may take to fetch and unpack a job's package: 64 MiB over a slow line."""
 START_TIMEOUT_S: Final = 30.0
+HAND_OVER_TIMEOUT_S: Final = 30.0
+"""How long a run's process may take to hear of an answer; it has a loop of its own for that."""
 CONNECT_WITHIN_S: Final = 120.0
 """How long a client's process that was started may take to connect before the run counts its client as suspect."""
 RESTART_PAUSE_S: Final = 1.0
@@ -109,35 +129,11 @@ class RunServices:
 
 
 @dataclass(frozen=True, slots=True)
-class RunFolder:
-    """Where a run keeps its things on the server: ``runs/<job>`` of the workspace."""
+class Trouble:
+    """What befell a client last, and the last lines of the log there; without a code it has got over it."""
 
-    path: Path
-
-    @property
-    def package(self) -> Path:
-        """The job's package, under its digest."""
-        return self.path / "package"
-
-    @property
-    def code(self) -> Path:
-        """The job's code, unpacked."""
-        return self.path / "code"
-
-    @property
-    def tensors(self) -> Path:
-        """The run's tensor files."""
-        return self.path / "tensors"
-
-    @property
-    def result(self) -> Path:
-        """The final model, under its digest."""
-        return self.path / "result"
-
-    @property
-    def log(self) -> Path:
-        """What the run's process says."""
-        return self.path / "server.log"
+    code: str = ""
+    log_tail: str = ""
 
 
 class ActiveRun:
@@ -169,8 +165,18 @@ class ActiveRun:
         self._group: asyncio.TaskGroup | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._unstarted: set[ClientName] = set()
-        self._tails: dict[ClientName, str] = {}
+        self._troubles = {
+            answer.key.client: Trouble(answer.fault.code, answer.fault.log_tail)
+            for answer in run.answers
+            if answer.fault is not None
+        }
+        self._handle: Handle | None = None
+        self._process = RunProcess(Phase.STARTING, services.now())
+        self._asks: tuple[Ask, ...] = asks_taken_up(run, now=services.now())
+        self._store_trouble: StoreTrouble | None = None
         self._inboxes: dict[ClientName, Inbox] = {}
+        self._arriving: Counter[Digest] = Counter()
+        self._clearing = asyncio.Lock()
         self._logged: dict[ClientName, tuple[int, int]] = {}
         self._progress = 0
         self._round_announced = -1
@@ -207,18 +213,39 @@ class ActiveRun:
             await asyncio.to_thread(self._delete_tensors)
         return self.record
 
-    async def end(self, to: JobState, *, code: str = "", reason: str = "", ended: RunEnded | None = None) -> None:
-        """End the job as *to*: in the store first, then everywhere; the first end counts."""
+    async def end(
+        self,
+        to: JobState,
+        *,
+        code: str = "",
+        reason: str = "",
+        client: str = "",
+        cause: str = "",
+        log_tail: str = "",
+        ended: RunEnded | None = None,
+    ) -> None:
+        """End the job as *to*: in the store first, then everywhere; the first end counts.
+
+        ``JobRecord`` says what *code* to *log_tail* are.
+        """
         async with self._ending:
             if self.has_ended:
                 return
             reason = shortened(reason)
             record = move(
-                self.record, to, at=self._services.wall(), code=shortened(code, MAX_CODE_CHARS), reason=reason
+                self.record,
+                to,
+                at=self._services.wall(),
+                code=shortened(code, MAX_CODE_CHARS),
+                reason=reason,
+                client=client,
+                cause=shortened(cause, MAX_CODE_CHARS),
+                log_tail=ending(log_tail),
             )
             if ended is not None:
                 record = msgspec.structs.replace(record, result=ended.result, result_bytes=ended.result_bytes)
-            await self._services.store.end_run(self._services.epoch, record, was=self.record.state)
+            with self._storing():
+                await self._services.store.end_run(self._services.epoch, record, was=self.record.state)
             self.record = record
             self._over.set()
             self.run.end(now=self._services.now())
@@ -230,7 +257,7 @@ class ActiveRun:
 
     def _delete_tensors(self) -> None:
         try:
-            self.files.delete_all()
+            self.folder.delete_tensors()
         except StoreFailed as failed:  # the job has ended all the same
             self._log.warning("tensors left behind", extra={"reason": failed.reason})
 
@@ -239,7 +266,8 @@ class ActiveRun:
         attempt = 0
         while not self._over.is_set():
             attempt, seen = attempt + 1, self._progress
-            handle = await self._services.launcher.launch(
+            self._process = RunProcess(Phase.STARTING, self._services.now(), attempt)
+            self._handle = handle = await self._services.launcher.launch(
                 PROCESS_MODULE, spec=self._process_spec(), log_path=self.folder.log, env={}, name=f"run {self.job_id}"
             )
             over = asyncio.create_task(self._over.wait(), name=f"end of {self.job_id}")  # awaited below
@@ -255,14 +283,17 @@ class ActiveRun:
             if self._over.is_set():
                 return
             attempt = 1 if self._progress > seen else attempt
-            last_line = (handle.log_tail(1) or "").strip()
+            log_tail = await self._own_log_tail()
+            last_line = shortened(log_tail.strip().rpartition("\n")[2])
             verdict = after_death(
                 SERVER, attempt=attempt, tries=self.record.spec.process_tries, status=status, last_line=last_line
             )
             if isinstance(verdict, GiveUp):
-                await self.end(JobState.FAILED, code="process-died", reason=verdict.reason)
+                await self.end(JobState.FAILED, code=verdict.code, reason=verdict.reason, log_tail=log_tail)
                 return
             pause_s = min(RESTART_PAUSE_S * (attempt - 1), LONGEST_PAUSE_S)
+            now, died = self._services.now(), ProcessDied(SERVER, status, last_line)
+            self._process = RunProcess(Phase.PAUSING, now, verdict.attempt, until=now + pause_s, reason=died.reason)
             self._log.warning(
                 "the run's process died and is started again", extra={"status": status, "pause_s": pause_s}
             )
@@ -275,6 +306,12 @@ class ActiveRun:
                 await self._over.wait()
         return self._over.is_set()
 
+    async def _own_log_tail(self) -> str:
+        """Return the last lines that the run's process has logged."""
+        if self._handle is None:
+            return ""
+        return ending(await asyncio.to_thread(self._handle.log_tail, TAIL_LINES))
+
     def _process_spec(self) -> bytes:
         fqcn = job_cell(SERVER, self.job_id)
         spec = RunProcessSpec(
@@ -282,6 +319,7 @@ class ActiveRun:
             project=self._services.project,
             spec=self.record.spec,
             folder=str(self.folder.path),
+            epoch=self.folder.epoch,
             parent_url=self._services.run_url,
             credentials=self._services.credentials(fqcn, self.job_id).credentials,
             check_frequency_s=self._services.check_frequency_s,
@@ -291,27 +329,41 @@ class ActiveRun:
     # what the run's process asks
 
     async def attach(self) -> RunSnapshot:
-        """Return where the run stands: its process is there, and begins or goes on."""
+        """Return where the run stands, having handed over its answers: its process is there, and begins or goes on."""
         self._services.handlers.tell(EventType.START_RUN, self._context(round_number=self.run.round))
-        state = await self._services.store.snapshot(self.job_id)
+        with self._storing():
+            state = await self._services.store.snapshot(self.job_id)
+        self._works()
+        await self._hand_over(self.run.answers)
         return RunSnapshot(
-            self.job_id, self.record.spec, self.run.clients, state.state, lost_clients=self.run.lost_clients
+            self.job_id,
+            self.record.spec,
+            self.run.clients,
+            state.state,
+            lost_clients=self.run.lost_clients,
+            carried=self.run.carried,
         )
 
     async def issue(self, issue: IssueTasks) -> None:
         """Journal the tasks, send those that are new, and hand over the answers of those that have one."""
         tasks = [TaskAssignment(key, issue.model, issue.config, issue.expects_model) for key in issue.keys]
-        await self._services.store.issue_tasks(self._services.epoch, self.job_id, tasks)
+        with self._storing():
+            await self._services.store.issue_tasks(self._services.epoch, self.job_id, tasks)
         new = self.run.issue(tasks)
+        self._asks = with_issue(self._asks, issue, run=self.run, now=self._services.now())
         if new and self.run.round != self._round_announced:
             self._round_announced = self.run.round
             self._notify(EventType.ROUND_STARTED, round_number=self.run.round)
-        answered = {answer.key: answer for answer in self.run.answers}
-        for key in issue.keys:
-            if key in answered:
-                self._tell_run("answer", answered[key])
+        await self._hand_over([answer for answer in self.run.answers if answer.key in issue.keys])
         for task in new:
             await self._send(task)
+
+    async def _hand_over(self, answers: Sequence[TaskResult]) -> None:
+        """Hand *answers* to the run's process, which may know them; asked and not told, as many would fill the link."""
+        for answer in answers:
+            await self._services.cell.ask(
+                job_cell(SERVER, self.job_id), Channel.RUN, "answer", answer, timeout_s=HAND_OVER_TIMEOUT_S
+            )
 
     async def cancel(self, keys: Collection[TaskKey]) -> None:
         """Refuse later answers to *keys*, and tell the clients."""
@@ -326,19 +378,39 @@ class ActiveRun:
         check_metrics(commit.state.metrics)
         if strangers := set(commit.answered) - set(self.run.clients):
             raise ProtocolError("CommitRound.answered", got=min(strangers), expected="clients of the run")
-        needed = _digests(commit.state)
+        carried = commit.carried if commit.state.round == self.run.round else ()
+        if unknown := self.run.unknown(carried):
+            raise ProtocolError("CommitRound.carried", got=unknown[0], expected="tasks that are out or answered")
+        needed, kept = state_digests(commit.state), self._needed_by(carried)
         missing = self.files.missing(needed)
         if missing:
             raise ProtocolError("state", got=f"digest {missing[0]} without a file", expected="tensors that are stored")
-        await asyncio.to_thread(self.files.sync, needed)
-        await self._services.store.commit_round(self._services.epoch, self.job_id, commit, now_s=self._services.wall())
+        with self._storing():
+            await asyncio.to_thread(self.files.sync, needed | (kept - set(self.files.missing(kept))))
+            await self._services.store.commit_round(
+                self._services.epoch, self.job_id, commit, now_s=self._services.wall()
+            )
         self._progress += 1
-        self._inboxes.clear()
-        for key in self.run.committed(commit.state.round):
+        self._works()
+        for key in self.run.committed(commit.state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
-        doomed = await asyncio.to_thread(self.files.set_aside, needed)
-        self._spawn(asyncio.to_thread(self.files.delete_files, doomed), f"delete tensors of {self.job_id}")
+        await self._clear(needed)
         self._notify(EventType.ROUND_DONE, round_number=commit.state.round, metrics=commit.state.metrics)
+
+    async def _clear(self, needed: set[Digest]) -> None:
+        """Delete all tensors but those *needed*, and those of tasks that live on: models, answers, what is coming."""
+        self._inboxes = {client: inbox for client, inbox in self._inboxes.items() if self.run.tasks_for(client)}
+        async with self._clearing:
+            begun = [inbox.begun for inbox in self._inboxes.values()]
+            kept = needed.union(self._needed_by(self.run.carried), *begun, +self._arriving)
+            doomed = await asyncio.to_thread(self.files.set_aside, kept)
+        self._spawn(asyncio.to_thread(self.files.delete_files, doomed), f"delete tensors of {self.job_id}")
+
+    def _needed_by(self, keys: Collection[TaskKey]) -> set[Digest]:
+        """Return the tensors of these tasks' models, and of their answers."""
+        models = [task.model for task in self.run.tasks if task.key in keys]
+        models += [answer.update.model for answer in self.run.answers if answer.update and answer.key in keys]
+        return set().union(*(digests_of(model) for model in models if model is not None))
 
     async def ended(self, end: RunEnded) -> None:
         """Take the run's process's word that it has reached its end."""
@@ -346,7 +418,19 @@ class ActiveRun:
             await self.end(JobState.ABORTED, code=ABORTED, reason=end.reason)
             return
         if not end.completed:
-            await self.end(JobState.FAILED, code=end.code or "workflow-failed", reason=end.reason or "no reason given")
+            code, reason = end.code or WorkflowFailed.code, end.reason or "no reason given"
+            if end.client not in self.run.clients:
+                await self.end(JobState.FAILED, code=code, reason=reason, log_tail=await self._own_log_tail())
+                return
+            trouble = self._troubles.get(ClientName(end.client), Trouble())
+            await self.end(
+                JobState.FAILED,
+                code=code,
+                reason=reason,
+                client=end.client,
+                cause=trouble.code,
+                log_tail=trouble.log_tail if trouble.code else "",
+            )
             return
         if end.result and not (self.folder.result / end.result).is_file():
             raise ProtocolError("result", got=end.result, expected="a file in the run's folder")
@@ -363,6 +447,10 @@ class ActiveRun:
             UpdateRejected: nobody waits for it, or it is not what the job expects; the sentence names the tensor.
             ProtocolError: it names a tensor that was not uploaded: upload it and send the answer again.
         """
+        async with self._keeping(result):
+            await self._judged(sender, result, message)
+
+    async def _judged(self, sender: ClientName, result: TaskResult, message: Message) -> None:
         match self.run.judge(result, sender=sender):
             case Duplicate():
                 return
@@ -377,15 +465,29 @@ class ActiveRun:
         if rejected is not None:
             result = TaskResult(result.key, fault=TaskFault(rejected.code, rejected.reason))
         if (fault := result.fault) is not None:
-            fault = TaskFault(shortened(fault.code, MAX_CODE_CHARS), shortened(fault.reason), fault.retryable)
-            result = TaskResult(result.key, fault=fault)
+            code, log_tail = shortened(fault.code, MAX_CODE_CHARS), ending(fault.log_tail)
+            result = TaskResult(
+                result.key, fault=TaskFault(code, shortened(fault.reason), fault.retryable, log_tail=log_tail)
+            )
         await self._accept(sender, result)
         if rejected is not None:
             raise rejected
 
+    @contextlib.asynccontextmanager
+    async def _keeping(self, result: TaskResult) -> AsyncIterator[None]:
+        """Have no commit delete the answer's tensors within the block: a carried task is answered at any time."""
+        model = None if result.update is None else result.update.model
+        digests = set() if model is None else digests_of(model)
+        async with self._clearing:
+            self._arriving.update(digests)
+        try:
+            yield
+        finally:
+            self._arriving.subtract(digests)
+
     def inbox(self, client: ClientName) -> Inbox:
-        """Return what *client* may add to the run's tensors now."""
-        inbox = self._inboxes.setdefault(client, Inbox(self.files, client))
+        """Return what *client* may add to the run's tensors, until its next answer is accepted or it has no task."""
+        inbox = self._inboxes.setdefault(client, Inbox(self.files, client, on_trouble=self.store_failed))
         inbox.expect(self.run.tasks_for(client))
         return inbox
 
@@ -441,11 +543,19 @@ class ActiveRun:
         return None
 
     async def _accept(self, sender: ClientName, result: TaskResult) -> None:
-        if result.update is not None and result.update.model is not None:
-            await asyncio.to_thread(self.files.sync, digests_of(result.update.model))
-        if not await self._services.store.accept_answer(self._services.epoch, self.job_id, result):
+        with self._storing():
+            if result.update is not None and result.update.model is not None:
+                await asyncio.to_thread(self.files.sync, digests_of(result.update.model))
+            # What counts may be an earlier attempt of this answer, of which the store could not tell how it went.
+            result = await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
+        if not isinstance(self.run.accept(result, sender=sender), Accepted):
             return
-        self.run.accept(result, sender=sender)
+        self._inboxes.pop(sender, None)
+        self._works()
+        if result.fault is not None:
+            self._troubles[sender] = Trouble(result.fault.code, result.fault.log_tail)
+        elif sender in self._troubles:
+            self._troubles[sender] = Trouble(log_tail=self.log_tail(sender))
         self._tell_run("answer", result)
         metrics = result.update.metrics if result.update is not None else {}
         self._notify(
@@ -492,6 +602,7 @@ class ActiveRun:
         """Tell the run of the clients that are lost by now."""
         for client in self.run.lost(self._services.now(), lost_after_s):
             self._log.warning("client lost", extra={"client": client})
+            self._troubles[client] = Trouble(CLIENT_LOST, self.log_tail(client))
             self._changed(client, "lost", reason=f"{client} was not connected for {lost_after_s:g} s")
 
     def heard(self, client: ClientName, *, reported: bool, dead: bool) -> None:
@@ -517,10 +628,16 @@ class ActiveRun:
 
     def process_ended(self, client: ClientName, end: JobEnded) -> None:
         """Take note that *client*'s process ended unasked: it is started again, or given up."""
-        self._tails[client] = end.log_tail[-MAX_TAIL_CHARS:]
-        last_line = shortened(end.log_tail[-MAX_TAIL_CHARS:].strip().rpartition("\n")[2])
+        log_tail = ending(end.log_tail)
+        code = OutOfMemory.code if end.cause == OutOfMemory.code else ProcessDied.code
+        self._troubles[client] = Trouble(code, log_tail)
         verdict = self.run.process_ended(
-            client, attempt=end.attempt, status=end.status, now=self._services.now(), last_line=last_line
+            client,
+            attempt=end.attempt,
+            status=end.status,
+            now=self._services.now(),
+            last_line=shortened(log_tail.strip().rpartition("\n")[2]),
+            cause=end.cause,
         )
         match verdict:
             case Restart():
@@ -532,8 +649,8 @@ class ActiveRun:
                 pass
 
     def log_tail(self, client: ClientName) -> str:
-        """Return the last lines that *client*'s process left when it last died; empty when it did not."""
-        return self._tails.get(client, "")
+        """Return the last lines of its log that *client* told of when it last died or failed; empty when it did not."""
+        return self._troubles.get(client, Trouble()).log_tail
 
     async def _start_client(self, client: ClientName, *, noted: bool = False) -> None:
         services, record = self._services, self.record
@@ -551,6 +668,7 @@ class ActiveRun:
                 self._unstarted.add(client)
                 self.run.stream_down(client, now=services.now(), stream=None)
             elif self.run.failed(client, error.reason, now=services.now()):
+                self._troubles[client] = Trouble(code_of(error))
                 self._changed(client, "failed", reason=SiteRefused(client, error.reason).reason)
         else:
             self._log.info("client started", extra={"client": client, "package": record.package})
@@ -569,6 +687,42 @@ class ActiveRun:
     def _changed(self, client: ClientName, change: str, *, reason: str = "") -> None:
         self._tell_run("client", ClientChanged(client, change, reason))
         self._emit(JobEvent(self.job_id, f"client_{change}", self._services.wall(), client=client, text=reason))
+
+    # what it waits for
+
+    def waiting(self) -> tuple[Waiting, ...]:
+        """Return what the run waits for now, for people."""
+        return waiting_of_running(
+            self.run,
+            asks=self._asks,
+            process=self._process,
+            store=self._store_trouble,
+            now=self._services.now(),
+            wall=self._services.wall(),
+        )
+
+    def views(self) -> tuple[ClientView, ...]:
+        """Return the run's clients as they stand now, for people."""
+        return views_of(self.run, now=self._services.now(), wall=self._services.wall())
+
+    def store_failed(self, failed: StoreFailed) -> None:
+        """Take note that the store, or the disk with the tensors, did not do what this run needs; from any thread."""
+        if self._store_trouble is None:
+            self._store_trouble = StoreTrouble(failed.reason, self._services.now())
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Take note of how the store does what is asked of it within the block."""
+        try:
+            yield
+        except StoreFailed as failed:
+            self.store_failed(failed)
+            raise
+        self._store_trouble = None
+
+    def _works(self) -> None:
+        """Take note that the run's process has something new to work on."""
+        self._process = RunProcess(Phase.WORKING, self._services.now(), self._process.attempt)
 
     # telling
 
@@ -636,7 +790,12 @@ class ActiveRun:
         except Exception as error:  # noqa: BLE001 - the edge of a run's task: its failure ends the job, with a reason
             self._log.exception("a run's task failed")
             cause = cause_of(error, doing=f"running job {self.job_id}")
-            await self.end(JobState.FAILED, code=cause.code, reason=cause.reason)
+            await self.end(JobState.FAILED, code=code_of(cause), reason=cause.reason)
+
+
+def code_of(error: HanseError) -> str:
+    """Return the stable code of *error*: of one that a peer answered with, the code of what was raised there."""
+    return (error.error_code if isinstance(error, RemoteError) else "") or error.code
 
 
 def cause_of(error: Exception, *, doing: str) -> HanseError:
@@ -646,7 +805,8 @@ def cause_of(error: Exception, *, doing: str) -> HanseError:
     return error if isinstance(error, HanseError) else InternalError(doing)
 
 
-def _digests(state: StateRef) -> set[Digest]:
+def state_digests(state: StateRef) -> set[Digest]:
+    """Return the tensors that *state* names."""
     return digests_of(state.model).union(*(digests_of(model) for model in state.extra.values()))
 
 

@@ -147,6 +147,7 @@ class BaseServer(ABC):
         *args* has at least ``workspace``. *grpc_args* is ``{"service": {"target": "host:port", "scheme": "grpc"},
         "ssl_root_cert": path, "ssl_cert": path, "ssl_private_key": path}``; the target is by default ``0.0.0.0:6007``;
         port 0 picks a free one, which ``get_cell().target`` then tells. With *secure_train*, TLS with these files.
+        ``"servers_secret"`` may be the path of the secret that the project's servers share.
 
         Raises:
             ConfigError: something is missing or unreadable; the error names it.

@@ -14,6 +14,8 @@ __all__ = ["MAX_CODE_CHARS", "MAX_REASON_CHARS", "check_metrics", "shortened"]
 
 MAX_TAIL_CHARS: Final = 8 * 1024
 """What is kept of a log's end, which is its last part."""
+TAIL_LINES: Final = 20
+"""How many lines of a log's end say how its process ended."""
 MAX_METRICS: Final = 1000
 MAX_METRIC_NAME_CHARS: Final = 128
 MAX_RELEASE_CHARS: Final = 64
@@ -22,6 +24,11 @@ MAX_RELEASE_CHARS: Final = 64
 def shortened(text: str, most: int = MAX_REASON_CHARS) -> str:
     """Return *text*, or its beginning and three dots where it has more than *most* characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def ending(log: str) -> str:
+    """Return the end of *log*, as much of it as is kept."""
+    return log[-MAX_TAIL_CHARS:]
 
 
 def check_metrics(metrics: Mapping[str, float]) -> None:

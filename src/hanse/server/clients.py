@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -224,6 +224,14 @@ class Clients:
                 return None
             registered = self._registry.disable(name, reason)
             return None if registered is None else self._registry.revoke(registered.token, now=self._clock())
+
+    def disable_only(self, disabled: Mapping[str, str]) -> None:
+        """Refuse those of *disabled*, each for its reason, and nobody else."""
+        with self._lock:
+            for name in self._registry.disabled().keys() - disabled.keys():
+                self._registry.enable(ClientName(name))
+        for client, reason in disabled.items():
+            self.set_disabled(ClientName(client), reason)
 
     def disabled_because(self, name: ClientName) -> str | None:
         """Return why *name* is disabled, or ``None`` when it is not."""

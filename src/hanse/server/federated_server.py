@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -49,6 +49,7 @@ from hanse.messages import (
     Header,
     Heartbeat,
     HeartbeatReply,
+    Hello,
     JobFailure,
     Message,
     Payload,
@@ -68,17 +69,18 @@ from hanse.server.base_server import AdminServer, BaseServer
 from hanse.server.clients import Clients, Lifetimes
 from hanse.server.identities import identities_of
 from hanse.server.jobs import JobLimits, Jobs
-from hanse.server.lifetime import only_user_of
-from hanse.server.listening import Place, server_tls
-from hanse.server.overseer import OverseerAgent
+from hanse.server.lifetime import holder_of, only_user_of
+from hanse.server.listening import SOCKET_FILE, Place, server_tls
+from hanse.server.overseer import HeldFor, OverseerAgent
 from hanse.server.payloads import expect
 from hanse.server.primacy import Primacy
+from hanse.server.refused import RefusedPeers
 from hanse.server.run_desk import answer_not_in_service
 from hanse.server.run_host import RunHost
 from hanse.server.run_manager import RunManager
-from hanse.server.tenure import Tenure, take_lease
+from hanse.server.tenure import HeldLease, Tenure, boot_time
 from hanse.settings import ServerSettings
-from hanse.storage.records import Store
+from hanse.storage.records import Lease, Store
 
 __all__ = ["AdminServer", "BaseServer", "CommandModule", "FederatedServer", "TaskMetaInfo"]
 
@@ -112,6 +114,7 @@ class _Deployed:
     cell: Cell
     reception: Reception
     workspace: Path
+    runs: Path
     launcher: Launcher
     socket: Path
 
@@ -160,6 +163,7 @@ class FederatedServer(BaseServer):
             session=lambda: self._primacy.service.ssid,
             clock=lambda: self.clock(),
         )
+        self._refused = RefusedPeers(lambda: self.clock())
         self._is_leaving = False
         self._tokens: set[str] = set()
         self._deployed: _Deployed | None = None
@@ -172,7 +176,7 @@ class FederatedServer(BaseServer):
 
         Not in service: COMM_ERROR. Not secure, another project, a bad certificate: UNAUTHENTICATED.
         """
-        return _answered(self._challenge, request)
+        return self._noting_refusal(request, _answered(self._challenge, request))
 
     def register_client(self, request: Message) -> Message:
         """Second half: verify who the client is, register it, and reply with token, token signature and SSID.
@@ -181,7 +185,7 @@ class FederatedServer(BaseServer):
         handler's refusal: UNAUTHENTICATED with the reason. An administrator is identified in the same way and gets a
         token of its role; it is no client, and is not counted as one.
         """
-        reply = _answered(self._register, request)
+        reply = self._noting_refusal(request, _answered(self._register, request))
         self._fire(EventType.CLIENT_REGISTER_PROCESSED, request, reason=reply.reason)
         return reply
 
@@ -310,6 +314,16 @@ class FederatedServer(BaseServer):
         """
         return run(self.jobs.wait(job_id), timeout_s)
 
+    def hand_over(self, successor: str) -> None:
+        """Leave the primacy to the server called *successor*, which stands by; from a plain thread.
+
+        Runs are parked and the lease is left to the successor; if that does not take it, any server may.
+
+        Raises:
+            Conflict: this server is not hot.
+        """
+        self._primacy.hand_over(successor)
+
     def call_when_lost(self, callback: Callable[[], None]) -> None:
         """Call *callback*, on the event loop, when this server's tenure ends that nobody ended.
 
@@ -319,9 +333,19 @@ class FederatedServer(BaseServer):
         self._primacy.call_when_lost(callback)
 
     @property
+    def name(self) -> str:
+        """What its settings and its certificate call the server."""
+        return self._settings.name
+
+    @property
     def clients(self) -> Clients:
         """The clients of this server."""
         return self._clients
+
+    @property
+    def refused(self) -> RefusedPeers:
+        """Who was refused lately, and why."""
+        return self._refused
 
     @property
     def reception(self) -> Reception:
@@ -351,6 +375,8 @@ class FederatedServer(BaseServer):
 
     def fl_shutdown(self) -> None:
         """Park all jobs (they resume at the next start), fire SYSTEM_END, then as the base."""
+        if self._overseer is not None:
+            self._overseer.end()
         if self._deployed is not None and not self._closing:
             self._is_leaving = True
             run(self._primacy.park())
@@ -376,8 +402,6 @@ class FederatedServer(BaseServer):
             stack.enter_context(only_user_of(where.workspace))
             self._clients.identities = identities_of(where, self.project_name, max_reg_duration_s=self.max_reg_duration)
             store = await stack.enter_async_context(self._store or _embedded_store(where.workspace))
-            for name, reason in (await store.disabled_clients()).items():
-                self._clients.set_disabled(ClientName(name), reason)
             admittance = self._admittance()
             cell = Cell(Fqcn(SERVER), gate=lambda *arrival: self._gate(admittance, *arrival))
             stack.push_async_callback(cell.close)
@@ -389,10 +413,13 @@ class FederatedServer(BaseServer):
                     cell,
                     authorize=admittance.authorize,
                     session=lambda: self._primacy.service.ssid,
+                    wait_turn=self._primacy.wait_turn,
                     server=self._settings.name,
                     release=version("hanse"),
+                    on_refused=self._note_refused_hello,
                 ),
                 workspace=where.workspace,
+                runs=Path(self._settings.runs or where.workspace / "runs"),
                 launcher=getattr(args, "launcher", None) or ProcessLauncher(),
                 socket=stack.enter_context(_socket_of(where)),
             )
@@ -468,15 +495,19 @@ class FederatedServer(BaseServer):
         for module in self._cmd_modules:
             module.register(self, cell)
 
-    async def _begin_tenure(self, on_lost: Callable[[], None]) -> Tenure:
-        """Take the store's lease, and return the tenure under it, which has still to begin."""
+    async def _begin_tenure(self, held: HeldFor | None, on_lost: Callable[[], None]) -> Tenure:
+        """Return the tenure under the lease that is *held*, or is taken now; it has still to begin."""
         deployed = self._deployed
         if deployed is None:
             raise Conflict("the server", state="not deployed", wanted="made primary")
-        lease = await take_lease(deployed.store)
+        is_contended = held is not None
+        if held is None:
+            held = HeldFor(await self._taken_lease(deployed), boot_time())
+        self._clients.disable_only(await deployed.store.disabled_clients())  # another server may have changed them
+        lease = HeldLease(deployed.store, held.lease, is_contended=is_contended, taken_at=held.taken_at)
         services = RunServices(
             project=self.project_name,
-            epoch=lease.epoch,
+            epoch=held.lease.epoch,
             store=deployed.store,
             cell=deployed.cell,
             launcher=deployed.launcher,
@@ -488,8 +519,19 @@ class FederatedServer(BaseServer):
             check_frequency_s=self.check_engine_frequency,
         )
         limits = JobLimits(self._settings.max_running_jobs, self.min_num_clients, self._settings.lost_after)
-        jobs = Jobs(services, workspace=deployed.workspace, clients=self._clients, limits=limits)
-        return Tenure(deployed.store, lease, jobs, on_lost=on_lost)
+        jobs = Jobs(services, workspace=deployed.workspace, runs=deployed.runs, clients=self._clients, limits=limits)
+        return Tenure(lease, jobs, on_lost=on_lost)
+
+    async def _taken_lease(self, deployed: _Deployed) -> Lease:
+        """Take the lease because nobody else can have it: this server is alone, or its overseer says that it is due."""
+        settings = self._settings
+        return await deployed.store.take_lease(
+            await asyncio.to_thread(holder_of, deployed.workspace, settings.name),
+            name=settings.name,
+            target=settings.reached_at(settings.target),
+            ttl_s=settings.lease_s,
+            force=True,
+        )
 
     def _own_cell(self) -> Cell | None:
         return self._deployed.cell if self._deployed is not None else None
@@ -600,10 +642,29 @@ class FederatedServer(BaseServer):
         if refused is not None:
             raise Unauthenticated(refused)
 
+    # who is refused
+
+    def _noting_refusal(self, request: Message, reply: Message) -> Message:
+        """Return *reply*, having noted whom it lets in or refuses for good."""
+        payload = request.payload
+        if isinstance(payload, Challenge | Register) and reply.return_code is not ReturnCode.COMM_ERROR:
+            if reply.return_code is not ReturnCode.OK:
+                code = reply.get_header(Header.ERROR_CODE) or ""
+                self._refused.note(payload.client, code=code, reason=reply.reason)
+            elif isinstance(payload, Register):
+                self._refused.forget(payload.client)
+        return reply
+
+    def _note_refused_hello(self, hello: Hello, error: HanseError) -> None:
+        name, job_id = split_cell(hello.fqcn)
+        if job_id is None and not error.retryable:
+            self._refused.note(name, code=error.code, reason=error.reason)
+
     # streams
 
     def _link_up(self, peer: Peer) -> None:
         if peer.kind == PeerKind.CLIENT:
+            self._refused.forget(peer.fqcn)
             self._note_stream(peer.fqcn)
         if self._primacy.tenure is not None:
             self._primacy.tenure.jobs.link_up(peer)
@@ -670,13 +731,14 @@ class FederatedServer(BaseServer):
     ) -> RunEnded:
         """Run a job in this process and return when it has ended; with a snapshot it continues from there.
 
-        *run_root* is the run's folder, *conf* the job. Without *snapshot* the parent is asked where the run stands.
+        *run_root* is the run's folder, *conf* the job; ``args.epoch`` says whose tenure the run is of. Without
+        *snapshot* the parent is asked where the run stands.
 
         Raises:
             Conflict: there is no job cell (``create_job_cell`` makes it), or a run already.
         """
-        del args
-        self._run_host.start(self.create_run_manager(run_root, job_id), conf, snapshot)
+        manager = replace(self.create_run_manager(run_root, job_id), epoch=getattr(args, "epoch", 0))
+        self._run_host.start(manager, conf, snapshot)
         try:
             return self.run_engine()
         finally:
@@ -742,12 +804,12 @@ def _from_stream(request: Message) -> Message:
 @contextmanager
 def _socket_of(where: Place) -> Iterator[Path]:
     """Give the path of the socket for runs' processes: in the workspace, or where that is too deep, apart."""
-    path = (where.workspace / "jobs.sock").absolute()
+    path = (where.workspace / SOCKET_FILE).absolute()
     if where.scheme != "grpc" or len(str(path)) <= MAX_SOCKET_PATH:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="hanse-") as folder:
-        yield Path(folder) / "jobs.sock"
+        yield Path(folder) / SOCKET_FILE
 
 
 def _embedded_store(workspace: Path) -> Store:

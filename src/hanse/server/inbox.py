@@ -5,10 +5,10 @@ them, in sizes that the task's model has, and together not more than a few answe
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from hanse.errors import UpdateRejected
+from hanse.errors import StoreFailed, UpdateRejected
 from hanse.ids import ClientName, Digest
 from hanse.messages import TaskAssignment
 from hanse.storage.tensors import Partial, TensorFiles
@@ -18,10 +18,15 @@ MAX_ANSWERS_PER_TASK: Final = 8
 
 
 class Inbox:
-    """The tensor files of a run, as *client* may use them in one round. ``expect`` comes before ``begin``."""
+    """The tensor files of a run, as *client* may use them for its next answer. ``expect`` comes before ``begin``.
 
-    def __init__(self, files: TensorFiles, client: ClientName) -> None:
-        self._files, self._client = files, client
+    *on_trouble* hears, in any thread, of what the disk does not take.
+    """
+
+    def __init__(
+        self, files: TensorFiles, client: ClientName, *, on_trouble: Callable[[StoreFailed], None] = lambda _: None
+    ) -> None:
+        self._files, self._client, self._on_trouble = files, client, on_trouble
         self._tasks: tuple[TaskAssignment, ...] = ()
         self._sizes: frozenset[int] = frozenset()
         self._most = 0
@@ -37,6 +42,12 @@ class Inbox:
         with self._lock:
             self._tasks, self._sizes = expecting, frozenset(sizes)
             self._most = MAX_ANSWERS_PER_TASK * sum(sizes)
+
+    @property
+    def begun(self) -> frozenset[Digest]:
+        """The tensors that the client has begun to send."""
+        with self._lock:
+            return frozenset(self._begun)
 
     def has(self, digest: Digest) -> bool:
         """See ``TensorFiles``."""
@@ -54,7 +65,8 @@ class Inbox:
         """Begin to take a tensor, or go on with one begun before; from any thread.
 
         Raises:
-            UpdateRejected: no task of the client asks for such a tensor, or it has sent enough for this round.
+            UpdateRejected: no task of the client asks for such a tensor, or it has sent enough for its answer.
+            StoreFailed: the disk has no place for it.
         """
         with self._lock:
             if size not in self._sizes:
@@ -62,4 +74,8 @@ class Inbox:
             if digest not in self._begun and sum(self._begun.values()) + size > self._most:
                 raise UpdateRejected(self._client, f"more than the {self._most} bytes that its answers may need")
             self._begun[digest] = size
-        return self._files.begin(digest, size)
+        try:
+            return self._files.begin(digest, size)
+        except StoreFailed as failed:
+            self._on_trouble(failed)
+            raise

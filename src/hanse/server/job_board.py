@@ -1,28 +1,36 @@
 """Jobs as people see them: one, several, their logs, and their events as they happen."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
+
+import msgspec
 
 from hanse.cell.cell import Cell
-from hanse.coordination.schedule import Wait
-from hanse.errors import Conflict, HanseError, NotFound
+from hanse.codes import advice
+from hanse.errors import Conflict, HanseError, NotFound, StoreFailed
 from hanse.ids import ClientName, Fqcn, JobId
-from hanse.job import JobRecord, JobState
-from hanse.messages import Channel, ClientView, JobEvent, JobView
-from hanse.server.active_run import ActiveRun, RunFolder
+from hanse.job import ENDED, JobRecord, JobState
+from hanse.messages import Channel, ClientView, JobEvent, JobView, RoundView, Waiting
+from hanse.server.active_run import ActiveRun
+from hanse.server.run_folder import RunFolder
 from hanse.storage.records import Store
 
 WATCHERS_PER_JOB: Final = 64
 LOG_BYTES: Final = 256 * 1024
 """The most that is read of a log's end to show its last lines."""
+LOOK_S: Final = 5.0
+"""How long the store may take to answer a question that people wait for the answer of."""
+
+T = TypeVar("T")
 
 
 class JobBoard:
     """What a tenure's jobs look like from outside; nothing here changes one.
 
     *runs* are those that run now, *waiting_of* tells what a job waits for, *folder_of* where a run keeps its things.
+    While the store does not answer, jobs that run are still shown, by what their runs know.
     """
 
     def __init__(
@@ -31,7 +39,7 @@ class JobBoard:
         cell: Cell,
         *,
         runs: Mapping[JobId, ActiveRun],
-        waiting_of: Callable[[JobId], Wait | None],
+        waiting_of: Callable[[JobRecord], tuple[Waiting, ...]],
         folder_of: Callable[[JobId], RunFolder],
     ) -> None:
         self._store = store
@@ -42,22 +50,44 @@ class JobBoard:
         self._watchers: dict[JobId, set[Fqcn]] = {}
 
     async def view(self, job_id: JobId, *, history: bool = True) -> JobView:
-        """Return a job, for people."""
-        return await self._view(await self._store.job(job_id), history=history)
+        """Return a job, for people.
+
+        Raises:
+            NotFound: there is none.
+            StoreFailed: the store does not answer, and the job does not run.
+        """
+        try:
+            record = await _looked_up(self._store.job(job_id))
+            rounds, last = await self._rounds(job_id, history=history)
+        except StoreFailed as failed:
+            if (run := self._runs.get(job_id)) is None:
+                raise
+            run.store_failed(failed)
+            record, rounds, last = run.record, [], None
+        return self._view(record, rounds, last)
 
     async def views(self, *, state: str = "", limit: int = 100) -> list[JobView]:
-        """Return the jobs, newest first, without their rounds' history."""
+        """Return the jobs, newest first, without their rounds' history and logs."""
         states = (JobState(state),) if state else ()
-        records = await self._store.jobs(states=states, limit=limit)
-        return [await self._view(record, history=False) for record in records]
+        views = []
+        for record in await self._store.jobs(states=states, limit=limit):
+            rounds, last = await self._rounds(record.job_id, history=False)
+            views.append(self._view(msgspec.structs.replace(record, log_tail=""), rounds, last))
+        return views
 
     async def find(self, prefix: str) -> JobId:
         """Return the id of the one job whose id is, or begins with, *prefix*.
 
         Raises:
             NotFound: no job, or several.
+            StoreFailed: the store does not answer, and no job that runs is meant.
         """
-        ids = [record.job_id for record in await self._store.jobs()]
+        try:
+            ids = [record.job_id for record in await _looked_up(self._store.jobs())]
+        except StoreFailed:
+            ids = list(self._runs)
+            if not any(job_id.startswith(prefix) for job_id in ids):
+                raise
         if prefix in ids:
             return JobId(prefix)
         matching = [job_id for job_id in ids if prefix and job_id.startswith(prefix)]
@@ -83,10 +113,12 @@ class JobBoard:
                 self._watchers[event.job_id].discard(watcher)
 
     async def log_of(self, job_id: JobId, client: ClientName | None, *, lines: int) -> str:
-        """Return the last *lines* lines of the run's log here, or of what *client*'s process last left behind."""
+        """Return the last *lines* lines of the run's log here, or of what *client* last told of its log."""
         if client is not None:
-            run = self._runs.get(job_id)
-            return run.log_tail(client) if run is not None else ""
+            if (run := self._runs.get(job_id)) is not None:
+                return _last_of(run.log_tail(client), lines)
+            record = await self._store.job(job_id)
+            return _last_of(record.log_tail, lines) if record.client == client else ""
         path = self._folder_of(job_id).log
         return await asyncio.to_thread(_last_lines, path, lines)
 
@@ -99,16 +131,16 @@ class JobBoard:
         """Forget who watches a job: it has ended."""
         self._watchers.pop(job_id, None)
 
-    async def _view(self, record: JobRecord, *, history: bool) -> JobView:
-        if history:
-            rounds = await self._store.rounds(record.job_id)
-            last = rounds[-1] if rounds else None
-        else:
-            rounds, last = [], await self._store.last_round(record.job_id)
-        waiting = self._waiting_of(record.job_id)
+    async def _rounds(self, job_id: JobId, *, history: bool) -> tuple[list[RoundView], RoundView | None]:
+        """Return a job's committed rounds, or none of them without *history*, and the last of them."""
+        if not history:
+            return [], await _looked_up(self._store.last_round(job_id))
+        rounds = await _looked_up(self._store.rounds(job_id))
+        return rounds, rounds[-1] if rounds else None
+
+    def _view(self, record: JobRecord, rounds: list[RoundView], last: RoundView | None) -> JobView:
         run = self._runs.get(record.job_id)
         total = record.spec.workflow.settings.get("rounds", 0)
-        parts = run.run.participants if run is not None else ()
         return JobView(
             job_id=record.job_id,
             name=record.spec.name,
@@ -119,17 +151,36 @@ class JobBoard:
             ended_at=record.ended_at,
             code=record.code,
             reason=record.reason,
-            waiting_for=waiting.reason if waiting else "",
-            waiting_until=waiting.until if waiting else 0.0,
-            round=last.round if last else 0,
+            round=last.round if last else max(run.run.committed_round, 0) if run else 0,
             rounds=total if isinstance(total, int) else 0,
             metrics=last.metrics if last else {},
-            clients=tuple(ClientView(part.name, part.state.value, part.reason) for part in parts)
-            or tuple(ClientView(name, "") for name in record.clients),
+            clients=run.views() if run else tuple(ClientView(name, "") for name in record.clients),
             history=tuple(rounds),
             result=record.result,
             result_bytes=record.result_bytes,
+            waiting=() if record.state in ENDED else self._waiting_of(record),
+            client=record.client,
+            cause=record.cause if record.cause != record.code else "",
+            log_tail=record.log_tail,
+            advice=advice(record.cause, record.code),
         )
+
+
+async def _looked_up(looking: Awaitable[T]) -> T:
+    """Return what the store answers.
+
+    Raises:
+        StoreFailed: it does not, or not in time.
+    """
+    try:
+        async with asyncio.timeout(LOOK_S):
+            return await looking
+    except TimeoutError:
+        raise StoreFailed("looking up jobs", f"it has not answered for {LOOK_S:g} s") from None
+
+
+def _last_of(text: str, lines: int) -> str:
+    return "\n".join(text.splitlines()[-lines:])
 
 
 def _last_lines(path: Path, lines: int) -> str:
@@ -139,4 +190,4 @@ def _last_lines(path: Path, lines: int) -> str:
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return ""
-    return "\n".join(text.splitlines()[-lines:])
+    return _last_of(text, lines)

@@ -36,7 +36,7 @@ def main() -> int:
         spec.job_id, "", spec.parent_url, secure_train=False, server_config={"credentials": spec.credentials}
     )
     try:
-        server.start_run(spec.job_id, Path(spec.folder), spec.spec, None, None)
+        server.start_run(spec.job_id, Path(spec.folder), spec.spec, argparse.Namespace(epoch=spec.epoch), None)
     finally:
         server.stop_run_engine_cell()
     return 0

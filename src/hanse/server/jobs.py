@@ -11,8 +11,8 @@ import logging
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +25,7 @@ from hanse.cell.link import Peer
 from hanse.cell.transfer import Files
 from hanse.coordination.runs import Run, Sync, heartbeat_sync
 from hanse.coordination.schedule import Decision, GiveUp, Start, Wait, next_deadline, plan
+from hanse.coordination.waiting import Deployment, waiting_of_scheduled, waiting_of_submitted
 from hanse.errors import (
     Conflict,
     HanseError,
@@ -32,10 +33,11 @@ from hanse.errors import (
     NotFound,
     StaleEpoch,
     StoreFailed,
+    TensorsLost,
     Unauthorized,
 )
 from hanse.events import EventType, FLContext
-from hanse.ids import ClientName, Fqcn, JobId, job_cell, split_cell
+from hanse.ids import ClientName, Digest, Fqcn, JobId, job_cell, split_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.learning.workflow import WORKFLOWS, load_workflow
 from hanse.messages import (
@@ -43,14 +45,27 @@ from hanse.messages import (
     Channel,
     JobEvent,
     JobFailure,
+    TaskResult,
+    Waiting,
 )
-from hanse.server.active_run import ActiveRun, RunFolder, RunServices, cause_of, deploy
+from hanse.server.active_run import (
+    DEPLOY_TIMEOUT_S,
+    ActiveRun,
+    RunServices,
+    cause_of,
+    code_of,
+    deploy,
+    state_digests,
+)
 from hanse.server.bounds import MAX_CODE_CHARS, shortened
 from hanse.server.clients import Clients
 from hanse.server.job_board import JobBoard
 from hanse.server.lifetime import start_in
 from hanse.server.run_desk import RunDesk
+from hanse.server.run_folder import RunFolder
+from hanse.storage.models import digests_of
 from hanse.storage.packages import unpack_package
+from hanse.storage.records import RunState
 from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
@@ -61,6 +76,8 @@ POSTPONED_S: Final = 5.0
 """A job that its clients could not take just now (a full disk, a broken line) is tried again after this long."""
 MAX_SLUG_CHARS: Final = 54
 """What of a job's name is in its id, which has 63 characters at most, eight of them random."""
+_INCOMING: Final = ".incoming-"
+"""What the folder of a job is called that is being submitted; the epoch follows, so that leftovers can be told."""
 _NOT_IN_ID = re.compile(r"[^a-z0-9]+")
 
 
@@ -74,11 +91,17 @@ class JobLimits:
 
 
 class Jobs:
-    """The jobs of one server during one tenure; ``serve`` is its life."""
+    """The jobs of one server during one tenure; ``serve`` is its life.
 
-    def __init__(self, services: RunServices, *, workspace: Path, clients: Clients, limits: JobLimits) -> None:
+    What belongs to a run is in the folder *runs*, which a project's servers share; *workspace* is this server's alone.
+    """
+
+    def __init__(
+        self, services: RunServices, *, workspace: Path, runs: Path, clients: Clients, limits: JobLimits
+    ) -> None:
         self._services = services
         self._workspace = workspace
+        self._folders = runs
         self._clients = clients
         self._limits = limits
         self._runs: dict[JobId, ActiveRun] = {}
@@ -86,6 +109,7 @@ class Jobs:
         self._taking: dict[JobId, JobRecord] = {}
         self._postponed: dict[JobId, tuple[float, str]] = {}
         self._waiting: dict[JobId, Wait] = {}
+        self._deploying: dict[JobId, Deployment] = {}
         self._known: dict[ClientName, frozenset[JobId]] = {}
         self._ended: dict[JobId, asyncio.Event] = {}
         self._changed = asyncio.Event()
@@ -97,8 +121,8 @@ class Jobs:
             services.store,
             services.cell,
             runs=self._runs,
-            waiting_of=lambda job_id: self._waiting.get(job_id),
-            folder_of=self._folder,
+            waiting_of=self._waiting_of,
+            folder_of=self.run_folder,
         )
         RunDesk(services.cell, self._runs)
 
@@ -126,11 +150,20 @@ class Jobs:
 
     async def _take_up(self) -> None:
         store, epoch = self._services.store, self._services.epoch
+        running = await store.jobs(states=(JobState.RUNNING,))
+        await asyncio.to_thread(self._clear_leftovers, {record.job_id for record in running})
         for record in await store.jobs(states=(JobState.SCHEDULED,)):
             again = move(record, JobState.SUBMITTED, at=self._services.wall())
             await store.replace_job(epoch, again, was=record.state)
-        for record in await store.jobs(states=(JobState.RUNNING,)):
+        for record in running:
             state = await store.snapshot(record.job_id)
+            missing = await asyncio.to_thread(self.run_folder(record.job_id).take_over, _digests_of(state))
+            if missing:
+                _log.error("tensors are lost", extra={"job": record.job_id, "digests": missing})
+                remaining = await self._without(record, state, missing)
+                if remaining is None:
+                    continue
+                state = remaining
             run = Run.resumed(
                 record.job_id,
                 record.clients,
@@ -142,6 +175,30 @@ class Jobs:
             )
             _log.info("run taken up", extra={"job": record.job_id, "round": run.round})
             self._live(record, self._run(record, run, resumed=True))
+
+    async def _without(self, record: JobRecord, state: RunState, missing: Collection[Digest]) -> RunState | None:
+        """Return *state* without the answers whose tensors are *missing*, whose clients are to be asked again.
+
+        ``None`` when the run cannot go on without them: it has ended then.
+        """
+        gone = set(missing)
+        if state.state is not None and (lost := gone & state_digests(state.state)):
+            error = TensorsLost(record.job_id, state.state.round, min(lost))
+            self._live(record, self._fail(record, error.code, error.reason))
+            return None
+        spoilt = [answer.key for answer in state.answers if _answer_digests(answer) & gone]
+        await self._services.store.retract_answers(self._services.epoch, record.job_id, spoilt)
+        return await self._services.store.snapshot(record.job_id)
+
+    def _clear_leftovers(self, running: Collection[JobId]) -> None:
+        """Delete what earlier tenures have left: submissions that broke off, tensors of runs that are not *running*."""
+        for path in self._folders.glob(f"{_INCOMING}*"):
+            number = path.name.removeprefix(_INCOMING).partition("-")[0]
+            if number.isdigit() and int(number) < self._services.epoch:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self._folders.glob("*/"):
+            if path.name not in running:
+                self.run_folder(JobId(path.name)).delete_earlier_tensors()
 
     async def _schedule(self) -> None:
         while True:
@@ -242,7 +299,7 @@ class Jobs:
 
     def _receive(self, package: Path, submitter: str) -> tuple[RunFolder, JobRecord]:
         data = package.read_bytes()
-        spec_folder = RunFolder(self._workspace / "runs" / f".incoming-{secrets.token_hex(8)}")
+        spec_folder = RunFolder(self._folders / f"{_INCOMING}{self._services.epoch}-{secrets.token_hex(8)}")
         try:
             spec = unpack_package(data, spec_folder.code)
             if spec.workflow.name in WORKFLOWS:
@@ -253,7 +310,7 @@ class Jobs:
         slug = _NOT_IN_ID.sub("-", spec.name.lower())[:MAX_SLUG_CHARS].strip("-") or "job"
         job_id = JobId(f"{slug}-{secrets.token_hex(4)}")
         digest = TensorFiles(spec_folder.package).put(memoryview(data))
-        folder = RunFolder(self._workspace / "runs" / job_id)
+        folder = self.run_folder(job_id)
         spec_folder.path.rename(folder.path)
         record = JobRecord(
             job_id=job_id,
@@ -271,9 +328,14 @@ class Jobs:
         if (refused := self._services.handlers.ask(EventType.BEFORE_JOB_LAUNCH, context)) is not None:
             await self._fail(record, "launch-refused", f"the server does not launch it: {refused}")
             return
-        outcomes = await asyncio.gather(
-            *(deploy(self._services.cell, record, client) for client in record.clients), return_exceptions=True
-        )
+        began = self._services.wall()
+        self._deploying[record.job_id] = Deployment(frozenset(record.clients), began, began + DEPLOY_TIMEOUT_S)
+        try:
+            outcomes = await asyncio.gather(
+                *(self._deploy(record, client) for client in record.clients), return_exceptions=True
+            )
+        finally:
+            del self._deploying[record.job_id]
         refusals = {
             client: outcome
             for client, outcome in zip(record.clients, outcomes, strict=True)
@@ -287,7 +349,9 @@ class Jobs:
                 JobEvent(record.job_id, "client_refused", self._services.wall(), client=client, text=error.reason)
             )
         if len(remaining) < record.spec.min_clients or not set(record.spec.required_clients) <= set(remaining):
-            await self._not_deployed(record, [error for error in refusals.values() if isinstance(error, HanseError)])
+            await self._not_deployed(
+                record, {client: error for client, error in refusals.items() if isinstance(error, HanseError)}
+            )
             return
         running = move(record, JobState.RUNNING, at=self._services.wall())
         running = msgspec.structs.replace(running, clients=remaining)
@@ -297,21 +361,36 @@ class Jobs:
         run = Run(record.job_id, remaining, process_tries=record.spec.process_tries, now=self._services.now())
         await self._run(running, run, resumed=False)
 
-    async def _not_deployed(self, record: JobRecord, refusals: Sequence[HanseError]) -> None:
-        """End a job that too few clients take; one that they could not take just now is scheduled again."""
-        for_good = [error.reason for error in refusals if not error.retryable]
-        if for_good:
-            await self._fail(record, "site-refused", "; ".join(for_good))
+    async def _deploy(self, record: JobRecord, client: ClientName) -> None:
+        try:
+            await deploy(self._services.cell, record, client)
+        finally:
+            waited_for = self._deploying[record.job_id]
+            self._deploying[record.job_id] = replace(waited_for, clients=waited_for.clients - {client})
+
+    async def _not_deployed(self, record: JobRecord, refusals: Mapping[ClientName, HanseError]) -> None:
+        """End a job that too few clients take; one that they could not take just now is scheduled again, in time."""
+        final = {client: error for client, error in refusals.items() if not error.retryable}
+        if not final and self._services.wall() >= record.submitted_at + record.spec.start_within_s:
+            final = dict(refusals)
+        why = "; ".join(said_of(client, error.reason) for client, error in (final or refusals).items())
+        if final:
+            client, error = next(iter(final.items()))
+            await self._fail(record, code_of(error), why, client=client)
             return
         again = move(record, JobState.SUBMITTED, at=self._services.wall())
         await self._services.store.replace_job(self._services.epoch, again, was=record.state)
-        why = shortened("; ".join(error.reason for error in refusals))
-        self._postponed[record.job_id] = (self._services.now() + POSTPONED_S, why)
+        self._postponed[record.job_id] = (self._services.now() + POSTPONED_S, shortened(why))
         self.wake()
 
     async def _run(self, record: JobRecord, run: Run, *, resumed: bool) -> None:
         active = ActiveRun(
-            record, run, self._folder(record.job_id), self._services, emit=self.board.emit, suspect=self._suspects.set
+            record,
+            run,
+            self.run_folder(record.job_id),
+            self._services,
+            emit=self.board.emit,
+            suspect=self._suspects.set,
         )
         self._runs[record.job_id] = active
         try:
@@ -323,13 +402,16 @@ class Jobs:
         finally:
             del self._runs[record.job_id]
 
-    async def _fail(self, record: JobRecord, code: str, reason: str) -> None:
-        await self._end_idle(record, JobState.FAILED, code=code, reason=reason)
+    async def _fail(self, record: JobRecord, code: str, reason: str, *, client: str = "") -> None:
+        await self._end_idle(record, JobState.FAILED, code=code, reason=reason, client=client)
 
-    async def _end_idle(self, record: JobRecord, to: JobState, *, code: str = "", reason: str = "") -> None:
+    async def _end_idle(
+        self, record: JobRecord, to: JobState, *, code: str = "", reason: str = "", client: str = ""
+    ) -> None:
         """End a job that does not run."""
         reason = shortened(reason)
-        ended = move(record, to, at=self._services.wall(), code=shortened(code, MAX_CODE_CHARS), reason=reason)
+        code = shortened(code, MAX_CODE_CHARS)
+        ended = move(record, to, at=self._services.wall(), code=code, reason=reason, client=client)
         await self._services.store.end_run(self._services.epoch, ended, was=record.state)
         self._waiting.pop(record.job_id, None)
         notice = EventType.JOB_FAILED if to is JobState.FAILED else EventType.JOB_ABORTED
@@ -381,14 +463,14 @@ class Jobs:
 
     async def _end_failing(self, job_id: JobId, error: HanseError) -> None:
         if (active := self._runs.get(job_id)) is not None:
-            await active.end(JobState.FAILED, code=error.code, reason=error.reason)
+            await active.end(JobState.FAILED, code=code_of(error), reason=error.reason)
             return
         record = await self._services.store.job(job_id)
         if record.state in ENDED:
             self._announce_end(record)
             return
-        await self._fail(record, error.code, error.reason)
-        await asyncio.to_thread(shutil.rmtree, self._folder(job_id).tensors, ignore_errors=True)
+        await self._fail(record, code_of(error), error.reason)
+        await asyncio.to_thread(self.run_folder(job_id).delete_tensors)
 
     async def abort(self, job_id: JobId, *, reason: str) -> JobRecord:
         """Abort a job that has not ended, and return its record.
@@ -502,11 +584,12 @@ class Jobs:
         run = self._run_of(failure.job_id)
         if client not in run.run.clients:
             raise Unauthorized(client, f"report on job {failure.job_id}", needs="to take part in it")
-        reason = f"{shortened(failure.reason)} (at {client})"
-        self._loop.call_soon_threadsafe(self._end_failed, run, failure.code or f"client-{failure.kind}", reason)
+        self._loop.call_soon_threadsafe(self._end_failed, run, client, failure)
 
-    def _end_failed(self, run: ActiveRun, code: str, reason: str) -> None:
-        self._spawn_for(run, lambda: run.end(JobState.FAILED, code=code, reason=reason))
+    def _end_failed(self, run: ActiveRun, client: ClientName, failure: JobFailure) -> None:
+        code, reason = failure.code or f"client-{failure.kind}", said_of(client, shortened(failure.reason))
+        end = partial(run.end, JobState.FAILED, code=code, reason=reason, client=client, log_tail=failure.log_tail)
+        self._spawn_for(run, end)
 
     def link_up(self, peer: Peer) -> None:
         """Take note that a peer can be reached."""
@@ -532,7 +615,7 @@ class Jobs:
 
     def package_files(self, job_id: JobId) -> TensorFiles:
         """Return the files that hold the job's package."""
-        return TensorFiles(self._folder(job_id).package)
+        return TensorFiles(self.run_folder(job_id).package)
 
     def result_files(self, job_id: JobId) -> TensorFiles:
         """Return the files that hold the job's result.
@@ -540,9 +623,9 @@ class Jobs:
         Raises:
             NotFound: there is no such job.
         """
-        if not self._folder(job_id).path.is_dir():
+        if not self.run_folder(job_id).path.is_dir():
             raise NotFound("job", job_id)
-        return TensorFiles(self._folder(job_id).result)
+        return TensorFiles(self.run_folder(job_id).result)
 
     def upload_files(self, submitter: str) -> TensorFiles:
         """Return the files into which *submitter* uploads packages."""
@@ -575,8 +658,18 @@ class Jobs:
 
     # parts
 
-    def _folder(self, job_id: JobId) -> RunFolder:
-        return RunFolder(self._workspace / "runs" / job_id)
+    def run_folder(self, job_id: JobId) -> RunFolder:
+        """Return where the job's run keeps its things."""
+        return RunFolder(self._folders / job_id, self._services.epoch)
+
+    def _waiting_of(self, record: JobRecord) -> tuple[Waiting, ...]:
+        """Return what a job that has not ended waits for."""
+        if (run := self._runs.get(record.job_id)) is not None:
+            return run.waiting()
+        if (deployment := self._deploying.get(record.job_id)) is not None:
+            return waiting_of_scheduled(deployment)
+        wait = self._waiting.get(record.job_id)
+        return waiting_of_submitted(record, wait) if wait is not None else ()
 
     def _run_of(self, job_id: JobId) -> ActiveRun:
         if (run := self._runs.get(job_id)) is None:
@@ -593,6 +686,25 @@ class Jobs:
         context = FLContext("server", project=self._services.project, job_id=job_id, reason=reason)
         self._services.handlers.tell(notice, context)
         self.board.emit(JobEvent(job_id, notice.value, self._services.wall(), text=reason))
+
+
+def _answer_digests(answer: TaskResult) -> set[Digest]:
+    model = answer.update.model if answer.update is not None else None
+    return set() if model is None else digests_of(model)
+
+
+def _digests_of(state: RunState) -> set[Digest]:
+    """Return the tensors that a run which goes on from *state* needs."""
+    needed = set() if state.state is None else state_digests(state.state)
+    for task in state.tasks:
+        needed |= set() if task.model is None else digests_of(task.model)
+    return needed.union(*map(_answer_digests, state.answers))
+
+
+def said_of(client: ClientName, reason: str) -> str:
+    """Return *reason* with *client*, the one that it is about, named in it."""
+    is_named = re.search(rf"(?<![\w-]){re.escape(client)}(?![\w-])", reason) is not None
+    return reason if is_named else f"{reason} (at {client})"
 
 
 def _tell_quietly(cell: Cell, destination: Fqcn, abort: AbortJob) -> None:

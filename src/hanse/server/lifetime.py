@@ -3,6 +3,7 @@
 import asyncio
 import fcntl
 import os
+import secrets
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from hanse.cell.cell import Cell
 from hanse.cell.loop import run
 from hanse.errors import ConfigError
+from hanse.identity.private_files import keep_or_create
 
 
 class Life:
@@ -53,6 +55,12 @@ class Life:
         if self._stopping is not None and self._task is not None:
             self._stopping.set()
             await self._task
+
+
+def holder_of(workspace: Path, name: str) -> str:
+    """Return what the server called *name* signs leases with: no other workspace's server has the same."""
+    number = keep_or_create(workspace / "server.id", secrets.token_hex(8).encode())
+    return f"{name}:{number.decode()}"
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Where and how a server listens, from the arguments of ``deploy``: checked here, before anything is opened."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +7,14 @@ from typing import Any, Final
 
 from hanse.cell.rpc import ServerTls
 from hanse.errors import ConfigError
+from hanse.ids import is_target
 
 DEFAULT_TARGET: Final = "0.0.0.0:6007"
 SCHEMES: Final = ("grpc", "memory")
 """``memory`` listens nowhere: cells of the same process dial in memory, as the simulator's do."""
+SOCKET_FILE: Final = "jobs.sock"
+"""Where in the workspace cells of this machine connect; elsewhere if the path would be too long for a socket."""
 TLS_FILES: Final = ("ssl_root_cert", "ssl_cert", "ssl_private_key")
-_TARGET = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^:\[\]\s]+):(?P<port>[0-9]{1,5})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +28,18 @@ class TlsFiles:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a server keeps its things, where it listens, and with what; ``tls`` is ``None`` for a server without."""
+    """Where a server keeps its things, where it listens, and with what.
+
+    ``tls`` is ``None`` for a server without. ``servers_secret`` is the file with the secret that the servers of a
+    project share, ``None`` for a server that shares nothing.
+    """
 
     workspace: Path
     target: str
     scheme: str
     tls: TlsFiles | None
     require_client_certificate: bool = True
+    servers_secret: Path | None = None
 
 
 def place(args: object, grpc_args: Mapping[str, Any] | None, *, secure: bool) -> Place:
@@ -58,6 +64,7 @@ def place(args: object, grpc_args: Mapping[str, Any] | None, *, secure: bool) ->
         scheme=scheme,
         tls=_tls_files(grpc_args) if secure else None,
         require_client_certificate=bool(grpc_args.get("require_client_certificate", True)),
+        servers_secret=_servers_secret(grpc_args),
     )
 
 
@@ -79,16 +86,25 @@ def checked_target(target: object) -> str:
     Raises:
         ConfigError: it is not.
     """
-    match = _TARGET.fullmatch(target) if isinstance(target, str) else None
-    if match is None or int(match["port"]) > 65535:
+    if not isinstance(target, str) or not is_target(target):
         raise ConfigError("target", got=target, expected="'host:port' (an IPv6 host in brackets), port 0 to 65535")
-    return str(target)
+    return target
 
 
 def is_loopback(target: str) -> bool:
     """Return whether *target* can be reached from this machine alone."""
     host = target.rpartition(":")[0].strip("[]")
     return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _servers_secret(grpc_args: Mapping[str, Any]) -> Path | None:
+    value = grpc_args.get("servers_secret")
+    if value is None:
+        return None
+    if not isinstance(value, str | Path) or not str(value):
+        expected = "the path of the file with the servers' secret, or nothing"
+        raise ConfigError("grpc_args['servers_secret']", got=value, expected=expected)
+    return Path(value)
 
 
 def _tls_files(grpc_args: Mapping[str, Any]) -> TlsFiles:

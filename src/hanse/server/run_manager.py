@@ -9,10 +9,10 @@ import contextlib
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hanse.errors import HanseError, InternalError
+from hanse.errors import HanseError, InternalError, TooFewClients
 from hanse.events import EventType, FLComponent, FLContext, Handlers
 from hanse.ids import Digest, JobId
 from hanse.job import JobSpec
@@ -23,7 +23,8 @@ from hanse.run.federation import RunFederation
 from hanse.run.loading import importing_from, initial_model_of, workflow_of
 from hanse.run.runner import drive
 from hanse.run.server_link import ServerLink
-from hanse.server.active_run import ABORTED, RunFolder
+from hanse.server.active_run import ABORTED
+from hanse.server.run_folder import RunFolder
 from hanse.storage.models import write_safetensors
 from hanse.storage.tensors import TensorFiles
 
@@ -34,13 +35,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunManager:
-    """A run's components and handlers, in the order in which they hear of events, and its context."""
+    """A run's components and handlers, in the order in which they hear of events, and its context.
+
+    ``workspace`` is the run's folder, ``epoch`` the tenure whose tensors it works with.
+    """
 
     job_id: JobId
     workspace: Path
     project: str
     handlers: Handlers
     components: dict[str, FLComponent] = field(default_factory=dict)
+    epoch: int = 0
 
     @property
     def context(self) -> FLContext:
@@ -49,12 +54,10 @@ class RunManager:
 
     def add(self, name: str, component: FLComponent) -> "RunManager":
         """Return this manager with *component* under *name*, last among the handlers."""
-        return RunManager(
-            self.job_id,
-            self.workspace,
-            self.project,
-            self.handlers.extended([component]),
-            {**self.components, name: component},
+        return replace(
+            self,
+            handlers=self.handlers.extended([component]),
+            components={**self.components, name: component},
         )
 
     def fire(self, notice: EventType) -> None:
@@ -121,7 +124,7 @@ class LocalRun:
                 end = RunEnded(completed=False, code=ABORTED, reason=self._aborted or "the run was aborted")
                 if not self._is_cut_off:
                     with contextlib.suppress(HanseError):  # the server knows, where it was the one that said so
-                        await self._link.ended(end)
+                        await self._link.given_up(end)
                 return end
             end = work.result()
             await self._link.ended(end)
@@ -133,13 +136,15 @@ class LocalRun:
             manager.fire(EventType.END_RUN)
 
     async def _work(self) -> RunEnded:
-        folder = RunFolder(self._manager.workspace)
+        folder = RunFolder(self._manager.workspace, self._manager.epoch)
         try:
             with self._importing(folder.code):
                 return await self._run(folder)
         except HanseError as error:
-            _log.error("run failed", extra={"job": self._manager.job_id, "code": error.code, "reason": error.reason})
-            return RunEnded(completed=False, code=error.code, reason=error.reason)
+            extra = {"job": self._manager.job_id, "code": error.code, "reason": error.reason}
+            _log.error("run failed", exc_info=error.__cause__, extra=extra)
+            client = error.client if isinstance(error, TooFewClients) else ""
+            return RunEnded(completed=False, code=error.code, reason=error.reason, client=client)
         except Exception:  # noqa: BLE001 - the edge of the run: the server must hear that it is over
             _log.exception("run failed", extra={"job": self._manager.job_id})
             bug = InternalError(f"driving run {self._manager.job_id}")
@@ -149,7 +154,12 @@ class LocalRun:
         files = TensorFiles(folder.tensors)
         snapshot = self._snapshot or await self._link.attach()
         federation = RunFederation(
-            self._link, files, clients=snapshot.clients, seed=self._spec.seed, lost=snapshot.lost_clients
+            self._link,
+            files,
+            clients=snapshot.clients,
+            seed=self._spec.seed,
+            lost=snapshot.lost_clients,
+            carried=snapshot.carried,
         )
         self._link.listen(federation)
         workflow = workflow_of(self._spec)
@@ -181,9 +191,11 @@ class LocalRun:
 
 def _write_result(state: State, folder: RunFolder) -> tuple[Digest, int]:
     """Write the final model as one safetensors file into the run's results; return its digest and size."""
-    draft = folder.path / RESULT_FILE
+    draft = folder.tensors / RESULT_FILE  # this tenure's own: another may be writing the same result
     write_safetensors(state.model, draft)
     results = TensorFiles(folder.result)
+    results.drop_unfinished()  # of a process that was killed at this very moment
     digest = results.put_file(draft)
+    results.sync([digest])
     draft.unlink()
     return digest, results.size(digest)

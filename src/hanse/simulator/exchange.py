@@ -85,6 +85,22 @@ class Raised(msgspec.Struct, frozen=True, tag=True):
     why: str
 
 
+class Unimportable(msgspec.Struct, frozen=True, tag=True):
+    """The code raised *error* while *python*, a version, imported it."""
+
+    number: int
+    error: str
+    python: str
+
+
+class Missing(msgspec.Struct, frozen=True, tag=True):
+    """The code imports *module*, at *place*, which is not installed."""
+
+    number: int
+    module: str
+    place: str
+
+
 class Invalid(msgspec.Struct, frozen=True, tag=True):
     """The app cannot be imported, or is none: what was *expected* instead."""
 
@@ -93,9 +109,9 @@ class Invalid(msgspec.Struct, frozen=True, tag=True):
 
 
 class Broken(msgspec.Struct, frozen=True, tag=True):
-    """The script ended before it ever had a task: it will never have one."""
+    """The script ended before it ever had a task, by this failure: it will never have one."""
 
-    why: str
+    failure: Raised | Unimportable | Missing
 
 
 class Faulty(msgspec.Struct, frozen=True, tag=True):
@@ -114,7 +130,8 @@ class Logged(msgspec.Struct, frozen=True, tag=True):
 
 
 Request: TypeAlias = Load | Work
-Answer: TypeAlias = Loaded | Done | Raised | Invalid | Broken | Faulty
+Failure: TypeAlias = Raised | Unimportable | Missing
+Answer: TypeAlias = Loaded | Done | Failure | Invalid | Broken | Faulty
 Said: TypeAlias = Answer | Logged
 
 _encoder = msgspec.msgpack.Encoder()

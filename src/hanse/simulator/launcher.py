@@ -24,7 +24,15 @@ from hanse.client.process_spec import PROCESS_MODULE as CLIENT_MODULE
 from hanse.client.process_spec import JobProcessSpec
 from hanse.client.task import TaskContext
 from hanse.client.trainer import START
-from hanse.errors import HanseError, InternalError, JobInvalid, SiteError, TrainingFailed
+from hanse.errors import (
+    HanseError,
+    ImportFailed,
+    InternalError,
+    JobInvalid,
+    MissingDependency,
+    SiteError,
+    TrainingFailed,
+)
 from hanse.events import Handlers
 from hanse.ids import ClientName, JobId
 from hanse.job import JobSpec
@@ -32,12 +40,25 @@ from hanse.learning.workflow import WORKFLOWS
 from hanse.model import Model, Update
 from hanse.run.loading import initial_model_of
 from hanse.server.active_run import PROCESS_MODULE as RUN_MODULE
-from hanse.server.active_run import RunFolder
 from hanse.server.job_cell import connect
+from hanse.server.run_folder import RunFolder
 from hanse.server.run_manager import LocalRun, RunManager
 from hanse.server.run_spec import RunProcessSpec
 from hanse.simulator.code import turn
-from hanse.simulator.exchange import Answer, Broken, Done, Faulty, Invalid, Load, Loaded, Raised, Request, Work
+from hanse.simulator.exchange import (
+    Answer,
+    Broken,
+    Done,
+    Faulty,
+    Invalid,
+    Load,
+    Loaded,
+    Missing,
+    Raised,
+    Request,
+    Unimportable,
+    Work,
+)
 from hanse.simulator.pool import Crew
 from hanse.storage.models import load_model, store_model
 from hanse.storage.tensors import TensorFiles
@@ -89,7 +110,7 @@ class TaskHandle:
 
     def log_tail(self, lines: int = 20) -> str:
         """Return the sentence that it failed with; empty when it did not."""
-        return "\n".join(self._said.splitlines()[-lines:])
+        return "\n".join(self._said.splitlines()[-lines:]) if lines else ""
 
     async def _live(self) -> int:
         try:
@@ -155,7 +176,7 @@ class _RunProcess:
         try:
             async with self._code() as initial_model:
                 self._run = LocalRun(
-                    RunManager(spec.job_id, Path(spec.folder), spec.project, Handlers()),
+                    RunManager(spec.job_id, Path(spec.folder), spec.project, Handlers(), epoch=spec.epoch),
                     spec.spec,
                     job_cell.link,
                     heartbeat_s=spec.check_frequency_s,
@@ -312,8 +333,14 @@ class CrewTrainer:
 
     def _error(self, answer: Answer, task: str) -> HanseError:
         match answer:
-            case Raised(why=why) | Broken(why=why):
+            case Broken(failure=failure):
+                return self._error(failure, START)
+            case Raised(why=why):
                 return TrainingFailed(self._client, task, why)
+            case Unimportable(error=error, python=python):
+                return ImportFailed(self._client, error, python=python)
+            case Missing(module=module, place=place):
+                return MissingDependency(self._client, module, place=place)
             case Invalid(expected=expected):
                 return JobInvalid("client", got=self._spec.spec.client, expected=expected)
             case Faulty(why=why):

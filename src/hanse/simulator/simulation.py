@@ -31,7 +31,6 @@ from hanse.job import Job, JobRecord, JobSpec, JobState
 from hanse.messages import JobEvent, JobView, RoundView
 from hanse.model import Model
 from hanse.run.authoring import package_of, spec_of_folder
-from hanse.server.active_run import RunFolder
 from hanse.server.federated_server import FederatedServer
 from hanse.server.jobs import Jobs
 from hanse.settings import ClientSettings, ServerSettings
@@ -176,13 +175,13 @@ class Simulation:
                 watching(server, PROJECT, put) as watcher,
             ):
                 view = await self._run_job(server.jobs, watcher)
+                result = server.jobs.run_folder(view.job_id).result
         except ExceptionGroup as errors:
             raise first_error(errors) from None
         if view.state != JobState.COMPLETED:
             raise SimulationFailed(view)
-        path = self._run_folder(view.job_id).result / view.result
         # Mapped, so its bytes outlive the file's name, and only what is looked at takes memory.
-        return SimulationResult(await asyncio.to_thread(read_safetensors, path), view)
+        return SimulationResult(await asyncio.to_thread(read_safetensors, result / view.result), view)
 
     async def _run_job(self, jobs: Jobs, watcher: Watcher) -> JobView:
         record = await jobs.submit(self._home / "package.zip", submitter=PROJECT)
@@ -201,7 +200,9 @@ class Simulation:
             snapshot_persistor=MemoryStore(),
         )
         launcher = TaskLauncher(
-            dial=lambda target: server.reception.dial(target), run_folder=self._run_folder, crew=self._crew
+            dial=lambda target: server.reception.dial(target),
+            run_folder=lambda job_id: server.jobs.run_folder(job_id),
+            crew=self._crew,
         )
         settings = ServerSettings(
             project=PROJECT,
@@ -250,14 +251,11 @@ class Simulation:
         return ClientAgent(
             settings,
             workspace=self._home / "clients" / name,
-            launcher=TaskLauncher(server.reception.dial, self._run_folder, self._crew),
+            launcher=TaskLauncher(server.reception.dial, server.jobs.run_folder, self._crew),
             rng=random.Random(number),  # noqa: S311 - spreads retries, hides nothing
             dial=server.reception.dial,
             transfers=LocalTransfers(lambda scope: _package_files(server, scope)),
         )
-
-    def _run_folder(self, job_id: JobId) -> RunFolder:
-        return RunFolder(self._workspace / "runs" / job_id)
 
 
 def _package_files(server: FederatedServer, scope: str) -> Files:

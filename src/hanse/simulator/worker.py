@@ -25,7 +25,7 @@ import msgspec
 from hanse.client.app import ClientApp
 from hanse.client.task import TaskContext
 from hanse.client.trainer import ENDING, MainThreadTrainer, load_app, plain_update, run_function
-from hanse.errors import HanseError, InternalError, JobInvalid, TrainingFailed
+from hanse.errors import HanseError, ImportFailed, InternalError, JobInvalid, MissingDependency, TrainingFailed
 from hanse.launch.log_lines import log_to_stderr
 from hanse.launch.process import read_spec
 from hanse.messages import Metrics, UpdateRef
@@ -36,12 +36,15 @@ from hanse.simulator.exchange import (
     Broken,
     Channel,
     Done,
+    Failure,
     Faulty,
     Invalid,
     Load,
     Loaded,
     Logged,
+    Missing,
     Raised,
+    Unimportable,
     Work,
     WorkerSpec,
 )
@@ -89,7 +92,7 @@ def serve_script(channel: Channel, client: str, spec: WorkerSpec) -> None:
     try:
         trainer.serve_script(script, spec.site)
     except TrainingFailed as failure:
-        channel.write(Broken(failure.why))
+        channel.write(Broken(_told(0, failure)))
 
 
 class JobCode:
@@ -189,7 +192,7 @@ def _guarded(number: int, answer: Callable[[], Answer]) -> Answer:
         return answer()
     except TrainingFailed as failure:
         _log.error("training code failed", exc_info=failure.__cause__ or failure)
-        return Raised(number, failure.why)
+        return _told(number, failure)
     except JobInvalid as error:
         _log.error("no app to work with", exc_info=error.__cause__ or error)
         return Invalid(number, error.expected)
@@ -199,6 +202,16 @@ def _guarded(number: int, answer: Callable[[], Answer]) -> Answer:
     except Exception:  # noqa: BLE001 - a bug of ours costs this task its answer, and no other
         _log.exception("task failed")
         return Faulty(number, InternalError("working on a task of the simulation").reason)
+
+
+def _told(number: int, failure: TrainingFailed) -> Failure:
+    match failure:
+        case MissingDependency():
+            return Missing(number, failure.module, failure.place)
+        case ImportFailed():
+            return Unimportable(number, failure.error, failure.python)
+        case _:
+            return Raised(number, failure.why)
 
 
 def _context(work: Work, channel: Channel) -> TaskContext:

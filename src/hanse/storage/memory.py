@@ -198,6 +198,13 @@ class MemoryStore:
             raise NotFound("task", task_title(result.key))
         return unpack(job.answers.setdefault(result.key, blob), TaskResult)
 
+    async def retract_answers(self, epoch: int, job_id: JobId, keys: Sequence[TaskKey]) -> None:
+        """See ``Store``."""
+        self._fence(epoch)
+        answers = self._jobs[job_id].answers if job_id in self._jobs else {}
+        for key in keys:
+            answers.pop(key, None)
+
     async def commit_round(self, epoch: int, job_id: JobId, commit: CommitRound, *, now_s: float) -> None:
         """See ``Store``."""
         state, view = check_commit(commit, now_s=now_s)

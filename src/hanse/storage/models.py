@@ -31,6 +31,7 @@ from hanse.model import (
     dtype_name,
     dtype_named,
 )
+from hanse.storage.disk import disk_failure
 from hanse.storage.records import check_model_ref, check_tensor_form
 from hanse.storage.tensors import Scratch, TensorFiles, TensorMap, digest_of
 
@@ -210,7 +211,7 @@ def write_safetensors(model: Model, path: Path, *, metadata: Mapping[str, str] |
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
-        raise StoreFailed(f"writing {path}", error.strerror or str(error)) from error
+        raise disk_failure(f"writing {path}", error, path.parent) from error
 
 
 def read_safetensors(path: Path) -> Model:

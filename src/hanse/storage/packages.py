@@ -20,6 +20,7 @@ import msgspec
 
 from hanse.errors import JobInvalid, StoreFailed
 from hanse.job import JobSpec
+from hanse.storage.disk import disk_failure
 
 SPEC_FILE: Final = "job.json"
 SUFFIXES: Final = (".py", ".toml", ".json", ".txt", ".md", ".safetensors")
@@ -87,10 +88,16 @@ def unpack_package(package: bytes | Path, into: Path) -> JobSpec:
         # Not a zip, damaged, encrypted, or in a way of packing that is unknown here.
         raise JobInvalid("package", got=str(error), expected="an undamaged zip file") from error
     except OSError as error:
-        raise StoreFailed(f"unpacking a job into {into}", error.strerror or str(error)) from error
+        raise disk_failure(f"unpacking a job into {into}", error, into.parent) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return spec
+
+
+def comes_with(code: Path, module: str) -> bool:
+    """Return whether *module*, by its top-level name, is among the files of a job in the folder *code*."""
+    top = code / module.partition(".")[0]
+    return top.is_dir() or top.with_suffix(".py").is_file()
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

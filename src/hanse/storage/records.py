@@ -214,6 +214,10 @@ class Store(Protocol):
         """
         ...
 
+    async def retract_answers(self, epoch: int, job_id: JobId, keys: Sequence[TaskKey]) -> None:
+        """Have the tasks of *keys* be without an answer again, because the answers' tensors are lost."""
+        ...
+
     async def commit_round(self, epoch: int, job_id: JobId, commit: CommitRound, *, now_s: float) -> None:
         """Make *commit*'s state the run's newest, and delete the run's tasks but for those that *commit* carries on.
 

@@ -10,7 +10,7 @@ from typing import Final
 from sqlalchemy import Connection, NullPool, create_engine, event
 from sqlalchemy.dialects.sqlite import dialect
 
-from hanse.errors import StoreFailed
+from hanse.storage.disk import disk_failure
 from hanse.storage.transaction import DriverConnection, Transaction
 
 BUSY_TIMEOUT_S: Final = 5.0
@@ -33,7 +33,7 @@ class SqliteDatabase:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except OSError as error:
-            raise StoreFailed(f"opening {self._path}", error.strerror or str(error)) from error
+            raise disk_failure(f"opening {self._path}", error, self._path.parent) from error
         # The driver must not begin transactions by itself (isolation_level None): it would do so late, and without
         # taking the write lock, so that two servers could both read an epoch before either wrote.
         connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)

@@ -7,7 +7,7 @@ parameters called as the columns.
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import Column, ColumnElement, Table, bindparam, delete, insert, or_, select, text, update
+from sqlalchemy import Column, ColumnElement, Table, bindparam, delete, insert, null, or_, select, text, update
 
 from hanse.job import JobState
 from hanse.messages import TaskKey
@@ -82,6 +82,7 @@ ANSWER_TASK: Final = Statement(
     update(tasks).where(*_AT_KEY, tasks.c.answer.is_(None)).values(_row(tasks.c.answer, tasks.c.accepted))
 )
 ANSWER: Final = Statement(select(tasks.c.answer).where(*_AT_KEY))
+RETRACT_ANSWER: Final = Statement(update(tasks).where(*_AT_KEY).values(answer=null(), accepted=null()))
 DELETE_TASKS: Final = Statement(delete(tasks).where(_OF_RUN))
 DELETE_TASK: Final = Statement(delete(tasks).where(*_AT_KEY))
 

@@ -283,6 +283,16 @@ class SqlStore:
 
         return await self._write(accept)
 
+    async def retract_answers(self, epoch: int, job_id: JobId, keys: Sequence[TaskKey]) -> None:
+        """See ``Store``."""
+        rows = [_at_key(job_id, key) for key in keys]
+
+        def retract(transaction: Transaction) -> None:
+            _fence(transaction, epoch)
+            transaction.run_many(sql.RETRACT_ANSWER, rows)
+
+        await self._write(retract)
+
     async def commit_round(self, epoch: int, job_id: JobId, commit: CommitRound, *, now_s: float) -> None:
         """See ``Store``."""
         state, view = check_commit(commit, now_s=now_s)

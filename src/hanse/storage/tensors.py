@@ -27,8 +27,9 @@ from typing import Final, Self, TypeVar
 
 from blake3 import blake3
 
-from hanse.errors import NotFound, ProtocolError, StoreFailed
+from hanse.errors import NotFound, ProtocolError
 from hanse.ids import Digest, is_digest
+from hanse.storage.disk import disk_failure
 
 T = TypeVar("T")
 
@@ -126,6 +127,23 @@ class TensorFiles:
             if os.fstat(file.fileno()).st_size == 0:
                 return self.put(b"")
             return self.put(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+
+    def take_in(self, path: Path) -> bool:
+        """Have the tensor file at *path*, of another folder, here too; return whether there was one to be had.
+
+        It is one file with two names where the file system can do that, and else a copy.
+        """
+        final = self.path(Digest(path.name))
+        with _disk(f"taking over {path}", self.root):
+            try:
+                final.hardlink_to(path)
+            except FileExistsError:
+                return True
+            except FileNotFoundError:
+                return False
+            except OSError:
+                self.put_file(path)
+        return final.exists()
 
     def map(self, digest: Digest) -> memoryview:
         """Return the tensor's bytes, mapped read-only; the mapping ends with the last view of it.
@@ -447,7 +465,7 @@ def _disk(doing: str, root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreFailed(doing, f"{error.strerror or error} (tensors are in {root})") from error
+        raise disk_failure(doing, error, root) from error
 
 
 def _hasher(buffer: bytes | memoryview = b"") -> blake3:

@@ -23,6 +23,7 @@ from sqlalchemy import text
 
 from hanse.errors import StoreFailed
 from hanse.storage.database import Database
+from hanse.storage.disk import database_failure
 from hanse.storage.transaction import DriverConnection, Statement, Transaction
 
 T = TypeVar("T")
@@ -180,7 +181,7 @@ class Writer:
 
     def _translated(self, error: Exception) -> Exception:
         if isinstance(error, self._database.error):
-            return StoreFailed(f"using {self._database.name}", " ".join(str(error).split()))
+            return database_failure(error, self._database.name)
         return error
 
 

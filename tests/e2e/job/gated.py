@@ -1,10 +1,13 @@
 """Training that depends on round and client, and that a test can hold up: at a gate it waits for someone to let it on.
 
-A gate is a named pipe in the folder that the environment names, called ``<client>-<round>``; opening it waits for the
-other side to open it too, so the test knows that the client is there, and the client goes on when the test closes it.
+Gates are files in the folder that the environment names, called ``<client>-<round>``. One that is a named pipe tells
+the test that the client is there, because opening it waits for the other side; the client goes on when the test closes
+it. One that is a plain file holds the client up for as long as the test has it locked, whichever process comes to it.
 """
 
+import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +26,15 @@ def initial(seed: int) -> hanse.Model:
 @app.train
 def train(model: hanse.Model, ctx: hanse.TaskContext) -> hanse.Update:
     """Return the model changed by noise of this client's and round's own."""
-    gate = Path(os.environ.get("HANSE_TEST_GATES", "/nowhere")) / f"{ctx.client}-{ctx.round}"
-    if gate.exists():
-        gate.read_bytes()
+    _pass_gate(Path(os.environ.get("HANSE_TEST_GATES", "/nowhere")) / f"{ctx.client}-{ctx.round}")
     rng = ctx.rng()
     noisy = {name: array + rng.standard_normal(array.shape).astype(array.dtype) for name, array in model.items()}
     return hanse.Update(hanse.Model(noisy), num_examples=int(rng.integers(1, 100)), metrics={"round": ctx.round})
+
+
+def _pass_gate(gate: Path) -> None:
+    with suppress(FileNotFoundError), gate.open("rb") as file:
+        if gate.is_fifo():
+            file.read()
+        else:
+            fcntl.flock(file, fcntl.LOCK_SH)

@@ -1,0 +1,52 @@
+"""What journalling costs: the same jobs with the store in SQLite and in memory, everything else alike.
+
+Both servers run at once, and the jobs go to each by turns, so that whatever else the machine does meets both. What is
+compared is the median round of each job; the figure is the median over the turns.
+"""
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.deployment import Deployment, deployment
+from benchmarks.figures import JOBS, Figure, figure, round_seconds, with_settings
+
+TURNS = 6
+KINDS = (("noop", 400, "< 5"), ("bulk", 8, "< 2"))
+"""Jobs, with their rounds and what journalling may cost."""
+
+
+def journal() -> Iterator[Figure]:
+    """What journalling costs, in percent of a round."""
+    with deployment() as durable, deployment() as forgetful, tempfile.TemporaryDirectory(prefix="hanse-jobs-") as name:
+        forgetful.programs["server"] = [sys.executable, "-m", "benchmarks.memory_server"]
+        for running in (durable, forgetful):
+            running.start("server", *running.names)
+        for job, rounds, target in KINDS:
+            folder = with_settings(JOBS / job, Path(name), rounds=rounds)
+            yield _compared(durable, forgetful, folder, name=f"journal_{job}_percent", rounds=rounds, target=target)
+
+
+def _compared(
+    durable: Deployment, forgetful: Deployment, folder: Path, *, name: str, rounds: int, target: str
+) -> Figure:
+    sqlite: list[float] = []
+    memory: list[float] = []
+    turns = [(durable, sqlite), (forgetful, memory)]
+    for _ in range(TURNS):
+        for running, seconds in turns:
+            seconds.append(statistics.median(round_seconds(running.run(folder))))
+        turns.reverse()
+    costs = sorted(100 * (with_it / without - 1) for with_it, without in zip(sqlite, memory, strict=True))
+    return figure(
+        name,
+        statistics.median(costs),
+        "% of a round",
+        target,
+        each_turn=[round(cost, 1) for cost in costs],
+        sqlite_ms=round(1000 * statistics.median(sqlite), 3),
+        memory_ms=round(1000 * statistics.median(memory), 3),
+        rounds=rounds * TURNS,
+    )

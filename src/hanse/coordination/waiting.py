@@ -1,0 +1,202 @@
+"""What a job that has not ended waits for, from whom, since when, until when, and what happens then.
+
+Nothing here waits or decides: these functions turn what the schedule and a run know into records for people. Times come
+in as the owner has them, POSIX seconds for what is stored and monotonic seconds for what happens while a run lives, and
+go out as POSIX seconds.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from hanse.coordination.runs import Run
+from hanse.coordination.schedule import Wait
+from hanse.ids import ClientName
+from hanse.job import JobRecord
+from hanse.messages import ClientView, IssueTasks, TaskKey, Waiting
+
+GIVEN_UP: Final = "the job is given up (no-clients)"
+NOT_DEPLOYED: Final = "it goes on without those that have not, or is scheduled again if they are too few"
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Tasks that a run issued together: when, until when (``None``: as long as it takes), and what happens then."""
+
+    keys: tuple[TaskKey, ...]
+    since: float
+    until: float | None
+    then: str = ""
+
+
+class Phase(StrEnum):
+    """What the run's own process does."""
+
+    STARTING = "starting"
+    WORKING = "working"
+    PAUSING = "pausing"
+
+
+@dataclass(frozen=True, slots=True)
+class RunProcess:
+    """How the run's own process stands, as its *attempt*-th start, since when.
+
+    One that is ``PAUSING`` died because of *reason*, and is started again at *until*. One that is ``WORKING`` has had
+    nothing new to work on *since* then: an answer, or the commit of a round.
+    """
+
+    phase: Phase
+    since: float
+    attempt: int = 1
+    until: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreTrouble:
+    """The store has not done what was asked of it since *since*, because of *reason*."""
+
+    reason: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Clients that have still to fetch a job and to check it, since when and until when they may (POSIX seconds)."""
+
+    clients: frozenset[ClientName]
+    since: float
+    until: float
+
+
+def with_issue(asks: Iterable[Ask], issue: IssueTasks, *, run: Run, now: float) -> tuple[Ask, ...]:
+    """Return *asks* with *issue*, issued at monotonic time *now*, and without those that nobody waits for any more.
+
+    What a run's process that was started again issues again is waited for since it was issued first. What earlier
+    rounds left is waited for, from now on, as long as what is issued now; an issue may also have nothing new.
+    """
+    until = now + issue.deadline_s if issue.deadline_s > 0 else None
+    asks = [
+        replace(ask, until=until, then=issue.then) if ask.keys[0].round < run.round else ask
+        for ask in asks
+        if _open_keys(ask, run)
+    ]
+    if not issue.keys:
+        return tuple(asks)
+    issued = frozenset(issue.keys)
+    before = [ask for ask in asks if not issued.isdisjoint(ask.keys)]
+    keys = dict.fromkeys((*(key for ask in before for key in ask.keys), *issue.keys))
+    since = min((ask.since for ask in before), default=now)
+    return (*(ask for ask in asks if ask not in before), Ask(tuple(keys), since, until, issue.then))
+
+
+def asks_taken_up(run: Run, *, now: float) -> tuple[Ask, ...]:
+    """Return what a *run* that was taken up at monotonic time *now* has asked, as far as the journal tells."""
+    groups: dict[tuple[int, str], list[TaskKey]] = {}
+    for task in run.tasks:
+        groups.setdefault((task.key.round, task.key.name), []).append(task.key)
+    return tuple(Ask(tuple(keys), now, None) for keys in groups.values())
+
+
+def waiting_of_submitted(job: JobRecord, wait: Wait) -> tuple[Waiting, ...]:
+    """Return what a submitted *job* waits for, by the schedule's word."""
+    return (Waiting(wait.reason, since=job.submitted_at, until=wait.until, then=GIVEN_UP),)
+
+
+def waiting_of_scheduled(deployment: Deployment) -> tuple[Waiting, ...]:
+    """Return what a scheduled job waits for: clients that have not taken it yet."""
+    if not deployment.clients:
+        return ()
+    whom = tuple(ClientView(name, "deploying", since=deployment.since) for name in sorted(deployment.clients))
+    what = "clients to fetch the job and to check it against their policies"
+    return (Waiting(what, whom, deployment.since, deployment.until, NOT_DEPLOYED),)
+
+
+def views_of(run: Run, *, now: float, wall: float) -> tuple[ClientView, ...]:
+    """Return the clients of *run* as they stand at monotonic time *now*, which is POSIX time *wall*."""
+    return tuple(_view(run, client, lambda at: wall - (now - at)) for client in run.clients)
+
+
+def waiting_of_running(
+    run: Run,
+    *,
+    asks: Sequence[Ask],
+    process: RunProcess,
+    store: StoreTrouble | None = None,
+    now: float,
+    wall: float,
+) -> tuple[Waiting, ...]:
+    """Return what *run* waits for at monotonic time *now*, which is POSIX time *wall*.
+
+    That is the store while it fails, its own process while that is started, and for each kind of task that is out those
+    clients that have not answered. Where nothing is out, its own process works. Tasks that were asked one by one are
+    told together: since the first of them was issued, until the first of them is given up.
+    """
+    if run.has_ended:
+        return ()
+
+    def posix(at: float) -> float:
+        return wall - (now - at)
+
+    found = []
+    if store is not None:
+        what = f"the server's store, which fails ({store.reason})"
+        found.append(Waiting(what, since=posix(store.since), then="the run goes on as soon as the store does"))
+    tasks = _waiting_for_answers(run, asks, posix)
+    if process.phase is not Phase.WORKING or not tasks:
+        found.append(_waiting_for_process(run, process, posix))
+    return (*found, *tasks)
+
+
+def _waiting_for_process(run: Run, process: RunProcess, posix: Callable[[float], float]) -> Waiting:
+    since = posix(process.since)
+    match process.phase:
+        case Phase.PAUSING:
+            until = posix(process.until) if process.until is not None else 0.0
+            what = f"the run's process at the server, which died ({process.reason})"
+            then = f"it is started again, as start {process.attempt}, and goes on with round {run.round}"
+            return Waiting(what, since=since, until=until, then=then)
+        case Phase.STARTING:
+            return Waiting(f"the run's process at the server to begin (start {process.attempt})", since=since)
+        case Phase.WORKING:
+            return Waiting(f"the run's process at the server, which {_doing(run)}", since=since)
+
+
+def _doing(run: Run) -> str:
+    if run.answers:
+        count = len(run.answers)
+        return f"works on {count} answer{'s' if count > 1 else ''} of round {run.round}"
+    return f"prepares round {run.round}" if run.round else "makes the initial model"
+
+
+def _waiting_for_answers(run: Run, asks: Sequence[Ask], posix: Callable[[float], float]) -> tuple[Waiting, ...]:
+    groups: dict[tuple[int, str, str], list[Ask]] = {}
+    for ask in asks:
+        if open_keys := _open_keys(ask, run):
+            groups.setdefault((open_keys[0].round, open_keys[0].name, ask.then), []).append(ask)
+    return tuple(_waiting_for_tasks(run, group, posix) for _, group in sorted(groups.items()))
+
+
+def _waiting_for_tasks(run: Run, group: Collection[Ask], posix: Callable[[float], float]) -> Waiting:
+    asked = {key.client for ask in group for key in ask.keys}
+    missing = sorted({key.client for ask in group for key in _open_keys(ask, run)})
+    first = min(group, key=lambda ask: ask.since)
+    key = first.keys[0]
+    clients = f"{len(missing)} of {len(asked)} client{'s' if len(asked) > 1 else ''}"
+    return Waiting(
+        what=f"answers to {key.name!r} of round {key.round} from {clients}",
+        whom=tuple(_view(run, client, posix) for client in missing),
+        since=posix(first.since),
+        until=min((posix(ask.until) for ask in group if ask.until is not None), default=0.0),
+        then=first.then,
+    )
+
+
+def _view(run: Run, client: ClientName, posix: Callable[[float], float]) -> ClientView:
+    part = run.participant(client)
+    return ClientView(part.name, part.state.value, part.reason, posix(part.since), part.attempt)
+
+
+def _open_keys(ask: Ask, run: Run) -> tuple[TaskKey, ...]:
+    return tuple(key for key in ask.keys if run.task(key) is not None)

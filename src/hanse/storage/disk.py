@@ -1,0 +1,40 @@
+"""Which error stands for what the disk, or the database, did not do: a full one is told apart, and named."""
+
+import errno
+import os
+import sqlite3
+from pathlib import Path
+from typing import Final
+
+from hanse.errors import NoSpace, StoreFailed
+
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_DISK_FULL: Final = "53100"
+"""What PostgreSQL calls it."""
+
+
+def disk_failure(doing: str, error: OSError, folder: Path) -> StoreFailed:
+    """Return the error that says that the disk with *folder* failed by *error* while *doing*."""
+    why = error.strerror or str(error)
+    if error.errno in _FULL:
+        return NoSpace(doing, disk=str(mount_point(folder)), folder=str(folder), why=why)
+    return StoreFailed(doing, why if str(folder) in doing else f"{why} (in {folder})")
+
+
+def database_failure(error: BaseException, name: str) -> StoreFailed:
+    """Return the error that says that the database *name* failed by *error*, its driver's own."""
+    why = " ".join(str(error).split())
+    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+        folder = Path(name).absolute().parent
+        return NoSpace(f"using {name}", disk=str(mount_point(folder)), folder=str(folder), why=why)
+    if getattr(error, "sqlstate", "") == _DISK_FULL:
+        return NoSpace(f"using {name}", disk="of the database's server", folder=name, why=why)
+    return StoreFailed(f"using {name}", why)
+
+
+def mount_point(path: Path) -> Path:
+    """Return where the disk is mounted that holds *path*, or would hold it."""
+    path = path.absolute()
+    while not os.path.ismount(path) and path != path.parent:
+        path = path.parent
+    return path

@@ -1,0 +1,108 @@
+"""What fails at one client, with real processes, is told with its code, the client, its log's last lines and advice.
+
+Heartbeats are ten minutes apart here, so whatever is told was told at once.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.deployment import ADMIN, HANSE, Deployment, deployment
+
+from hanse.codes import CODES
+
+JOB = Path(__file__).parent / "failing"
+BROKEN = "site-2"
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Deployment]:
+    """Run a server and a client that trains; the other is started as a test says."""
+    with deployment(settings="settings = { heartbeat_s = 600.0 }") as up:
+        up.start("server", "site-1")
+        yield up
+
+
+@pytest.fixture
+def broken(running: Deployment) -> Iterator[Deployment]:
+    """Leave the second client stopped."""
+    yield running
+    if BROKEN in running.processes:
+        running.end(BROKEN)
+
+
+def hanse(running: Deployment, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "HANSE_KIT": str(running.kit(ADMIN))}
+    return subprocess.run([*HANSE, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def submitted(running: Deployment, how: str, **environment: str) -> str:
+    running.environments[BROKEN] = {"HANSE_TEST_FAILS": how, **environment}
+    running.start(BROKEN)
+    return str(running.hanse("job", "submit", str(JOB))["job_id"])
+
+
+FAILURES = {
+    "missing": (
+        "missing-dependency",
+        "",
+        "module 'no_such_package', which failing.py:15 imports, is not installed (at site-2)",
+        "ModuleNotFoundError: No module named 'no_such_package'",
+    ),
+    "import": (
+        "import-failed",
+        "",
+        "ImportError: cannot import name 'no_such_name' from 'json'",
+        "from json import no_such_name",
+    ),
+    "raise": ("too-few-clients", "training-failed", "site-2 (KeyError: 'label' (failing.py:33))", "site-2 trains"),
+    "kill": (
+        "too-few-clients",
+        "process-died",
+        "the job's process at site-2 was killed by signal 9; its log ends with: site-2 trains",
+        "site-2 trains",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_failure_at_one_client_is_told_at_once_with_code_client_log_and_advice(broken: Deployment, how: str) -> None:
+    code, cause, sentence, logged = FAILURES[how]
+    job = submitted(broken, how)
+
+    ended = hanse(broken, "job", "wait", job, "--format", "json")
+
+    assert ended.returncode == 20, ended.stderr
+    view: dict[str, Any] = json.loads(ended.stdout)
+    assert (view["state"], view["code"], view["client"], view["cause"]) == ("failed", code, BROKEN, cause)
+    assert sentence in view["reason"]
+    assert any(logged in line for line in view["log_tail"].splitlines())
+    assert view["advice"] == CODES[cause or code].advice
+    assert view["waiting"] == []
+
+    shown = hanse(broken, "job", "show", job).stdout
+    assert f"at         {BROKEN}{f' ({cause})' if cause else ''}\n" in shown
+    assert f"(hanse explain {cause or code})" in shown
+    assert f"log        its last lines at {BROKEN}:\n" in shown
+
+
+def test_running_job_says_for_whom_it_waits_until_when_and_what_then(broken: Deployment, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    job = submitted(broken, "wait", HANSE_TEST_GATE=str(gate))
+
+    with gate.open("wb"):  # from here on the client is in the middle of its training
+        view = broken.hanse("job", "show", job)
+        shown = hanse(broken, "job", "show", job).stdout
+
+    (awaited,) = view["waiting"]
+    assert awaited["what"].startswith("answers to 'train' of round 1 from ")
+    assert (BROKEN, "running", 1) in [(each["name"], each["state"], each["attempt"]) for each in awaited["whom"]]
+    assert view["started_at"] <= awaited["since"] < awaited["until"]
+    assert "and fails with fewer" in awaited["then"]
+    assert f"           {BROKEN}: connected and working, since " in shown
+    assert broken.hanse("job", "wait", job)["state"] == "completed"

@@ -1,0 +1,135 @@
+"""What a server's database went through, written down by the database itself, and whether that is how it may be.
+
+``record`` gives a SQLite store triggers that note every write of a journal with the epoch under which it was made, in a
+table of their own: what is deleted later, and by whichever process it was written, is still there to be checked.
+"""
+
+import itertools
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from hanse.job import ENDED, LEGAL, JobRecord, JobState
+
+BUSY_S: Final = 30.0
+
+_KEY: Final = "NEW.name || '/' || NEW.sequence || '/' || NEW.client"
+_NOTE: Final = "INSERT INTO fault_history (what, epoch, job_id, round, text) SELECT"
+_TRIGGERS: Final = f"""
+CREATE TABLE IF NOT EXISTS fault_history (
+    number INTEGER PRIMARY KEY, what TEXT NOT NULL, epoch INTEGER NOT NULL, job_id TEXT, round INTEGER, text TEXT
+);
+CREATE TRIGGER IF NOT EXISTS fault_lease AFTER UPDATE ON lease WHEN NEW.epoch IS NOT OLD.epoch
+    BEGIN {_NOTE} 'lease', NEW.epoch, NULL, NULL, NEW.holder; END;
+CREATE TRIGGER IF NOT EXISTS fault_job AFTER INSERT ON jobs
+    BEGIN {_NOTE} 'job', epoch, NEW.job_id, NULL, NEW.state FROM lease; END;
+CREATE TRIGGER IF NOT EXISTS fault_job_moved AFTER UPDATE OF state ON jobs WHEN NEW.state IS NOT OLD.state
+    BEGIN {_NOTE} 'job', epoch, NEW.job_id, NULL, NEW.state FROM lease; END;
+CREATE TRIGGER IF NOT EXISTS fault_task AFTER INSERT ON tasks
+    BEGIN {_NOTE} 'task', epoch, NEW.job_id, NEW.round, {_KEY} FROM lease; END;
+CREATE TRIGGER IF NOT EXISTS fault_answer AFTER UPDATE OF answer ON tasks
+    BEGIN {_NOTE} 'answer', epoch, NEW.job_id, NEW.round, {_KEY} FROM lease; END;
+CREATE TRIGGER IF NOT EXISTS fault_round AFTER INSERT ON rounds
+    BEGIN {_NOTE} 'round', epoch, NEW.job_id, NEW.round, NULL FROM lease; END;
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One write, in the order of commits: *text* is the state of a job, or the key of a task without its round."""
+
+    what: str
+    epoch: int
+    job_id: str | None
+    round: int | None
+    text: str | None
+
+
+def record(store: Path) -> None:
+    """Have the database in the file *store* write down its history from now on."""
+    with _opened(store) as connection:
+        connection.executescript(_TRIGGERS)
+
+
+def history(store: Path) -> list[Entry]:
+    """Return what ``record`` had written down, in order."""
+    with _opened(store) as connection:
+        query = "SELECT what, epoch, job_id, round, text FROM fault_history ORDER BY number"
+        return [Entry(*row) for row in connection.execute(query)]
+
+
+def check_completed(store: Path, job_id: str, *, clients: list[str], rounds: int) -> None:
+    """Assert that *job_id*, one task a round to each of *clients*, was journalled as a run without trouble is.
+
+    Each round was committed once, in order; each task issued once and answered once, before its round was committed and
+    after the one before it; nothing was written under an epoch that was over; nothing is left but the last state.
+    """
+    entries = history(store)
+    check_epochs(entries)
+    own = [entry for entry in entries if entry.job_id == job_id]
+    check_states([JobState(entry.text or "") for entry in own if entry.what == "job"])
+    committed = [entry.round for entry in own if entry.what == "round"]
+    assert committed == list(range(rounds + 1)), f"the rounds of {job_id} were committed as {committed}"
+    _check_tasks(own, clients)
+    _check_end(store, job_id, rounds)
+
+
+def check_epochs(entries: list[Entry]) -> None:
+    """Assert that epochs never decrease, over all that was written."""
+    epochs = [entry.epoch for entry in entries]
+    assert epochs == sorted(epochs), f"an epoch came back: {epochs}"
+
+
+def check_states(states: list[JobState]) -> None:
+    """Assert that a job's *states* followed each other as they may, to its completion."""
+    assert (states[0], states[-1]) == (JobState.SUBMITTED, JobState.COMPLETED), states
+    assert all(after in LEGAL[before] for before, after in itertools.pairwise(states)), states
+    assert sum(state in ENDED for state in states) == 1, f"it ended more than once: {states}"
+
+
+def _check_tasks(own: list[Entry], clients: list[str]) -> None:
+    last = -1
+    seen: Counter[tuple[str, int, str]] = Counter()
+    for entry in own:
+        if entry.what == "round":
+            last = entry.round or 0
+        elif entry.what in ("task", "answer"):
+            assert entry.round == last + 1, f"{entry} was written when round {last} was the last committed one"
+            seen[entry.what, entry.round, entry.text or ""] += 1
+    expected = {
+        (what, n, f"train/0/{client}") for what in ("task", "answer") for n in range(1, last + 1) for client in clients
+    }
+    assert seen == Counter(expected), f"not once each: {seen - Counter(expected)}; missing: {Counter(expected) - seen}"
+
+
+def _check_end(store: Path, job_id: str, rounds: int) -> None:
+    with _opened(store) as connection:
+        state, last_round, blob = connection.execute(
+            "SELECT state, last_round, record FROM jobs WHERE job_id = ?", (job_id,)
+        ).fetchone()
+        left = {
+            table: connection.execute(f"SELECT count(*) FROM {table} WHERE job_id = ?", (job_id,)).fetchone()[0]
+            for table in ("tasks", "models")
+        }
+        integrity = connection.execute("PRAGMA integrity_check").fetchone()[0]
+    record = msgspec.msgpack.decode(blob, type=JobRecord)
+    assert (state, record.state) == ("completed", JobState.COMPLETED)
+    assert (record.code, record.reason) == ("", "")
+    assert record.started_at
+    assert record.ended_at
+    assert record.result
+    assert last_round == rounds
+    assert left == {"tasks": 0, "models": 0}, f"the journal of {job_id} still holds {left}"
+    assert integrity == "ok", integrity
+
+
+@contextmanager
+def _opened(store: Path) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(store, timeout=BUSY_S)) as connection:
+        yield connection

@@ -1,0 +1,149 @@
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hanse.errors import UNKNOWN_STATUS, Conflict
+from hanse.launch.held import HeldProcess, held_by, lock_nowait, number_in, only_holder, started_at
+
+LEADER = """
+import subprocess, sys
+child = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL)
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def leader() -> Iterator["subprocess.Popen[str]"]:
+    """A process that leads a group, with a child of its own in it, and ends with its standard input."""
+    command = [sys.executable, "-c", LEADER]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        yield process
+        process.kill()
+
+
+def child_of(leader: "subprocess.Popen[str]") -> HeldProcess:
+    assert leader.stdout is not None
+    return HeldProcess(int(leader.stdout.readline()))
+
+
+def test_end_is_heard_of_with_its_status_by_whoever_holds_on(leader: "subprocess.Popen[str]") -> None:
+    held = HeldProcess(leader.pid)
+    child_of(leader).close()
+    assert not held.wait(0)
+    held.send(signal.SIGTERM)
+    assert held.wait(30)
+    assert held.exit_status() == -signal.SIGTERM, "before it is reaped"
+    leader.wait()
+    assert held.exit_status() in (-signal.SIGTERM, UNKNOWN_STATUS), "and after, where the kernel keeps it"
+    with pytest.raises(ProcessLookupError):
+        held.send(signal.SIGTERM)
+    held.kill_group()
+    held.close()
+
+
+def test_group_is_killed_also_when_its_leader_has_ended(leader: "subprocess.Popen[str]") -> None:
+    held, child = HeldProcess(leader.pid), child_of(leader)
+    leader.communicate()
+    assert held.wait(30)
+    assert not child.wait(0)
+    held.kill_group()
+    if not child.wait(5):
+        child.send(signal.SIGKILL)
+        pytest.skip("this kernel does not know whose a group is once its leader is gone")
+    held.close()
+    child.close()
+
+
+def test_nobody_is_held_who_does_not_live() -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    with pytest.raises(ProcessLookupError):
+        HeldProcess(process.pid)
+    assert started_at(process.pid) == 0
+
+
+def test_start_tells_two_processes_apart() -> None:
+    assert 0 < started_at(1) <= started_at(os.getpid())
+
+
+def test_lock_is_held_as_long_as_anybody_has_the_file_open(tmp_path: Path) -> None:
+    first, second = (os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT) for _ in range(2))
+    assert lock_nowait(first)
+    assert lock_nowait(first)
+    assert not lock_nowait(second)
+    inherited = os.dup(first)
+    os.close(first)
+    assert not lock_nowait(second)
+    os.close(inherited)
+    assert lock_nowait(second)
+    os.close(second)
+
+
+@pytest.mark.parametrize(("text", "number"), [("12\n", 12), ("", 0), ("x", 0), ("-3", 0)])
+def test_number_is_what_a_file_begins_with(tmp_path: Path, text: str, number: int) -> None:
+    (tmp_path / "pid").write_text(text)
+    with (tmp_path / "pid").open() as file:
+        assert number_in(file.fileno()) == number
+
+
+def test_file_has_one_holder_at_a_time(tmp_path: Path) -> None:
+    with only_holder(tmp_path / "pid", what="the test") as descriptor:
+        os.write(descriptor, b"77\n")
+        refused = pytest.raises(Conflict, match="the test is running already, as process 77")
+        with refused, only_holder(tmp_path / "pid", what="the test"):
+            raise AssertionError("two at once")
+    with only_holder(tmp_path / "pid", what="the test"):
+        pass
+
+
+HOLDING = """
+import os, signal, sys
+from pathlib import Path
+from hanse.launch.held import only_holder
+with only_holder(Path(sys.argv[1]), what="the test") as descriptor:
+    os.pwrite(descriptor, sys.argv[2].format(os.getpid()).encode(), 0)
+    print("holding", flush=True)
+    signal.pause()
+"""
+
+
+@contextmanager
+def holding(path: Path, content: str = "{}\n") -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-c", HOLDING, str(path), content]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "holding\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_holder_of_a_file_is_known_for_as_long_as_it_lives(tmp_path: Path) -> None:
+    assert held_by(tmp_path / "file") is None
+    with holding(tmp_path / "file") as process:
+        assert held_by(tmp_path / "file") == process.pid
+        assert held_by(tmp_path / "file") == process.pid, "asking does not take it away"
+    assert (tmp_path / "file").read_text() == f"{process.pid}\n", "it was killed, and its number is left"
+    assert held_by(tmp_path / "file") is None
+
+
+def test_a_holder_that_does_not_tell_its_number_is_one_all_the_same(tmp_path: Path) -> None:
+    with holding(tmp_path / "file", ""):
+        assert held_by(tmp_path / "file") == 0
+
+
+def test_a_file_that_cannot_be_opened_is_held_by_nobody(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+
+    assert held_by(tmp_path / "loop") is None
+    assert held_by(tmp_path / "nothing" / "file") is None
