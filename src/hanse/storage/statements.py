@@ -7,7 +7,7 @@ parameters called as the columns.
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import Column, ColumnElement, Table, bindparam, delete, func, insert, null, or_, select, text, update
+from sqlalchemy import Column, ColumnElement, Table, bindparam, delete, insert, null, or_, select, text, update
 
 from hanse.job import JobState
 from hanse.messages import TaskKey
@@ -67,12 +67,6 @@ LAST_ROUND: Final = Statement(_ROUNDS.order_by(rounds.c.round.desc()).limit(1))
 _KEY_IN_RUN: Final = tuple(tasks.c[name] for name in TaskKey.__struct_fields__)
 _OF_RUN: Final = _given(tasks.c.job_id)
 _AT_KEY: Final = (_OF_RUN, *map(_given, _KEY_IN_RUN))
-_others = tasks.alias("others")
-_NEXT_ACCEPTED: Final = (
-    select(func.coalesce(func.max(_others.c.accepted), 0) + 1)
-    .where(_others.c.job_id == bindparam("of_job_id"))
-    .scalar_subquery()
-)
 # As text, for SQLAlchemy knows this clause, which is the same in both databases, as a thing of either.
 ADD_NEW_TASKS: Final = Statement(
     text("""
@@ -85,9 +79,7 @@ TASKS: Final = Statement(
 )
 TASK_KEYS: Final = Statement(select(*_KEY_IN_RUN).where(_OF_RUN))
 ANSWER_TASK: Final = Statement(
-    update(tasks)
-    .where(*_AT_KEY, tasks.c.answer.is_(None))
-    .values(_row(tasks.c.answer) | {tasks.c.accepted.key: _NEXT_ACCEPTED})
+    update(tasks).where(*_AT_KEY, tasks.c.answer.is_(None)).values(_row(tasks.c.answer, tasks.c.accepted))
 )
 ANSWER: Final = Statement(select(tasks.c.answer).where(*_AT_KEY))
 RETRACT_ANSWER: Final = Statement(update(tasks).where(*_AT_KEY).values(answer=null(), accepted=null()))

@@ -6,12 +6,13 @@ function of a transaction, so that it is one transaction, or one savepoint of a 
 """
 
 import asyncio
+import itertools
 import secrets
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
 from sqlalchemy import URL, make_url
@@ -60,6 +61,9 @@ __all__ = ["AuditEntry", "Lease", "RunState", "SqlStore", "Standby", "Store"]
 
 T = TypeVar("T")
 
+ANSWERS_BITS: Final = 32
+"""Answers are numbered as they are accepted, by the only server that has the epoch; so many bits are for the number."""
+
 
 class SqlStore:
     """A ``Store`` in a database: a SQLite file, by path or by ``sqlite:///`` and its absolute path, or PostgreSQL.
@@ -78,6 +82,7 @@ class SqlStore:
         self._listener: Listener | None = None
         self._store_id = ""
         self._moved = asyncio.Event()
+        self._answers = itertools.count()
 
     async def open(self) -> None:
         """Open the database, and bring its tables to this release's form."""
@@ -268,12 +273,13 @@ class SqlStore:
 
         def accept(transaction: Transaction) -> TaskResult:
             _fence(transaction, epoch)
-            if transaction.run(sql.ANSWER_TASK, {**at_key, "answer": blob}):
+            accepted = epoch << ANSWERS_BITS | next(self._answers)
+            if transaction.run(sql.ANSWER_TASK, {**at_key, "answer": blob, "accepted": accepted}):
                 return result
-            accepted = transaction.value(sql.ANSWER, at_key)
-            if accepted is None:
+            earlier = transaction.value(sql.ANSWER, at_key)
+            if earlier is None:
                 raise NotFound("task", task_title(result.key))
-            return unpack(accepted, TaskResult)
+            return unpack(earlier, TaskResult)
 
         return await self._write(accept)
 
