@@ -293,7 +293,7 @@ async def test_failure_comes_with_as_much_of_this_process_log_as_the_site_lets_g
         assert [line for line in log if line in told] == told
         assert (log == []) is (told == [])
         assert "earlier" not in fault.log_tail
-        assert await process.stop() == 0
+        assert await process.stop() == TERMINATED
 
 
 async def test_process_that_the_server_refuses_for_good_ends_with_the_reason(tmp_path: Path) -> None:
