@@ -31,6 +31,9 @@ DAY_S = 86400.0
 SOON_S = 0.3
 """When what never answers is given up; nothing waits for this but what would wait for ever."""
 
+GIVEN_UP_S = 3.0
+"""The same, where a handshake comes first."""
+
 LOCAL = [Check.SETTINGS, Check.KEY, Check.CERTIFICATE, Check.DATES, Check.WORKSPACE, Check.DISK]
 WAY = [Check.PROXY, Check.NAME, Check.PORT, Check.TLS, Check.ANSWER, Check.IDENTITY, Check.CLOCK, Check.VERSIONS]
 
@@ -245,7 +248,7 @@ def test_a_port_that_never_says_a_word_is_given_up(kits: Path, copy_of: Copy) ->
 
 def test_a_silent_port_does_not_hold_up_another(server: Deployment, kits: Path, copy_of: Copy) -> None:
     with silent() as target:
-        found = findings(copy_of(kits / "site-1", target=f'{target}", "{server.target}'), patience_s=3.0)
+        found = findings(copy_of(kits / "site-1", target=f'{target}", "{server.target}'), patience_s=GIVEN_UP_S)
 
     at_silent, at_server = (finding for finding in found if finding.check is Check.TLS)
     assert (at_silent.verdict, at_server.verdict) == (Verdict.WARN, Verdict.OK)
@@ -301,6 +304,22 @@ async def test_a_server_that_does_not_prove_itself_is_found(kits: Path, copy_of:
     found = await against(kits / "site-1", tls_of(kits / "server"), copy_of, authorize=anybody)
 
     assert "challenge" in assert_fails_at(Check.IDENTITY, found, 12)
+
+
+def test_a_server_that_does_not_answer_a_hello_is_given_up(kits: Path, copy_of: Copy) -> None:
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(kits / "server" / "cert.pem", kits / "server" / "key.pem")
+    tls.set_alpn_protocols(["h2"])
+    with on_the_loop(Mute(tls)) as port:
+        found = findings(copy_of(kits / "site-1", target=f"127.0.0.1:{port}"), patience_s=GIVEN_UP_S)
+
+    assert f"127.0.0.1:{port} did not answer 'hello' within" in assert_fails_at(Check.ANSWER, found, 12)
+
+
+def test_a_running_server_whose_settings_have_no_target_any_more_is_not_asked(kits: Path, copy_of: Copy) -> None:
+    found = findings(copy_of(kits / "server", target="nowhere"), process_in=lambda _: 42)
+
+    assert of(Check.LISTEN, found).text.startswith("target is 'nowhere'; expected host:port")
 
 
 def test_a_clock_that_is_off_by_a_day_is_found(server: Deployment, kits: Path, copy_of: Copy) -> None:
@@ -383,6 +402,18 @@ class TlsEndingProxy(Relay):
     async def opened(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
         host, _, port = self._target.rpartition(":")
         return await asyncio.open_connection(host, int(port), ssl=self._inner)
+
+
+class Mute(Relay):
+    """Opens HTTP/2 and says no more."""
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))  # empty settings
+        try:
+            while await reader.read(1024):
+                pass
+        finally:
+            writer.transport.abort()
 
 
 async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:

@@ -144,6 +144,11 @@ def test_a_store_is_a_database_or_is_not_there_yet(tmp_path: Path):
     path.write_bytes(b"something else")
     finding = judge_store_file(path, first_bytes_of(path))
     assert isinstance(finding.error, StoreFailed)
+    path.unlink()
+    path.mkdir()
+    finding = judge_store_file(path, first_bytes_of(path))
+    assert finding.text == f"the store failed while opening {path}: Is a directory"
+    path.rmdir()
     path.write_bytes(b"")  # what a server leaves that was killed when it had just made the file
     assert judge_store_file(path, first_bytes_of(path)).verdict is Verdict.OK
 

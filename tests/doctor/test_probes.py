@@ -332,23 +332,19 @@ async def test_a_proxy_that_makes_no_tunnel_says_why(answer: bytes, why: str) ->
 # Listening ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_free_address_could_be_listened_on_and_still_can() -> None:
+async def test_a_free_address_could_be_listened_on_and_still_can() -> None:
     _, (_, port) = closed_port()
 
-    assert probes.listening_problem(f"127.0.0.1:{port}") is None
+    assert await probes.listening_problem(f"127.0.0.1:{port}", at()) is None
     with socket.create_server(("127.0.0.1", port)):
-        problem = probes.listening_problem(f"127.0.0.1:{port}")
-        assert isinstance(problem, OSError)
-    assert probes.listening_problem("127.0.0.1:0") is None
+        assert isinstance(await probes.listening_problem(f"127.0.0.1:{port}", at()), OSError)
+    assert await probes.listening_problem("127.0.0.1:0", at()) is None
 
 
-def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
-    assert isinstance(probes.listening_problem("192.0.2.1:6007"), OSError)
+async def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
+    assert isinstance(await probes.listening_problem("192.0.2.1:6007", at()), OSError)
 
 
 @pytest.mark.parametrize("target", ["no-such-host.invalid:6007", "6007", "a..b:1"])
-def test_what_is_no_address_cannot_be_listened_on(target: str) -> None:
-    problem = probes.listening_problem(target)
-
-    assert problem is not None
-    assert f"target is '{target}'" in str(problem)
+async def test_what_is_no_address_cannot_be_listened_on(target: str) -> None:
+    assert f"target is '{target}'" in str(await probes.listening_problem(target, at()))

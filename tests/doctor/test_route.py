@@ -99,6 +99,10 @@ def test_a_proxys_port_and_credentials_are_what_the_variable_says_and_are_not_sh
     assert finding.text.startswith("gRPC goes through http://proxy.example.org:443, as https_proxy says")
 
 
+def test_a_proxys_ipv6_address_is_shown_in_brackets():
+    assert str(proxy_for("fl.example.org", {"http_proxy": "http://[fd00::7]:3128"})) == "http://[fd00::7]:3128"
+
+
 @pytest.mark.parametrize("value", ["http://proxy:port", "http://[::1", "http://"])
 def test_a_variable_that_is_no_url_is_no_proxy_and_is_warned_of(value: str):
     environ = {"https_proxy": value}
@@ -278,6 +282,12 @@ def test_a_proxy_that_the_settings_expect_and_that_is_not_there_is_found(
     finding = judge_tls(TARGET, replace(shown, distrust=VERIFY_UNKNOWN_ISSUER), expecting, NOW)
 
     assert "no proxy ends TLS here, so take tls_roots out of settings.toml" in refused(finding)
+
+
+def test_another_proxy_than_the_settings_expect_is_a_stranger(at_proxy: Handshake, trust: Trust):
+    expecting = replace(trust, roots=trustme.CA().cert_pem.bytes())
+
+    assert "a proxy ends TLS on the way" in refused(judge_tls(TARGET, at_proxy, expecting, NOW))
 
 
 def test_a_server_that_closes_after_the_handshake_does_not_take_the_certificate(shown: Handshake, trust: Trust):

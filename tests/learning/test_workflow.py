@@ -13,6 +13,7 @@ from hanse.job import WorkflowSpec
 from hanse.learning.cyclic import Cyclic
 from hanse.learning.evaluation import Evaluation
 from hanse.learning.fedavg import FedAvg
+from hanse.learning.fedbuff import FedBuff
 from hanse.learning.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from hanse.learning.fedprox import FedProx
 from hanse.learning.workflow import (
@@ -38,6 +39,7 @@ CLASSES = {
     "fedadagrad": FedAdagrad,
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
+    "fedbuff": FedBuff,
     "fedprox": FedProx,
     "cyclic": Cyclic,
     "evaluation": Evaluation,

@@ -115,6 +115,7 @@ class RunThread:
         )
         self._done: Future[int] = Future()
         self._last_words = ""
+        self._is_killed = False
         threading.Thread(target=self._run, name=f"run {run_spec.job_id}", daemon=True).start()
 
     def _run(self) -> None:
@@ -131,7 +132,12 @@ class RunThread:
             self._last_words = f"{type(error).__name__}: {error}"
             self._done.set_result(1)
         else:
-            self._done.set_result(0)
+            self._done.set_result(-9 if self._is_killed else 0)
+
+    def kill(self) -> None:
+        """Have it end as if it was killed: where it is, without a word."""
+        self._is_killed = True
+        self.server.stop_run_engine_cell()
 
     async def wait(self) -> int:
         return await asyncio.shield(asyncio.wrap_future(self._done))

@@ -781,7 +781,7 @@ def test_who_is_disabled_stays_so_over_a_restart(make_server: MakeServer, tmp_pa
 
     async def disable() -> None:
         async with store:
-            lease = await store.take_lease("test", ttl_s=1, now_s=0)
+            lease = await store.take_lease("test", name="test", target="", ttl_s=1)
             await store.set_disabled(lease.epoch, "site-1", True, reason="broken data")
             await store.release_lease(lease.epoch)
 

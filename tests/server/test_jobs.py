@@ -1227,6 +1227,20 @@ def test_a_job_that_waited_waits_again_after_a_restart(start: StartServer, diall
     assert outcome(second, job_id).state is JobState.COMPLETED
 
 
+def test_a_server_started_again_deletes_the_tensors_of_runs_that_ended_when_it_was_killed(
+    start: StartServer, tmp_path: Path
+) -> None:
+    runs = tmp_path / "ws" / "runs"
+    ended, other = runs / "ended-1", runs / "ended-2"
+    for run in (ended, other):
+        TensorFiles(run / "tensors-0").put(b"a tensor")
+        TensorFiles(run / "result").put(b"a result")
+    (runs / ".incoming-0-5f").mkdir()
+    start()
+    assert [path.name for path in sorted(runs.iterdir())] == ["ended-1", "ended-2"]
+    assert [path.name for run in (ended, other) for path in run.iterdir()] == ["result", "result"]
+
+
 def test_two_servers_do_not_share_a_workspace(start: StartServer, tmp_path: Path) -> None:
     start()
 

@@ -207,7 +207,7 @@ async def _examine_server(facts: KitFacts, settings: ServerSettings, around: Sur
     async for finding in _examine_store(settings, workspace, around):
         yield finding
     process = around.process_in(workspace)
-    steps = _listening(settings) if process is None else _serving(facts, settings, process, around)
+    steps = _listening(settings, around) if process is None else _serving(facts, settings, process, around)
     for finding in await _until_failure(steps, _SERVING):
         yield finding
 
@@ -236,9 +236,10 @@ async def _examine_store(settings: ServerSettings, workspace: Path, around: Surr
         yield judge_clock(name, clock, whose="the database")
 
 
-async def _listening(settings: ServerSettings) -> AsyncGenerator[Finding, None]:
+async def _listening(settings: ServerSettings, around: Surroundings) -> AsyncGenerator[Finding, None]:
     """Yield whether a server that does not run could listen."""
-    yield judge_listen(settings.target, await asyncio.to_thread(probes.listening_problem, settings.target))
+    deadline = asyncio.get_running_loop().time() + around.patience_s
+    yield judge_listen(settings.target, await probes.listening_problem(settings.target, deadline))
     yield skip(Check.ANSWER, "the server does not run")
 
 
@@ -248,9 +249,13 @@ async def _serving(
     """Yield how the server is that runs as *process*."""
     deadline = asyncio.get_running_loop().time() + around.patience_s
     kit, target = facts.kit, settings.target
-    host, port = split_target(target)
     if isinstance(kit, HanseError):
         yield skip(Check.LISTEN, "the kit does not hold together")
+        return
+    try:
+        host, port = split_target(target)
+    except ConfigError as error:
+        yield fail(Check.LISTEN, error)
         return
     if port:
         addresses, _ = await probes.addresses_of(reachable(host), port, deadline)

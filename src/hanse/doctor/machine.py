@@ -149,23 +149,25 @@ def judge_descriptors(limit: int, settings: ServerSettings) -> Finding:
     return ok(Check.DESCRIPTORS, f"{limit} files may be open at once, {at_most} at most are needed")
 
 
-def judge_store_file(path: Path, first_bytes: bytes | None) -> Finding:
-    """Return whether the embedded store at *path*, of which *first_bytes* are known if it is there, is a database."""
-    if first_bytes is None:
+def judge_store_file(path: Path, first_bytes: bytes | OSError) -> Finding:
+    """Return whether the file at *path*, which begins with *first_bytes* or cannot be read, is a store's or will be."""
+    if isinstance(first_bytes, FileNotFoundError):
         return ok(Check.STORE, f"{path} will be made")
+    if isinstance(first_bytes, OSError):
+        return fail(Check.STORE, StoreFailed(f"opening {path}", first_bytes.strerror or str(first_bytes)))
     if first_bytes and not first_bytes.startswith(_SQLITE):
         error = StoreFailed(f"opening {path}", "it is no SQLite database; restore it from a backup, or move it away")
         return fail(Check.STORE, error)
     return ok(Check.STORE, str(path))
 
 
-def first_bytes_of(path: Path) -> bytes | None:
-    """Return what the file at *path* begins with; ``None`` where there is no such file."""
+def first_bytes_of(path: Path) -> bytes | OSError:
+    """Return what the file at *path* begins with, or why it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(len(_SQLITE))
-    except OSError:
-        return None
+    except OSError as error:
+        return error
 
 
 def reachable(host: str) -> str:

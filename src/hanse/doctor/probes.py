@@ -30,6 +30,7 @@ from hanse.client.registration import Registrant
 from hanse.doctor.route import Handshake, PortFacts, Proxy
 from hanse.doctor.service import Answer, ClockReading
 from hanse.errors import ConfigError, HanseError, TimedOut
+from hanse.identity.certificates import Identity
 from hanse.ids import SERVER, Fqcn
 from hanse.messages import Hello, Welcome
 
@@ -164,10 +165,9 @@ async def greeting_of(
                 before = wall()
                 welcome = await say_hello(pipe, hello)
                 answer = Answer(welcome, clock=_reading(before, welcome, wall()))
-                if registrant.identity is None:
-                    return answer
-                await _challenge(pipe, target, hello.fqcn, registrant)
-                return replace(answer, is_proven=True)
+                if registrant.identity is not None:
+                    await _challenge(pipe, target, hello.fqcn, registrant, registrant.identity)
+                return replace(answer, is_proven=registrant.identity is not None)
             finally:
                 await pipe.close()
     except HanseError as error:
@@ -185,16 +185,16 @@ async def shown_at(way: Way, *, tls: bool, deadline: float) -> bytes | None:
     return None if certificate is None else certificate.public_bytes(serialization.Encoding.DER)
 
 
-def listening_problem(target: str) -> OSError | HanseError | None:
+async def listening_problem(target: str, deadline: float) -> OSError | HanseError | None:
     """Return why *target* could not be listened on; ``None``: it could. Nothing listens there by this."""
     try:
         host, port = split_target(target)
-        places = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except HanseError as error:
         return error
-    except (OSError, UnicodeError) as error:
-        return ConfigError("target", got=target, expected=f"an address of this machine ({_why(error)})")
-    for family, _, _, _, address in places:
+    places, problem = await addresses_of(host, port, deadline)
+    if problem:
+        return ConfigError("target", got=target, expected=f"an address of this machine ({problem})")
+    for family, address in places:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
             try:
@@ -208,20 +208,18 @@ def _reading(before: float, welcome: Welcome, after: float) -> ClockReading | No
     return ClockReading(before, welcome.sent_at, after) if welcome.sent_at else None
 
 
-async def _challenge(pipe: Pipe, target: str, fqcn: Fqcn, registrant: Registrant) -> None:
+async def _challenge(pipe: Pipe, target: str, fqcn: Fqcn, registrant: Registrant, identity: Identity) -> None:
     """Return when the server at the other end of *pipe* has proven itself.
 
     Raises:
         HanseError: it has not.
     """
-    if registrant.identity is None:
-        return
     cell = Cell(fqcn)
     link = StreamLink(Peer(SERVER, "server", "mtls", proven=False, routes=True), pipe)
     cell.attach(link)
     reading = asyncio.create_task(link.run(cell.receive), name=f"link to {target}")  # awaited below
     try:
-        await registrant.identify(registrant.identity, cell, link)
+        await registrant.identify(identity, cell, link)
     finally:
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)

@@ -45,7 +45,7 @@ class Proxy:
     credentials: str = field(default="", repr=False)
 
     def __str__(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
 
 def proxy_for(host: str, environ: Mapping[str, str]) -> Proxy | None:

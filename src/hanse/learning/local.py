@@ -142,7 +142,11 @@ class LocalFederation:
         kept[:] = [asked for asked in kept if clients is not None and asked.client not in clients]
 
     async def states(self, workflow: Workflow, model: Model) -> AsyncIterator[State]:
-        """Run *workflow* from *model* and yield each round's state, that of round 0 first."""
+        """Run *workflow* from *model* and yield each round's state, that of round 0 first.
+
+        What an earlier run's tasks were is forgotten.
+        """
+        self._kept.clear()
         state = workflow.start(model)
         yield state
         while not is_over(workflow, state):

@@ -11,7 +11,7 @@ asked for) for good or for now; it is late (the round was decided before it came
 import asyncio
 import math
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -203,7 +203,7 @@ class Collection:
             raise ValueError(f"1 <= needed ({needed}) <= aim ({aim}) <= asked ({count}) does not hold")
         self._aim, self._needed, self._retries = aim, needed, retries
         self._reserve = deque(client for client in reserve if client not in self._taking_part)
-        self._updates: dict[ClientName, Update] = {}
+        self._counted: dict[ClientName, Answer] = {}
         self._faults: dict[ClientName, TaskFault] = {}
         self._away: set[ClientName] = set()
         self._tries: Counter[ClientName] = Counter()
@@ -213,7 +213,7 @@ class Collection:
         client = answer.client
         if client not in self._taking_part:
             return Taken.STRANGER
-        if self.is_decided or client in self._updates:
+        if self.is_decided or client in self._counted:
             return Taken.LATE
         before = self._faults.get(client)
         if answer.fault is not None:
@@ -222,7 +222,7 @@ class Collection:
             return Taken.LATE
         self._faults.pop(client, None)
         self._away.discard(client)
-        self._updates[client] = answer.update
+        self._counted[client] = answer
         return Taken.COUNTED
 
     def _add_fault(self, client: ClientName, fault: TaskFault) -> Taken:
@@ -272,17 +272,17 @@ class Collection:
     @property
     def outstanding(self) -> tuple[ClientName, ...]:
         """Those that have not answered, and may, in name order."""
-        return tuple(sorted(self._taking_part - self._updates.keys() - self._faults.keys()))
+        return tuple(sorted(self._taking_part - self._counted.keys() - self._faults.keys()))
 
     @property
     def verdict(self) -> Verdict:
         """Where the round stands."""
-        if len(self._updates) >= self._aim:
+        if len(self._counted) >= self._aim:
             return Verdict.ENOUGH
         possible = len(self._taking_part) - len(self._faults)
         if possible < self._needed:
             return Verdict.FAILED
-        return Verdict.ENOUGH if possible == len(self._updates) else Verdict.OPEN
+        return Verdict.ENOUGH if possible == len(self._counted) else Verdict.OPEN
 
     @property
     def is_decided(self) -> bool:
@@ -295,7 +295,16 @@ class Collection:
         return dict(sorted(self._faults.items()))
 
     def updates(self) -> dict[ClientName, Update]:
-        """Return what counts, in client-name order, whatever the order of arrival was.
+        """Return the updates that count, in client-name order, whatever the order of arrival was.
+
+        Raises:
+            TooFewClients: the round failed; the sentence names who did not answer, and why.
+        """
+        counted = self.counted()
+        return {client: answer.update for client, answer in counted.items() if answer.update is not None}
+
+    def counted(self) -> dict[ClientName, Answer]:
+        """Return the answers that count, those with the updates.
 
         Raises:
             TooFewClients: the round failed; the sentence names who did not answer, and why.
@@ -308,7 +317,7 @@ class Collection:
                 got, first = len(self._taking_part) - len(self._faults), next(iter(self._faults))
                 raise TooFewClients(got=got, needed=self._needed, why=why, client=first)
             case Verdict.ENOUGH:
-                return dict(sorted(self._updates.items()))
+                return dict(sorted(self._counted.items()))
 
 
 async def collect(
@@ -327,7 +336,7 @@ async def collect(
         TooFewClients: the round cannot have the updates that it needs; the sentence names who did not answer, and why.
     """
     clients = federation.clients if among is None else tuple(among)
-    began_s, needed = federation.elapsed_s, participation.needed(len(clients))
+    needed = participation.needed(len(clients))
     selection = participation.select(clients, federation.rng("participation", task.name))
     collection = Collection(
         selection.asked,
@@ -338,19 +347,44 @@ async def collect(
         busy=await outstanding_at_most(federation, task.name, participation.max_staleness),
     )
     try:
-        while True:
-            left_s = max(participation.deadline_s - (federation.elapsed_s - began_s), 0.0)
-            due, then = collection.take_due(), at_deadline(needed, len(collection.taking_part))
-            async with aclosing(ask_checked(federation, task, due, deadline_s=left_s, then=then, keep=True)) as answers:
-                async for answer in answers:
-                    collection.add(participation.discounted(answer))
-                    if collection.is_decided or collection.has_due:
-                        break
-            if not collection.has_due:
-                return collection.updates()
+        await ask_until_decided(
+            federation,
+            task,
+            collection,
+            deadline_s=participation.deadline_s,
+            then=lambda: at_deadline(needed, len(collection.taking_part)),
+            as_it_counts=participation.discounted,
+        )
     finally:
         if participation.late == "drop":
             await federation.cancel(task.name)
+    return collection.updates()
+
+
+async def ask_until_decided(
+    federation: Federation,
+    task: Task,
+    collection: Collection,
+    *,
+    deadline_s: float,
+    then: Callable[[], str],
+    as_it_counts: Callable[[Answer], Answer] = lambda answer: answer,
+) -> None:
+    """Ask *task*, to keep, of whomever *collection* wants to be asked, and add the answers until it is decided.
+
+    *deadline_s* is for all of it, and *then* says what happens then. Kept tasks that are outstanding stay so.
+    """
+    began_s = federation.elapsed_s
+    while True:
+        left_s = max(deadline_s - (federation.elapsed_s - began_s), 0.0)
+        asking = ask_checked(federation, task, collection.take_due(), deadline_s=left_s, then=then(), keep=True)
+        async with aclosing(asking) as answers:
+            async for answer in answers:
+                collection.add(as_it_counts(answer))
+                if collection.is_decided or collection.has_due:
+                    break
+        if not collection.has_due:
+            return
 
 
 async def outstanding_at_most(federation: Federation, name: str, max_staleness: int) -> tuple[ClientName, ...]:

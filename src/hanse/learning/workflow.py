@@ -50,6 +50,7 @@ WORKFLOWS: Final[Mapping[str, str]] = {
     "fedadagrad": "hanse.learning.fedopt:FedAdagrad",
     "fedadam": "hanse.learning.fedopt:FedAdam",
     "fedyogi": "hanse.learning.fedopt:FedYogi",
+    "fedbuff": "hanse.learning.fedbuff:FedBuff",
     "fedprox": "hanse.learning.fedprox:FedProx",
     "cyclic": "hanse.learning.cyclic:Cyclic",
     "evaluation": "hanse.learning.evaluation:Evaluation",

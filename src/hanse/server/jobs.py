@@ -150,11 +150,12 @@ class Jobs:
 
     async def _take_up(self) -> None:
         store, epoch = self._services.store, self._services.epoch
-        await asyncio.to_thread(self._clear_leftovers)
+        running = await store.jobs(states=(JobState.RUNNING,))
+        await asyncio.to_thread(self._clear_leftovers, {record.job_id for record in running})
         for record in await store.jobs(states=(JobState.SCHEDULED,)):
             again = move(record, JobState.SUBMITTED, at=self._services.wall())
             await store.replace_job(epoch, again, was=record.state)
-        for record in await store.jobs(states=(JobState.RUNNING,)):
+        for record in running:
             state = await store.snapshot(record.job_id)
             missing = await asyncio.to_thread(self.run_folder(record.job_id).take_over, _digests_of(state))
             if missing:
@@ -189,12 +190,15 @@ class Jobs:
         await self._services.store.retract_answers(self._services.epoch, record.job_id, spoilt)
         return await self._services.store.snapshot(record.job_id)
 
-    def _clear_leftovers(self) -> None:
-        """Delete what submissions that broke off in earlier tenures have left."""
+    def _clear_leftovers(self, running: Collection[JobId]) -> None:
+        """Delete what earlier tenures have left: submissions that broke off, tensors of runs that are not *running*."""
         for path in self._folders.glob(f"{_INCOMING}*"):
             number = path.name.removeprefix(_INCOMING).partition("-")[0]
             if number.isdigit() and int(number) < self._services.epoch:
                 shutil.rmtree(path, ignore_errors=True)
+        for path in self._folders.glob("*/"):
+            if path.name not in running:
+                self.run_folder(JobId(path.name)).delete_earlier_tensors()
 
     async def _schedule(self) -> None:
         while True:

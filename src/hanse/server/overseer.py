@@ -205,6 +205,8 @@ class LeaseOverseer:
     def _note(self, lease: Lease) -> None:
         is_anybodys = lease.holder == "" and lease.successor in ("", self._name)
         ttl_s = 0.0 if is_anybodys else lease.ttl_s
+        if lease.holder == self._holder:  # this server could not keep it, so let another one come first
+            ttl_s *= 2
         self._seen = lease
         self._watch = self._watch.observe(_sign(lease), ttl_s=ttl_s, now=self._clock())
 

@@ -64,9 +64,13 @@ class RunFolder:
                     files.take_in(folder / digest)
         missing = [digest for digest in dict.fromkeys(needed) if not files.verify(digest)]
         files.sync(set(needed) - set(missing))
-        for folder in earlier:
-            shutil.rmtree(folder, ignore_errors=True)
+        self.delete_earlier_tensors()
         return missing
+
+    def delete_earlier_tensors(self) -> None:
+        """Delete the tensors of earlier tenures, whatever of them can be deleted."""
+        for folder in self._earlier():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def delete_tensors(self) -> None:
         """Delete the tensors of this tenure and of all before it."""
