@@ -205,7 +205,7 @@ def test_a_kit_of_release_0_1_0_is_read(file: Path, kind: type[ClientSettings | 
 def test_a_name_of_then_beside_todays_is_refused(file: Path) -> None:
     file.write_text(CLIENT + 'server_name = "hub"\nserver_names = ["hub"]\n')
 
-    with pytest.raises(ConfigError, match="server_name in .* is 'hub'; expected no such field"):
+    with pytest.raises(ConfigError, match=r"server_name in .* is 'hub'; expected no such field"):
         read(file, ClientSettings)
 
 

@@ -60,7 +60,8 @@ def kill(running: Deployment, victim: str) -> None:
         case "run":
             running.job_process("server").kill()
         case "job at the client":
-            running.job_process("site-1").kill()
+            (job,) = running.process("site-1").children()
+            job.kill()
         case name:
             running.kill(name)
             running.start(name)
