@@ -24,7 +24,7 @@ from hanse.cell.loop import run
 from hanse.client.agent import ClientAgent
 from hanse.errors import ConfigError, Conflict, JobInvalid
 from hanse.ids import Digest
-from hanse.launch.process import ProcessLauncher
+from hanse.launch.surviving import SurvivingLauncher
 from hanse.messages import JobEvent
 from hanse.run.authoring import package_of
 from hanse.server.federated_server import FederatedServer
@@ -98,7 +98,7 @@ async def _deployed(server: FederatedServer, job: Path, home: Path, clients: int
                 tls=False,
             ),
             workspace=home / f"site-{number + 1}",
-            launcher=ProcessLauncher(),
+            launcher=SurvivingLauncher(),
             rng=random.Random(number),
         )
         for number in range(clients)

@@ -163,16 +163,21 @@ class LocalRun:
         )
         self._link.listen(federation)
         workflow = workflow_of(self._spec)
-        state = await drive(
-            workflow,
-            spec=self._spec,
-            snapshot=snapshot,
-            initial=lambda: self._initial_model(self._spec, folder.code),
-            link=self._link,
-            files=files,
-            federation=federation,
-            is_stopping=lambda: self._is_last_round,
-        )
+        keeping = asyncio.create_task(self._link.keep_attached(), name="keep attached")  # ended below
+        try:
+            state = await drive(
+                workflow,
+                spec=self._spec,
+                snapshot=snapshot,
+                initial=lambda: self._initial_model(self._spec, folder.code),
+                link=self._link,
+                files=files,
+                federation=federation,
+                is_stopping=lambda: self._is_last_round,
+            )
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
         if not is_over(workflow, state):
             reason = f"stopped after round {state.round} as asked; what is committed stays"
             return RunEnded(completed=False, code="stopped", reason=reason)
