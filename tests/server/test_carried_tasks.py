@@ -305,6 +305,6 @@ def test_a_commit_carries_no_task_that_there_is_not(start: Start, dialler: Diall
         strange = TaskKey(0, "train", 0, ClientName("site-1"))
         await server.jobs._runs[job_id].commit(CommitRound(StateRef(0, ModelRef()), carried=(strange,)))
 
-    with pytest.raises(ProtocolError, match=r"CommitRound\.carried is .*; expected tasks that are out or answered"):
+    with pytest.raises(ProtocolError, match=r"CommitRound\.carried is .*; expected tasks out or answered"):
         wait(commit())
     assert wait(server.jobs.board.view(job_id)).history == ()

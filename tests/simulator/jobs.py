@@ -71,7 +71,8 @@ PACED = """
             meet(second, os.O_RDONLY)
         return hanse.Update(hanse.Model({name: array + 1 for name, array in model.items()}), num_examples=1)
 """
-"""The second client answers its first task when the first one is at its third, which waits for the second's next."""
+"""The second client answers its first task when the first one is at its third, and that one when the second is at its
+second."""
 
 
 def write_job(folder: Path, *, client: str = CLIENT, rounds: int = 3, **files: str) -> Path:

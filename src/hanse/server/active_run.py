@@ -400,9 +400,10 @@ class ActiveRun:
         if new and self.run.round != self._round_announced:
             self._round_announced = self.run.round
             self._notify(EventType.ROUND_STARTED, round_number=self.run.round)
-        await self._hand_over([answer for answer in self.run.answers if answer.key in issue.keys])
         for task in new:
             await self._send(task)
+        asked = frozenset(issue.keys)
+        await self._hand_over([answer for answer in self.run.answers if answer.key in asked])
 
     async def _hand_over(self, answers: Sequence[TaskResult]) -> None:
         """Hand *answers* to the run's process, which may know them; asked and not told, as many would fill the link."""
@@ -424,9 +425,9 @@ class ActiveRun:
         check_metrics(commit.state.metrics)
         if strangers := set(commit.answered) - set(self.run.clients):
             raise ProtocolError("CommitRound.answered", got=min(strangers), expected="clients of the run")
-        carried = commit.carried if commit.state.round == self.run.round else ()
+        carried = frozenset(commit.carried if commit.state.round == self.run.round else ())
         if unknown := self.run.unknown(carried):
-            raise ProtocolError("CommitRound.carried", got=unknown[0], expected="tasks that are out or answered")
+            raise ProtocolError("CommitRound.carried", got=min(unknown, key=str), expected="tasks out or answered")
         needed, kept = state_digests(commit.state), self._needed_by(carried)
         missing = self.files.missing(needed)
         if missing:
@@ -448,11 +449,11 @@ class ActiveRun:
         self._inboxes = {client: inbox for client, inbox in self._inboxes.items() if self.run.tasks_for(client)}
         async with self._clearing:
             begun = [inbox.begun for inbox in self._inboxes.values()]
-            kept = needed.union(self._needed_by(self.run.carried), *begun, +self._arriving)
+            kept = needed.union(self._needed_by(frozenset(self.run.carried)), *begun, self._arriving)
             doomed = await asyncio.to_thread(self.files.set_aside, kept)
         self._spawn(asyncio.to_thread(self.files.delete_files, doomed), f"delete tensors of {self.job_id}")
 
-    def _needed_by(self, keys: Collection[TaskKey]) -> set[Digest]:
+    def _needed_by(self, keys: frozenset[TaskKey]) -> set[Digest]:
         """Return the tensors of these tasks' models, and of their answers."""
         models = [task.model for task in self.run.tasks if task.key in keys]
         models += [answer.update.model for answer in self.run.answers if answer.update and answer.key in keys]
@@ -532,7 +533,7 @@ class ActiveRun:
         try:
             yield
         finally:
-            self._arriving.subtract(digests)
+            self._arriving -= Counter(digests)
 
     def inbox(self, client: ClientName) -> Inbox:
         """Return what *client* may add to the run's tensors, until its next answer is accepted or it has no task."""
