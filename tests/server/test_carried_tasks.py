@@ -136,7 +136,7 @@ def test_an_answer_to_a_task_that_was_not_carried_is_stale(start: Start, dialler
 def interrupted(
     request: pytest.FixtureRequest, start: Start, dialler: Dialler, recorder: Recorder
 ) -> Callable[..., FederatedServer]:
-    """``interrupted(launcher, server, sites, job_id)``: the server that goes on when it or the run's process is gone."""
+    """``interrupted(launcher, server, sites, job_id)``: what goes on when a process was killed."""
 
     def interrupt(launcher: Threads, server: FederatedServer, sites: list[Site], job_id: JobId) -> FederatedServer:
         if request.param == "run":

@@ -32,7 +32,7 @@ from hanse.learning.workflow import (
     check_wait,
     rng_for,
 )
-from hanse.messages import ClientChanged, IssueTasks, ModelRef, TaskFault, TaskKey, TaskResult
+from hanse.messages import ClientChanged, IssueTasks, ModelRef, RunSnapshot, TaskFault, TaskKey, TaskResult
 from hanse.model import Model, ModelSpec, Update
 from hanse.run.server_link import ServerLink
 from hanse.storage.models import allocate, load_model, store_model
@@ -176,6 +176,13 @@ class RunFederation:
         self._unavailable[client] = TaskFault(code, change.reason or f"{client} was lost")
         for key in keys:
             self._tell_of_loss(key)
+
+    def attached(self, snapshot: RunSnapshot) -> None:
+        """Take note of who was lost, or came back, while nothing could be heard."""
+        for client in self.clients:
+            is_lost = client in snapshot.lost_clients
+            if is_lost != (client in self._unavailable):
+                self.client_changed(ClientChanged(client, "lost" if is_lost else "back"))
 
     def _kept_keys(self, name: str) -> list[TaskKey]:
         """Return the keys of kept tasks *name* whose answers were not yielded, the oldest first."""

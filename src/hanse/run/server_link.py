@@ -48,9 +48,15 @@ class RunListener(Protocol):
     def client_changed(self, change: ClientChanged) -> None:
         """Take note that a client was lost, came back, or failed for good."""
 
+    def attached(self, snapshot: RunSnapshot) -> None:
+        """Take note of who is lost by now, when the link has been down and nothing could be heard."""
+
 
 class ServerLink:
-    """The run's side of the ``run`` channel, over its cell."""
+    """The run's side of the ``run`` channel, over its cell.
+
+    What the server tells while the link is down is lost; ``keep_attached`` makes up for it.
+    """
 
     def __init__(self, cell: Cell, *, on_abort: Callable[[str], None], rng: random.Random | None = None) -> None:
         self._cell = cell
@@ -59,6 +65,8 @@ class ServerLink:
         self._listener: RunListener | None = None
         self._is_cut_off = False
         self._early: list[TaskResult | ClientChanged] = []
+        self._came_up = asyncio.Event()
+        cell.on_link_up(lambda peer: self._came_up.set())
         cell.on(Channel.RUN, "answer", self._event)
         cell.on(Channel.RUN, "client", self._event)
         cell.on(Channel.RUN, "abort", self._abort)
@@ -79,10 +87,26 @@ class ServerLink:
 
         Among them are the answers that were accepted since the last commit, or that it has carried on.
         """
+        self._came_up.clear()
         reply = await self._ask("attach", Attach())
         if not isinstance(reply.payload, RunSnapshot):
             raise InternalError("reading the run's snapshot from its server")
         return reply.payload
+
+    async def keep_attached(self) -> None:
+        """Attach anew whenever the link was down, so that the listener hears what it missed; until cancelled.
+
+        ``listen`` comes before it. A run's process that was stopped for a while lost its link, and goes on.
+        """
+        while True:
+            await self._came_up.wait()
+            try:
+                snapshot = await self.attach()
+            except HanseError as error:
+                _log.warning("not attached again", extra={"reason": error.reason})
+            else:
+                if self._listener is not None:
+                    self._listener.attached(snapshot)
 
     async def issue(self, tasks: IssueTasks) -> None:
         """Journal *tasks* and have them handed to their clients; keys answered before bring their answers as events.
@@ -92,10 +116,18 @@ class ServerLink:
         await self._ask("issue", tasks)
 
     async def cancel(self, keys: Sequence[TaskKey]) -> None:
-        """Have later answers to *keys* refused; nothing once the link is cut off, for another process wants them."""
+        """Have later answers to *keys* refused; nothing once the link is cut off, for another process wants them.
+
+        If the server does not hear of it, they end with the round that the next commit ends.
+        """
         if self._is_cut_off:
             return
-        await self._ask_once("cancel", CancelTasks(tuple(keys)))
+        try:
+            await self._ask_once("cancel", CancelTasks(tuple(keys)))
+        except HanseError as error:
+            if not error.retryable:
+                raise
+            _log.warning("the server did not hear what is cancelled", extra={"reason": error.reason})
 
     async def commit(
         self, state: StateRef, *, took_s: float, answered: Sequence[ClientName], carried: Sequence[TaskKey] = ()

@@ -166,6 +166,7 @@ class LocalRun:
         )
         self._link.listen(federation)
         workflow = workflow_of(self._spec)
+        keeping = asyncio.create_task(self._link.keep_attached(), name="keep attached")  # ended below
         try:
             state = await drive(
                 workflow,
@@ -181,6 +182,9 @@ class LocalRun:
             if federation.disk_failure is not None:  # whatever the workflow's code has made of it
                 raise federation.disk_failure from None
             raise
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
         if not is_over(workflow, state):
             reason = f"stopped after round {state.round} as asked; what is committed stays"
             return RunEnded(completed=False, code="stopped", reason=reason)
