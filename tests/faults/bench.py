@@ -100,7 +100,7 @@ class Bench:
         hear: Callable[[JobEvent], object] = lambda _: None,
         within_s: float = RUN_WITHIN_S,
     ) -> JobView:
-        """Run *job*, the tests' or one like it, carry out *disturbances*, which are in order, at their steps, and return the job's end.
+        """Run *job*, the tests' or one like it, with *disturbances* at their steps, in order, and return its end.
 
         Events while nobody can be told (the server is away) are not seen; a disturbance whose step went by unseen is
         carried out at the next thing told, at the latest when the job has ended. What was told is added to *told*, and

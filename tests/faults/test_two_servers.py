@@ -85,7 +85,11 @@ class Pair(Bench):
             began.append(time.time())
             act()
 
-        view = run(self.run([Disturbance(step, start)], told=told), RUN_WITHIN_S)
+        try:
+            view = run(self.run([Disturbance(step, start)], told=told), RUN_WITHIN_S)
+        except BaseException:
+            print(f"told: {told}\n{self.logs()}")  # noqa: T201 - what pytest shows of a test that failed
+            raise
         accepted = [event.at for event in told.events if event.kind == "result_accepted" and event.at > began[0]]
         return view, min(accepted, default=began[0]) - began[0]
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hanse.errors import ProtocolError
+from hanse.errors import ProtocolError, Unreachable
 from hanse.events import EventType
-from hanse.ids import ClientName, Digest, JobId
+from hanse.ids import SERVER, ClientName, Digest, JobId, job_cell
 from hanse.job import JobState, WorkflowSpec
 from hanse.messages import (
     Channel,
@@ -219,6 +219,22 @@ def test_an_accepted_answer_of_a_client_that_is_lost_since_counts_after_a_restar
     sites[1].send(answer(tasks[1], w(3)))
 
     assert result_of(again, job_id) == w(2)
+
+
+def test_a_run_whose_link_broke_hears_what_it_missed(
+    start: Start, dialler: Dialler, recorder: Recorder, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    task, cell = site.task(), server.get_cell()
+    assert cell is not None
+
+    on_loop(lambda: cell.drop(job_cell(SERVER, job_id), Unreachable("the run", "a test has cut its link")))
+    site.send(answer(task, w(3)))
+
+    assert result_of(server, job_id) == w(3)
+    assert recorder.kinds.count(EventType.START_RUN) == 2
 
 
 class Large:

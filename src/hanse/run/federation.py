@@ -13,12 +13,13 @@ import asyncio
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 import numpy as np
 
-from hanse.errors import TrainingFailed
+from hanse.errors import StoreFailed, TrainingFailed
 from hanse.ids import ClientName
 from hanse.learning.workflow import (
     CLIENT_FAILED,
@@ -65,6 +66,7 @@ class RunFederation:
         self.seed = seed
         self.round = 0
         self.answered_clients: set[ClientName] = set()
+        self.disk_failure: StoreFailed | None = None
         self._began = 0.0
         self._unavailable = {client: TaskFault(CLIENT_LOST, f"{client} was lost") for client in lost}
         self._kept: dict[str, _Pool] = {}
@@ -107,7 +109,8 @@ class RunFederation:
 
     def allocate(self, spec: ModelSpec) -> Model:
         """Return writable arrays like *spec*; large ones lie in mapped files, so they cost no memory."""
-        return allocate(spec, self._files)
+        with self._disk():
+            return allocate(spec, self._files)
 
     # tasks and answers
 
@@ -218,6 +221,16 @@ class RunFederation:
         if unwanted:
             await self._link.cancel(unwanted)
 
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Use the disk; what it refuses ends this process, and another is to find the round's tasks as they are."""
+        try:
+            yield
+        except StoreFailed as failed:
+            self.disk_failure = failed
+            self._link.cut_off()
+            raise
+
     async def _issue(self, task: Task, keys: Sequence[TaskKey], pool: "_Pool", *, deadline_s: float, then: str) -> None:
         """Have those of *keys* that have no answer yet handed out, and the server know until when they are waited for.
 
@@ -237,7 +250,8 @@ class RunFederation:
 
     async def _ref(self, model: Model) -> ModelRef:
         if self._stored is None or self._stored[0] is not model:
-            self._stored = (model, await asyncio.to_thread(store_model, model, self._files))
+            with self._disk():
+                self._stored = (model, await asyncio.to_thread(store_model, model, self._files))
         return self._stored[1]
 
     async def _answer(self, result: TaskResult, *, is_clients_own: bool) -> Answer:
@@ -248,7 +262,8 @@ class RunFederation:
                 fault = TaskFault(TrainingFailed.code, fault.reason, fault.retryable)
             return Answer(client, None, fault, staleness)
         reference = result.update
-        model = None if reference.model is None else load_model(reference.model, self._files)
+        with self._disk():
+            model = None if reference.model is None else load_model(reference.model, self._files)
         self.answered_clients.add(client)
         return Answer(client, Update(model, reference.num_examples, reference.metrics), None, staleness)
 
