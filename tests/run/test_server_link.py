@@ -206,7 +206,7 @@ async def test_a_heartbeat_asks_for_no_answer() -> None:
 
 
 async def test_a_run_without_a_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hanse.run.server_link.JOURNAL_TIMEOUT_S", 0.0)
+    monkeypatch.setattr("hanse.run.server_link.LONGEST_WAIT_S", 0.0)
     link = ServerLink(Cell(RUN), on_abort=print)
 
     with pytest.raises(Unreachable):
