@@ -64,6 +64,8 @@ class Deployment:
         listen: str = "127.0.0.1",
     ) -> None:
         self.root = root
+        self.shared = root
+        """What several servers share; a server alone has it all."""
         self.servers = list(servers)
         self.names = [f"site-{number}" for number in range(1, clients + 1)]
         self.port = free_port()
@@ -229,6 +231,7 @@ def two_servers(store: str = "", *, clients: int = 2) -> Iterator[Deployment]:
         with deployment(
             clients=clients, settings=f"settings = {{ {lines} }}", more=standby, servers=("server", "standby")
         ) as running:
+            running.shared = shared
             yield running
     finally:
         shutil.rmtree(shared, ignore_errors=True)

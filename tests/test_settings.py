@@ -219,12 +219,26 @@ def test_an_unknown_word_of_the_policy_is_refused(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "meant"),
-    [(CLIENT + 'server_name = "hub"\n', "server_names"), (CLIENT + "[policy]\njobcode = 'deny'\n", "job_code")],
+    [(CLIENT + 'servers_name = ["hub"]\n', "server_names"), (CLIENT + "[policy]\njobcode = 'deny'\n", "job_code")],
 )
 def test_a_field_that_is_nearly_one_is_refused_with_the_one_that_is(file: Path, text: str, meant: str) -> None:
     file.write_text(text)
 
     with pytest.raises(ConfigError, match=f"expected no such field; perhaps '{meant}' is meant$"):
+        read(file, ClientSettings)
+
+
+@pytest.mark.parametrize("kind", [ClientSettings, AdminSettings])
+def test_a_kit_of_release_0_1_0_is_read(file: Path, kind: type[ClientSettings | AdminSettings]) -> None:
+    file.write_text(CLIENT + 'server_name = "hub"\n')
+
+    assert read(file, kind).server_names == ("hub",)
+
+
+def test_a_name_of_then_beside_todays_is_refused(file: Path) -> None:
+    file.write_text(CLIENT + 'server_name = "hub"\nserver_names = ["hub"]\n')
+
+    with pytest.raises(ConfigError, match=r"server_name in .* is 'hub'; expected no such field"):
         read(file, ClientSettings)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hanse.learning.cyclic import Cyclic
     from hanse.learning.evaluation import Evaluation
     from hanse.learning.fedavg import FedAvg
+    from hanse.learning.fedbuff import FedBuff
     from hanse.learning.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
     from hanse.learning.fedprox import FedProx
     from hanse.learning.workflow import Answer, Federation, State, Task, Workflow
@@ -36,6 +37,7 @@ _HOME = {
     "FedAdam": "hanse.learning.fedopt",
     "FedAvg": "hanse.learning.fedavg",
     "FedAvgM": "hanse.learning.fedopt",
+    "FedBuff": "hanse.learning.fedbuff",
     "FedProx": "hanse.learning.fedprox",
     "FedYogi": "hanse.learning.fedopt",
     "Federation": "hanse.learning.workflow",
@@ -66,6 +68,7 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedBuff",
     "FedProx",
     "FedYogi",
     "Federation",

@@ -26,6 +26,8 @@ BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-
 T = TypeVar("T", bound=msgspec.Struct)
 _COMPLAINT: Final = re.compile(r"(?P<what>missing required|contains unknown) field `(?P<field>[^`]+)`")
 """What msgspec says of a field that is not there, or should not be."""
+SINCE_RENAMED: Final = {"server_name": "server_names"}
+"""What release 0.1.0 wrote into kits for what is now a list: its kits are read, so that to upgrade is to install."""
 
 
 def _expect(holds: bool, field: str, got: object, expected: str) -> None:
@@ -287,6 +289,7 @@ def checked(table: Mapping[str, object], kind: type[T], *, where: str = "") -> T
     Raises:
         ConfigError: a field is unknown, missing or out of range; it names the field.
     """
+    table = _with_todays_names(table, kind)
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
@@ -305,6 +308,13 @@ def checked(table: Mapping[str, object], kind: type[T], *, where: str = "") -> T
         raise ConfigError(name, got=_found(table, name), expected=expected, where=where) from None
     except ConfigError as error:
         raise ConfigError(error.field, got=error.got, expected=error.expected, where=where) from None
+
+
+def _with_todays_names(table: Mapping[str, object], kind: type[msgspec.Struct]) -> Mapping[str, object]:
+    for then, now in SINCE_RENAMED.items():
+        if then in table and now not in table and now in kind.__struct_fields__:
+            table = {name: value for name, value in table.items() if name != then} | {now: [table[then]]}
+    return table
 
 
 def _found(table: object, name: str) -> object:

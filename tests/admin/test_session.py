@@ -25,7 +25,7 @@ from hanse.identity.authorities import Authority
 from hanse.identity.kits import Kit
 from hanse.ids import SERVER, Digest, Fqcn, JobId
 from hanse.job import JobRecord, JobSpec, JobState, Resources, WorkflowSpec
-from hanse.launch.process import ProcessLauncher
+from hanse.launch.surviving import SurvivingLauncher
 from hanse.messages import (
     CATALOGUE,
     PROTOCOL_VERSIONS,
@@ -405,7 +405,7 @@ async def take_part(deployment: Deployment, workspace: Path) -> tuple[ClientAgen
     agent = ClientAgent(
         settings,
         workspace=workspace,
-        launcher=ProcessLauncher(),
+        launcher=SurvivingLauncher(),
         rng=random.Random(1),
         identity=kit.identity,
         roots=kit.ca_pem,

@@ -7,7 +7,9 @@ processes and the files, as they would be after a run without trouble.
 
 import asyncio
 import fcntl
+import json
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -89,22 +91,32 @@ class Bench:
         async with AdminSession(kit, patience_s=PATIENCE_S) as session:
             yield session
 
-    async def run(self, disturbances: Sequence[Disturbance] = (), *, told: Told | None = None) -> JobView:
-        """Run the tests' job, carry out *disturbances*, which are in order, at their steps, and return the job's end.
+    async def run(
+        self,
+        disturbances: Sequence[Disturbance] = (),
+        *,
+        told: Told | None = None,
+        job: Path = JOB,
+        hear: Callable[[JobEvent], object] = lambda _: None,
+        within_s: float = RUN_WITHIN_S,
+    ) -> JobView:
+        """Run *job*, the tests' or one like it, with *disturbances* at their steps, in order, and return its end.
 
         Events while nobody can be told (the server is away) are not seen; a disturbance whose step went by unseen is
-        carried out at the next thing told, at the latest when the job has ended. What was told is added to *told*.
+        carried out at the next thing told, at the latest when the job has ended. What was told is added to *told*, and
+        *hear* is called with each event, in a thread.
 
         Raises:
             AssertionError: the run does not end in time; the message says how far it came.
         """
         progress, waiting, told = Progress(), list(disturbances), told if told is not None else Told()
         try:
-            async with asyncio.timeout(RUN_WITHIN_S), self.session() as session:
-                told.job_id = (await session.submit(JOB)).job_id
+            async with asyncio.timeout(within_s), self.session() as session:
+                told.job_id = (await session.submit(job)).job_id
                 async for seen in session.follow(told.job_id):
                     if isinstance(seen, JobEvent):
                         told.events.append(seen)
+                        await asyncio.to_thread(hear, seen)
                     progress.take(seen)
                     while waiting and waiting[0].is_due(seen, progress.index):
                         await asyncio.to_thread(waiting.pop(0).act)
@@ -114,7 +126,7 @@ class Bench:
         except TimeoutError:
             reached = STEPS[progress.index] if progress.index >= 0 else "its submission"
             raise AssertionError(
-                f"job {told.job_id} has not ended within {RUN_WITHIN_S:g} s; the last that was heard of it is {reached}"
+                f"job {told.job_id} has not ended within {within_s:g} s; the last that was heard of it is {reached}"
             ) from None
 
     def check(self, view: JobView) -> None:
@@ -209,6 +221,15 @@ class Bench:
     def logs(self) -> str:
         """Return what the server and the agents have said."""
         return "".join(self.running.log(name).read_text() for name in (*self.running.servers, *self.running.names))
+
+
+def job_like(folder: Path, **settings: object) -> Path:
+    """Return the folder of a job that is the tests' but for these *settings* of its workflow; made in *folder*."""
+    made = folder / "job"
+    shutil.copytree(JOB, made, ignore=shutil.ignore_patterns("__pycache__"))
+    with (made / "pyproject.toml").open("a") as file:  # whose last table is the workflow's
+        file.writelines(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+    return made
 
 
 class Gate:

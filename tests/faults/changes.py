@@ -16,6 +16,8 @@ _ANY_CHANGE: Final = 0x00000002 | 0x00000040 | 0x00000080 | 0x00000100 | 0x00000
 def wait_none(found: Callable[[], list[str]], folders: Iterable[Path], *, what: str, within_s: float) -> None:
     """Return when *found* finds nothing any more, looking anew whenever something in *folders*, at any depth, changes.
 
+    A file in place of a folder is fine too.
+
     Raises:
         AssertionError: it still finds something after *within_s*; the message says what was waited for.
     """
@@ -37,8 +39,24 @@ def wait_none(found: Callable[[], list[str]], folders: Iterable[Path], *, what: 
         os.close(descriptor)
 
 
+def wait_line(log: Path, text: str, *, after: int, within_s: float) -> None:
+    """Return when the file *log* holds *text* beyond its first *after* bytes.
+
+    Raises:
+        AssertionError: it does not within *within_s*.
+    """
+
+    def missing() -> list[str]:
+        with log.open("rb") as file:
+            file.seek(after)
+            said = file.read().decode(errors="replace")
+        return [] if text in said else [f"only {said[-2000:]!r}"]
+
+    wait_none(missing, [log], what=f"{text!r} in {log}", within_s=within_s)
+
+
 def _watch(descriptor: int, roots: list[Path]) -> None:
     """Watch *roots* and the folders in them; one that is watched already stays so."""
     for root in roots:
-        for folder, _, _ in os.walk(root):
+        for folder, _, _ in os.walk(root) if root.is_dir() else [(root, [], [])]:
             _libc.inotify_add_watch(descriptor, os.fsencode(folder), _ANY_CHANGE)

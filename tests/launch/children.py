@@ -62,9 +62,9 @@ def main() -> int:
             threading.Event().wait()
         case ["fork-and-end"]:
             LifeLine()
-            if forked := os.fork():
-                say(f"forked {forked}")
+            if os.fork():
                 os._exit(6)
+            say(f"forked {os.getpid()}")
             signal.pause()
         case _:
             say(f"got {len(spec)} bytes")

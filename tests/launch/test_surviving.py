@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,21 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hanse.errors import UNKNOWN_STATUS, Conflict
 from hanse.launch.held import HeldProcess, lock_nowait
-from hanse.launch.process import RunningProcess
+from hanse.launch.process import MAX_SPEC_BYTES, ProcessLauncher, RunningProcess
 from hanse.launch.surviving import LINE_FILE, LOCK_FILE, SurvivingLauncher, end_survivor, forget, pid_at, survivor_at
 
-HERE = Path(__file__).parent
-ENV = {"PYTHONPATH": str(HERE)}
+PATHS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+ENV = {"PYTHONPATH": PATHS}
 PARENT = """
 import asyncio, os, pathlib, signal, sys
 from hanse.launch.surviving import SurvivingLauncher
 
-async def main(spec, log, ready, here):
-    env = {"PYTHONPATH": here, "READY": ready}
+async def main(spec, log, ready, paths):
+    env = {"PYTHONPATH": paths, "READY": ready}
     process = await SurvivingLauncher().launch(
         "children", spec=spec.encode(), log_path=pathlib.Path(log), env=env, name="child"
     )
@@ -49,7 +51,7 @@ def ready_of(log: Path) -> Path:
 
 def left_by_a_dead_parent(spec: str, log: Path) -> tuple[int, str]:
     """Return the number of a process whose parent has been killed since it was ready, and what it said then."""
-    command = [sys.executable, "-c", PARENT, spec, str(log), str(ready_of(log)), str(HERE)]
+    command = [sys.executable, "-c", PARENT, spec, str(log), str(ready_of(log)), PATHS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     pid, _, said = done.stdout.strip().partition(" ")
@@ -178,9 +180,13 @@ async def test_stubborn_process_is_killed_with_its_group(tmp_path: Path) -> None
 
 async def test_what_a_process_forks_does_not_hold_its_lock_and_ends_with_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    _, said = left_by_a_dead_parent("fork-and-end", log)
+    pid, said = left_by_a_dead_parent("fork-and-end", log)
     forked = int(said.split()[1])
     with killed_at_last(forked) as held:
+        with contextlib.suppress(ProcessLookupError):  # it may be gone by now
+            process = HeldProcess(pid)
+            await asyncio.to_thread(process.wait, 30)
+            process.close()
         assert not held.wait(0), "the process has ended, what it has forked has not"
         assert pid_at(tmp_path) is None
         assert is_free(tmp_path)
@@ -227,11 +233,23 @@ async def test_stranger_that_has_the_number_is_never_taken_for_the_process(
         assert await process.wait() == 3, "nor does it keep the job from being started"
 
 
+async def test_process_that_another_launcher_started_says_so(tmp_path: Path) -> None:
+    process = await ProcessLauncher().launch(
+        "children", spec=b"survive 60", log_path=tmp_path / "log", env=ENV, name="child"
+    )
+    assert await process.wait() == 1
+    assert "HANSE_PROCESS_LOCK is ''; expected what a SurvivingLauncher sets" in process.log_tail(1)
+
+
 async def test_process_that_cannot_be_started_leaves_no_lock(tmp_path: Path) -> None:
     launcher = SurvivingLauncher("/no/such/python")
+    before = psutil.Process().num_fds()
     with pytest.raises(FileNotFoundError):
         await launcher.launch("m", spec=b"", log_path=tmp_path / "log", env={}, name="child")
+    with pytest.raises(ValueError, match="at most"):
+        await launcher.launch("m", spec=bytes(MAX_SPEC_BYTES + 1), log_path=tmp_path / "log", env={}, name="child")
 
+    assert psutil.Process().num_fds() <= before + 1, "the log, the lock, the pipe and the life line are closed"
     assert is_free(tmp_path)
     forget(tmp_path)
     assert await asyncio.to_thread(os.listdir, tmp_path) == ["log"]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from hanse.errors import StoreFailed
-from hanse.ids import ClientName
+from hanse.ids import ClientName, JobId
+from hanse.job import JobSpec, WorkflowSpec
 from hanse.learning.workflow import LONGEST_WAIT_S, THEN, Answer, Task, rng_for
-from hanse.messages import TaskFault, TaskKey, TaskResult
+from hanse.messages import RunSnapshot, TaskFault, TaskKey, TaskResult
 from hanse.model import Model, TensorSpec
 from hanse.run.federation import RunFederation
 from hanse.storage.tensors import TensorFiles
@@ -318,6 +319,20 @@ async def test_an_answer_that_is_told_twice_counts_once(files: TensorFiles) -> N
     journal.accept(journal.answers[key("a")])
     assert await collected(run, keep=True) == []
     assert run.carried == ()
+
+
+async def test_who_was_lost_and_who_came_back_is_learnt_when_the_link_is_up_again(files: TensorFiles) -> None:
+    journal = Journal(files, {"a": plus(1), "b": silent})
+    run = federation(journal, "a", "b", lost=["a"])
+    asking = asyncio.create_task(collected(run, "b"))
+    async with asyncio.timeout(10):
+        await journal.was_asked.wait()
+
+    spec = JobSpec("tiny", WorkflowSpec("fedavg"), client="app:app", model="model:initial")
+    run.attached(RunSnapshot(JobId("tiny-1"), spec, run.clients, lost_clients=(ClientName("b"),)))
+
+    assert shown(await asking) == [("b", "client-lost", 0)]
+    assert shown(await collected(run, "a")) == [("a", None, 0)]
 
 
 # tasks that are kept

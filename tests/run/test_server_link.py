@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 
 from hanse.cell.cell import Cell, RemoteError
 from hanse.cell.link import Peer, memory_link_pair
-from hanse.errors import Conflict, Unreachable
+from hanse.errors import Conflict, StoreFailed, Unreachable
 from hanse.ids import SERVER, ClientName, Fqcn, JobId
 from hanse.job import JobSpec, WorkflowSpec
 from hanse.messages import (
@@ -41,6 +42,7 @@ class Heard:
         self.answers: list[TaskResult] = []
         self.changes: list[ClientChanged] = []
         self.aborts: list[str] = []
+        self.snapshots: list[RunSnapshot] = []
         self.came = asyncio.Event()
 
     def answered(self, result: TaskResult) -> None:
@@ -49,6 +51,10 @@ class Heard:
 
     def client_changed(self, change: ClientChanged) -> None:
         self.changes.append(change)
+        self.came.set()
+
+    def attached(self, snapshot: RunSnapshot) -> None:
+        self.snapshots.append(snapshot)
         self.came.set()
 
     def abort(self, reason: str) -> None:
@@ -66,13 +72,19 @@ async def linked(heard: Heard) -> AsyncIterator[tuple[Cell, ServerLink]]:
     """A server's cell, and the link of a run to it."""
     server, run = Cell(SERVER), Cell(RUN)
     link = ServerLink(run, on_abort=heard.abort)
+    async with connected(server, run):
+        yield server, link
+
+
+@asynccontextmanager
+async def connected(server: Cell, run: Cell) -> AsyncIterator[None]:
     to_server, to_run = memory_link_pair(Peer(SERVER, "server", "memory"), Peer(RUN, "server_job", "memory"))
     run.attach(to_server)
     server.attach(to_run)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(to_server.run(run.receive)), group.create_task(to_run.run(server.receive))]
         try:
-            yield server, link
+            yield
         finally:
             for task in tasks:
                 task.cancel()
@@ -97,12 +109,8 @@ async def test_what_a_run_decides_goes_up_as_it_is() -> None:
 
 
 async def test_the_servers_refusal_is_raised() -> None:
-    def refuse(message: Message) -> None:
-        del message
-        raise Conflict("run tiny-1", state="over", wanted="given tasks")
-
     async with linked(Heard()) as (server, link):
-        server.on(Channel.RUN, "issue", refuse)
+        server.on(Channel.RUN, "issue", _refusing)
         with pytest.raises(RemoteError, match="run tiny-1 is over"):
             await link.issue(IssueTasks((KEY,), None))
 
@@ -126,6 +134,59 @@ async def test_events_that_come_before_the_listener_are_kept_in_order() -> None:
     assert heard.answers == [first, first]
 
 
+async def test_what_was_told_while_the_link_was_down_is_heard_when_it_is_up_again() -> None:
+    heard, server, run = Heard(), Cell(SERVER), Cell(RUN)
+    link = ServerLink(run, on_abort=heard.abort)
+    lost = msgspec.structs.replace(SNAPSHOT, lost_clients=(ClientName("site-1"),))
+    answer = TaskResult(KEY, fault=TaskFault("x", "meanwhile"))
+    attached: list[RunSnapshot] = []
+
+    async def attach(message: Message) -> Message:
+        del message
+        attached.append(SNAPSHOT if not attached else lost)
+        if len(attached) == 2:
+            raise StoreFailed("reading", "a locked database")
+        if len(attached) == 3:
+            await server.ask(RUN, Channel.RUN, "answer", answer, timeout_s=10)
+        return ok(attached[-1])
+
+    server.on(Channel.RUN, "attach", attach)
+    async with connected(server, run):
+        await link.attach()
+        link.listen(heard)
+        keeping = asyncio.create_task(link.keep_attached())
+    assert heard.snapshots == []
+    with pytest.raises(Unreachable):
+        server.tell(RUN, Channel.RUN, "answer", answer)
+    async with connected(server, run):
+        async with asyncio.timeout(10):
+            while not heard.snapshots:
+                await heard.next()
+        keeping.cancel()
+
+    assert (heard.answers, heard.snapshots) == ([answer], [lost])
+    assert len(attached) == 3
+
+
+async def test_what_the_server_does_not_hear_is_cancelled_with_the_round() -> None:
+    async with linked(Heard()) as (server, link):
+        server.on(Channel.RUN, "cancel", _away)
+        await link.cancel([KEY])
+        server.on(Channel.RUN, "cancel", _refusing)
+        with pytest.raises(RemoteError, match="run tiny-1 is over"):
+            await link.cancel([KEY])
+
+
+def _away(message: Message) -> None:
+    del message
+    raise StoreFailed("writing", "no space left on device")
+
+
+def _refusing(message: Message) -> None:
+    del message
+    raise Conflict("run tiny-1", state="over", wanted="given tasks")
+
+
 async def test_an_abort_is_heard_with_or_without_a_listener() -> None:
     heard = Heard()
     async with linked(heard) as (server, _):
@@ -144,7 +205,8 @@ async def test_a_heartbeat_asks_for_no_answer() -> None:
             await beats.wait()
 
 
-async def test_a_run_without_a_server_says_so() -> None:
+async def test_a_run_without_a_server_says_so_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hanse.run.server_link.LONGEST_WAIT_S", 0.3)
     link = ServerLink(Cell(RUN), on_abort=print)
 
     with pytest.raises(Unreachable):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hanse.errors import ProtocolError
+from hanse.errors import ProtocolError, Unreachable
 from hanse.events import EventType
-from hanse.ids import ClientName, Digest, JobId
+from hanse.ids import SERVER, ClientName, Digest, JobId, job_cell
 from hanse.job import JobState, WorkflowSpec
 from hanse.messages import (
     Channel,
@@ -136,7 +136,7 @@ def test_an_answer_to_a_task_that_was_not_carried_is_stale(start: Start, dialler
 def interrupted(
     request: pytest.FixtureRequest, start: Start, dialler: Dialler, recorder: Recorder
 ) -> Callable[..., FederatedServer]:
-    """``interrupted(launcher, server, sites, job_id)``: the server that goes on when it, or the run's process, is gone."""
+    """``interrupted(launcher, server, sites, job_id)``: what goes on when a process was killed."""
 
     def interrupt(launcher: Threads, server: FederatedServer, sites: list[Site], job_id: JobId) -> FederatedServer:
         if request.param == "run":
@@ -221,6 +221,22 @@ def test_an_accepted_answer_of_a_client_that_is_lost_since_counts_after_a_restar
     assert result_of(again, job_id) == w(2)
 
 
+def test_a_run_whose_link_broke_hears_what_it_missed(
+    start: Start, dialler: Dialler, recorder: Recorder, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    task, cell = site.task(), server.get_cell()
+    assert cell is not None
+
+    on_loop(lambda: cell.drop(job_cell(SERVER, job_id), Unreachable("the run", "a test has cut its link")))
+    site.send(answer(task, w(3)))
+
+    assert result_of(server, job_id) == w(3)
+    assert recorder.kinds.count(EventType.START_RUN) == 2
+
+
 class Large:
     """Models of one tensor that is too large to ride along, as site-2's process moves them."""
 
@@ -289,6 +305,6 @@ def test_a_commit_carries_no_task_that_there_is_not(start: Start, dialler: Diall
         strange = TaskKey(0, "train", 0, ClientName("site-1"))
         await server.jobs._runs[job_id].commit(CommitRound(StateRef(0, ModelRef()), carried=(strange,)))
 
-    with pytest.raises(ProtocolError, match=r"CommitRound\.carried is .*; expected tasks that are out or answered"):
+    with pytest.raises(ProtocolError, match=r"CommitRound\.carried is .*; expected tasks out or answered"):
         wait(commit())
     assert wait(server.jobs.board.view(job_id)).history == ()

@@ -28,10 +28,8 @@ from hanse.messages import (
 )
 from hanse.storage.migrations import migrate
 from hanse.storage.records import AuditEntry, Lease, RunState
-from hanse.storage.sqlite import sqlite_engine
 from hanse.storage.store import SqlStore, database_at
 from hanse.storage.tables import SCHEMA_VERSION, metadata, schema_version
-from hanse.storage.writer import BEGIN
 
 FIRST_RELEASE = Path(__file__).with_name("release-0.1.0.sql")
 RUNNING = JobId("training-1")
@@ -201,12 +199,10 @@ async def test_a_new_store_begins_before_its_first_tenure_with_an_id_that_stays(
 def test_the_migrations_make_the_tables_that_the_code_knows(where: Path | str) -> None:
     asyncio.run(_open_and_close(SqlStore(where)))
 
-    engine = database_at(where).connect().execution_options(**{BEGIN: "BEGIN"})
-    with engine.begin() as connection:
+    with database_at(where).migrating() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         differences = compare_metadata(context, metadata)
         version = schema_version(connection)
-    engine.dispose()
 
     assert differences == []
     assert version == SCHEMA_VERSION
@@ -246,19 +242,18 @@ async def test_a_store_that_a_later_release_made_is_refused_and_left_alone(path:
 
 
 def test_an_upgrade_that_fails_leaves_the_store_as_it_was(old: Path) -> None:
-    engine = sqlite_engine(old).execution_options(**{BEGIN: "BEGIN IMMEDIATE"})
+    database = database_at(old)
 
     def upgrade_and_fail(connection: Connection) -> None:
         migrate(connection, version="0001", name="the store")
         assert schema_version(connection) == SCHEMA_VERSION
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), engine.begin() as connection:
+    with pytest.raises(ZeroDivisionError), database.migrating() as connection:
         upgrade_and_fail(connection)
-    with engine.begin() as connection:
+    with database.migrating() as connection:
         assert schema_version(connection) == "0001"
         assert "standbys" not in inspect(connection).get_table_names()
-    engine.dispose()
     connection_ = sqlite3.connect(old)
     assert connection_.execute("SELECT epoch, holder, expires_at FROM lease").fetchone() == (3, "host-1:4711", 1012.0)
     connection_.close()

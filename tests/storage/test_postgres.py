@@ -13,8 +13,7 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import text
 
 from hanse.errors import ConfigError, StoreFailed
 from hanse.ids import JobId
@@ -23,6 +22,7 @@ from hanse.storage import statements as sql
 from hanse.storage import writer as writer_module
 from hanse.storage.records import AuditEntry, Lease, Store
 from hanse.storage.store import SqlStore, database_at
+from hanse.storage.transaction import Statement, Transaction
 from hanse.storage.writer import Writer
 from tests.postgres import PASSWORD, Postgres
 
@@ -48,14 +48,6 @@ async def other(store: SqlStore, postgres_url: str) -> AsyncIterator[SqlStore]:
 async def epoch(store: SqlStore) -> int:
     """The epoch under which ``store`` may write."""
     return (await take(store, "server-1")).epoch
-
-
-@pytest.fixture
-def engine(store: SqlStore, postgres_url: str) -> Iterator[Engine]:
-    """Connections to the store's database, made as the store makes its own."""
-    engine = database_at(postgres_url).connect()
-    yield engine
-    engine.dispose()
 
 
 @contextmanager
@@ -157,34 +149,42 @@ async def test_several_may_wait_over_one_connection_and_give_up(
 # The fence ------------------------------------------------------------------------------------------------------------
 
 
+class Writing:
+    """A transaction that has looked at the epoch, as every write does first."""
+
+    def __init__(self, url: str) -> None:
+        database = database_at(url)
+        self.connection = database.connect()
+        self.transaction = Transaction(self.connection.cursor(), database.dialect)
+        self.transaction.run(sql.EPOCH)
+
+
 async def test_nobody_takes_the_lease_between_a_writers_look_and_its_commit(
-    engine: Engine, epoch: int, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    epoch: int, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(adapter._TIMEOUTS_S, "statement_timeout", 0.2)
+    monkeypatch.setitem(adapter.TIMEOUTS_S, "statement_timeout", 0.2)
+    writing = Writing(postgres_url)  # as every write begins
     async with SqlStore(postgres_url) as other:
-        with engine.begin() as connection:
-            connection.execute(sql.EPOCH)  # as every write begins
-            with pytest.raises(StoreFailed, match="statement timeout"):
-                await take(other, "server-2", force=True)
+        with pytest.raises(StoreFailed, match="statement timeout"):
+            await take(other, "server-2", force=True)
+        writing.connection.commit()
 
         assert (await take(other, "server-2", force=True)).epoch == epoch + 1
+    writing.connection.close()
 
 
 async def test_a_writer_that_falls_silent_in_a_transaction_loses_it_and_cannot_keep_others_from_the_lease(
     store: SqlStore, epoch: int, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(adapter._TIMEOUTS_S, "idle_in_transaction_session_timeout", 0.2)
-    engine = database_at(postgres_url).connect()
-    with engine.connect() as connection:
-        connection.execute(sql.EPOCH)
-        connection.execute(sql.ENABLE, {"of_client": "site-1"})
-        connection.execute(sql.DISABLE, {"client": "site-1", "reason": "never to be committed"})
+    monkeypatch.setitem(adapter.TIMEOUTS_S, "idle_in_transaction_session_timeout", 0.2)
+    writing = Writing(postgres_url)
+    writing.transaction.run(sql.DISABLE, {"client": "site-1", "reason": "never to be committed"})
 
-        await take(store, "server-2", force=True)
+    await take(store, "server-2", force=True)
 
-        with pytest.raises(DBAPIError):
-            connection.commit()
-    engine.dispose()
+    with pytest.raises(psycopg.Error):
+        writing.connection.commit()
+    writing.connection.close()
     assert await store.disabled_clients() == {}
 
 
@@ -217,7 +217,7 @@ async def test_a_connection_lost_while_nobody_used_it_is_nobodys_failure(
 
 async def test_a_database_that_is_away_when_a_store_is_opened_is_named(postgres: Postgres, postgres_url: str) -> None:
     store = SqlStore(postgres_url)
-    with away(postgres), pytest.raises(StoreFailed, match=r"using postgresql://hanse@127\.0\.0\.1"):
+    with away(postgres), pytest.raises(StoreFailed, match=r"opening postgresql://hanse@127\.0\.0\.1"):
         await store.open()
 
     async with store:
@@ -301,15 +301,23 @@ async def test_a_server_that_takes_the_connection_and_says_nothing_is_given_up(m
 @pytest.fixture
 async def writer(postgres_url: str) -> AsyncIterator[Writer]:
     """A writer on a database with an empty table ``numbers``."""
-    writer = Writer(database_at(postgres_url).connect, name="numbers")
+    writer = Writer(database_at(postgres_url))
     writer.start()
-    await writer.write(lambda connection: connection.exec_driver_sql("CREATE TABLE numbers (number INTEGER)"))
+    await writer.write(lambda transaction: transaction.run(CREATE))
     yield writer
     await writer.close()
 
 
-def count(connection: Connection) -> int:
-    return int(connection.exec_driver_sql("SELECT count(*) FROM numbers").scalar_one())
+CREATE = Statement(text("CREATE TABLE numbers (number INTEGER)"))
+ADD = Statement(text("INSERT INTO numbers VALUES (1)"))
+COUNT = Statement(text("SELECT count(*) FROM numbers"))
+LOCK = Statement(text("LOCK TABLE numbers IN ACCESS EXCLUSIVE MODE"))
+BACKEND = Statement(text("SELECT pg_backend_pid()"))
+LOSE_CONNECTION = Statement(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+
+def count(transaction: Transaction) -> int:
+    return int(transaction.value(COUNT))
 
 
 class Adding:
@@ -319,12 +327,12 @@ class Adding:
         self.failures = failures
         self.times = 0
 
-    def __call__(self, connection: Connection) -> int:
+    def __call__(self, transaction: Transaction) -> int:
         self.times += 1
-        connection.exec_driver_sql("INSERT INTO numbers VALUES (1)")
+        transaction.run(ADD)
         if self.times <= self.failures:
-            connection.exec_driver_sql("SELECT pg_terminate_backend(pg_backend_pid())")
-        return count(connection)
+            transaction.run(LOSE_CONNECTION)
+        return count(transaction)
 
 
 async def test_a_transaction_that_loses_its_connection_is_tried_once_more(writer: Writer) -> None:
@@ -338,7 +346,7 @@ async def test_a_transaction_that_loses_its_connection_is_tried_once_more(writer
 async def test_a_transaction_that_loses_its_connection_twice_has_failed(writer: Writer) -> None:
     adding = Adding(failures=2)
 
-    with pytest.raises(StoreFailed, match="using numbers: terminating connection"):
+    with pytest.raises(StoreFailed, match=r"using postgresql://.*: terminating connection"):
         await writer.write(adding)
     assert adding.times == 2
     assert await writer.read(count) == 0
@@ -367,7 +375,7 @@ async def test_a_transaction_that_loses_its_connection_in_the_commit_is_not_trie
     )
     adding = Adding(failures=0)
 
-    with pytest.raises(StoreFailed, match="using numbers: terminating connection"):
+    with pytest.raises(StoreFailed, match=r"using postgresql://.*: terminating connection"):
         await writer.write(adding)
     assert adding.times == 1
 
@@ -377,16 +385,14 @@ async def test_a_commit_whose_answer_was_lost_is_a_failure_that_may_have_happene
 ) -> None:
     stopped: list[int] = []
 
-    def add_and_stop_the_server(connection: Connection) -> None:
-        connection.exec_driver_sql("INSERT INTO numbers VALUES (1)")
-        driver = connection.connection.driver_connection
-        assert isinstance(driver, psycopg.Connection)
-        stopped.append(driver.info.backend_pid)
-        os.kill(driver.info.backend_pid, signal.SIGSTOP)
+    def add_and_stop_the_server(transaction: Transaction) -> None:
+        transaction.run(ADD)
+        stopped.append(transaction.value(BACKEND))
+        os.kill(stopped[-1], signal.SIGSTOP)
 
-    def count_when_others_are_done(connection: Connection) -> int:
-        connection.exec_driver_sql("LOCK TABLE numbers IN ACCESS EXCLUSIVE MODE")
-        return count(connection)
+    def count_when_others_are_done(transaction: Transaction) -> int:
+        transaction.run(LOCK)
+        return count(transaction)
 
     monkeypatch.setattr(adapter._Connection, "answer_within_s", 0.2)
     with pytest.raises(StoreFailed, match="it has not answered"):
@@ -424,7 +430,7 @@ def test_a_missing_driver_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "psycopg", None)
     monkeypatch.delitem(sys.modules, "hanse.storage.postgres")
 
-    with pytest.raises(ConfigError, match=r"pip install 'hanse\[postgres\]'") as caught:
+    with pytest.raises(ConfigError, match=r"pip install 'psycopg\[binary\]'") as caught:
         SqlStore("postgresql://hanse:s3cret@db.example/hanse")
     assert "s3cret" not in str(caught.value)
 
@@ -442,7 +448,7 @@ async def test_a_commit_is_on_the_disk_when_it_is_answered_whatever_the_database
     for set_to, used in (("off", "on"), ("local", "local")):
         postgres.execute(f"ALTER DATABASE emptied SET synchronous_commit = {set_to}")
         async with SqlStore(postgres_url) as store:
-            shown = await store._read(lambda connection: connection.exec_driver_sql("SHOW synchronous_commit").scalar())
+            shown = await store._read(lambda transaction: transaction.value(Statement(text("SHOW synchronous_commit"))))
         postgres.execute("ALTER DATABASE emptied RESET synchronous_commit")
         assert shown == used
 

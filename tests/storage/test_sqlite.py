@@ -6,26 +6,26 @@ import stat
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import text
 
-from hanse.errors import StoreFailed
+from hanse.errors import NoSpace, StoreFailed
 from hanse.storage import sqlite
 from hanse.storage.records import AuditEntry
-from hanse.storage.sqlite import sqlite_engine
+from hanse.storage.sqlite import SqliteDatabase
 from hanse.storage.store import SqlStore
-from hanse.storage.writer import BEGIN
+from hanse.storage.transaction import Statement, Transaction
 
 from .samples import record, take
 
 
-def test_connections_sync_every_commit_and_hold_foreign_keys(tmp_path: Path) -> None:
-    engine = sqlite_engine(tmp_path / "store.db").execution_options(**{BEGIN: "BEGIN IMMEDIATE"})
-    with engine.begin() as connection:
-        pragmas = {
-            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
-            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
-        }
-    engine.dispose()
+def test_connections_sync_every_commit_and_hold_foreign_keys(path: Path) -> None:
+    connection = SqliteDatabase(path).connect()
+    cursor = connection.cursor()
+    pragmas = {}
+    for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout"):
+        cursor.execute(f"PRAGMA {name}")
+        pragmas[name] = cursor.fetchall()[0][0]
+    connection.close()
 
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 5000}
     assert sqlite3.threadsafety >= 1
@@ -139,23 +139,27 @@ async def test_a_full_disk_is_named_as_the_cause_and_nothing_is_half_written(pat
         outcomes = await asyncio.gather(*(store.audit(epoch, entry) for _ in range(5)), return_exceptions=True)
 
         for outcome in outcomes:
-            assert isinstance(outcome, StoreFailed)
-            assert str(outcome) == f"the store failed while using {path}: database or disk is full"
+            assert isinstance(outcome, NoSpace)
+            assert outcome.doing == f"using {path}"
+            assert "database or disk is full" in str(outcome)
         assert await store.audit_log() == []
-        await store._read(lambda connection: connection.exec_driver_sql("PRAGMA max_page_count=1000000").close())
+        await store._read(lambda transaction: transaction.value(pragma("max_page_count=1000000")))
         await store.audit(epoch, entry)
 
 
-def _leave_no_room(connection: Connection) -> None:
-    pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
-    connection.exec_driver_sql(f"PRAGMA max_page_count={pages + 1}").close()
+def pragma(what: str) -> Statement:
+    return Statement(text(f"PRAGMA {what}"))
+
+
+def _leave_no_room(transaction: Transaction) -> None:
+    transaction.value(pragma(f"max_page_count={transaction.value(pragma('page_count')) + 1}"))
 
 
 async def test_a_file_that_may_not_be_written_is_named_with_the_cause(path: Path) -> None:
     async with SqlStore(path) as store:
         epoch = (await take(store, "server-1")).epoch
         # What the system does with a file system that it has mounted anew to read only, no test can.
-        await store._read(lambda connection: connection.exec_driver_sql("PRAGMA query_only=ON").close())
+        await store._read(lambda transaction: transaction.run(pragma("query_only=ON")))
 
         with pytest.raises(StoreFailed, match=f"using {path}: attempt to write a readonly database"):
             await store.add_job(epoch, record())

@@ -481,6 +481,19 @@ async def test_answers_come_in_the_order_in_which_they_were_accepted(running: St
     assert (await running.snapshot(JOB)).answers == tuple(answer(site) for site in sites)
 
 
+async def test_answers_of_an_earlier_tenure_come_first(running: Store) -> None:
+    sites = [f"site-{n}" for n in (3, 1, 4, 2)]
+    await running.issue_tasks(EPOCH, JOB, [task(site) for site in sites])
+    for site in sites[:2]:
+        await running.accept_answer(EPOCH, JOB, answer(site))
+    epoch = (await take(running, "server-1")).epoch
+
+    for site in sites[2:]:
+        await running.accept_answer(epoch, JOB, answer(site))
+
+    assert (await running.snapshot(JOB)).answers == tuple(answer(site) for site in sites)
+
+
 async def test_the_first_answer_to_a_task_counts_and_whoever_gives_another_is_told_it(running: Store) -> None:
     await running.issue_tasks(EPOCH, JOB, [task()])
     await running.accept_answer(EPOCH, JOB, answer(num_examples=1))

@@ -4,56 +4,61 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import text
 
 from hanse.errors import Conflict, StoreFailed
-from hanse.storage.sqlite import sqlite_engine
+from hanse.storage.sqlite import SqliteDatabase
+from hanse.storage.transaction import DriverConnection, Statement, Transaction
 from hanse.storage.writer import MAX_GROUP, Writer
+
+CREATE = Statement(text("CREATE TABLE numbers (number INTEGER)"))
+ADD = Statement(text("INSERT INTO numbers VALUES (:number)"))
+ALL = Statement(text("SELECT number FROM numbers ORDER BY number"))
+
+
+class Numbers(SqliteDatabase):
+    """A database that counts its transactions."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.name = "numbers"
+        self.begun = 0
+
+    def begin(self, connection: DriverConnection, *, is_write: bool) -> None:
+        self.begun += 1
+        super().begin(connection, is_write=is_write)
 
 
 class Database:
-    """A writer over a table of numbers, which counts its transactions and can be held up."""
+    """A writer over a table of numbers, which can be held up."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.begun: list[str] = []
-        self.committed = 0
-        self.writer = Writer(self.connect, name="numbers")
+        self.numbers = Numbers(path)
+        self.writer = Writer(self.numbers)
         self.go_on = threading.Event()
 
-    def connect(self) -> Engine:
-        engine = sqlite_engine(self.path)
-        event.listen(engine, "commit", self._count)
-        return engine
-
-    def _count(self, _: Connection) -> None:
-        self.committed += 1
-
     async def add(self, number: int) -> int:
-        def add(connection: Connection) -> int:
-            connection.exec_driver_sql("INSERT INTO numbers VALUES (?)", (number,))
+        def add(transaction: Transaction) -> int:
+            transaction.run(ADD, {"number": number})
             return number
 
         return await self.writer.write(add)
 
     async def add_and_fail(self, number: int) -> int:
-        def add(connection: Connection) -> int:
-            connection.exec_driver_sql("INSERT INTO numbers VALUES (?)", (number,))
+        def add(transaction: Transaction) -> int:
+            transaction.run(ADD, {"number": number})
             raise Conflict("the number", state="odd", wanted="added")
 
         return await self.writer.write(add)
 
     async def all(self) -> list[int]:
-        def read(connection: Connection) -> list[int]:
-            return [row[0] for row in connection.exec_driver_sql("SELECT number FROM numbers ORDER BY number")]
-
-        return await self.writer.read(read)
+        return await self.writer.read(lambda transaction: transaction.values(ALL))
 
     async def hold_up(self) -> "asyncio.Task[None]":
         """Occupy the thread until ``go_on`` is set, so that what is asked for meanwhile comes together."""
         is_held = threading.Event()
 
-        def wait(_: Connection) -> None:
+        def wait(_: Transaction) -> None:
             is_held.set()
             assert self.go_on.wait(30)
 
@@ -66,8 +71,8 @@ class Database:
 async def database(tmp_path: Path) -> AsyncIterator[Database]:
     database = Database(tmp_path / "numbers.db")
     database.writer.start()
-    await database.writer.write(lambda connection: connection.exec_driver_sql("CREATE TABLE numbers (number INTEGER)"))
-    database.committed = 0
+    await database.writer.write(lambda transaction: transaction.run(CREATE))
+    database.numbers.begun = 0
     yield database
     database.go_on.set()
     await database.writer.close()
@@ -81,7 +86,7 @@ async def test_what_waits_together_shares_one_commit(database: Database) -> None
 
     assert await asyncio.gather(*adding) == list(range(20))
     await held
-    assert database.committed == 2  # the one that held up, and the twenty
+    assert database.numbers.begun == 2  # the one that held up, and the twenty
     assert await database.all() == list(range(20))
 
 
@@ -116,7 +121,7 @@ async def test_a_group_larger_than_the_limit_is_split(database: Database) -> Non
     database.go_on.set()
     await asyncio.gather(held, *adding)
 
-    assert database.committed == 3
+    assert database.numbers.begun == 3
     assert len(await database.all()) == MAX_GROUP + 1
 
 
@@ -158,7 +163,8 @@ async def test_a_caller_whose_loop_is_gone_harms_nobody(database: Database) -> N
 
 async def test_a_database_error_fails_the_whole_group_with_a_sentence(database: Database) -> None:
     held = await database.hold_up()
-    bad = database.writer.write(lambda connection: connection.exec_driver_sql("INSERT INTO nowhere VALUES (1)"))
+    nowhere = Statement(text("INSERT INTO nowhere VALUES (1)"))
+    bad = database.writer.write(lambda transaction: transaction.run(nowhere))
     asking = [asyncio.ensure_future(database.add(1)), asyncio.ensure_future(bad)]
     await asyncio.sleep(0)
     database.go_on.set()
@@ -173,7 +179,7 @@ async def test_a_database_error_fails_the_whole_group_with_a_sentence(database: 
 
 
 async def test_a_bug_in_an_operation_reaches_its_caller_only(database: Database) -> None:
-    def broken(_: Connection) -> None:
+    def broken(_: Transaction) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

@@ -1,9 +1,10 @@
 """A site's side: the agent that registers and starts jobs, the process that trains, and what training code imports.
 
 Here belong a site's lifetimes: its agent (``agent``) with its jobs (``jobs``), a job's process (``job_process``) with
-the tasks it works on (``job_cell``), the handing of tasks to user code (``trainer``), and the names that user code
-uses: ``ClientApp`` for functions, ``init``, ``is_running``, ``receive``, ``send`` and ``log`` for a plain training
-script. No algorithm belongs here, and nothing that only a server or a run needs.
+the tasks it works on (``job_cell``), the handing of tasks to user code (``trainer``), where all this is on disk
+(``workspace``), and the names that user code uses: ``ClientApp`` for functions, ``init``, ``is_running``, ``receive``,
+``send`` and ``log`` for a plain training script. No algorithm belongs here, and nothing that only a server or a run
+needs.
 
 The names below are loaded when they are first used: an agent at rest must not pay for NumPy.
 """

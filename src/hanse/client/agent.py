@@ -65,10 +65,11 @@ class _Session:
 class ClientAgent:
     """One client, for as long as ``run`` runs. Belongs to one event loop, which must be running when it is made.
 
-    *workspace* is where *settings* say, made absolute. *identity* and *roots* (PEM) are the kit's; ``None`` and empty
-    without TLS. *tls_roots* is what the connection is checked against, where that is not *roots*. *dial* and
-    *transfers* stand in for gRPC where the server is in the same process. *random_bytes* and *wall* are what
-    registration uses.
+    *workspace* is where *settings* say, made absolute, and this agent's alone: whoever makes it holds
+    ``only_agent_of``. *launcher* is a ``SurvivingLauncher``, or one whose processes are no processes. *identity* and
+    *roots* (PEM) are the kit's; ``None`` and empty without TLS. *tls_roots* is what the connection is checked against,
+    where that is not *roots*. *dial* and *transfers* stand in for gRPC where the server is in the same process.
+    *random_bytes* and *wall* are what registration uses.
     """
 
     def __init__(

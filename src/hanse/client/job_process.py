@@ -234,7 +234,7 @@ def main() -> int:
         _log.error("the job cannot go on: %s", failure.reason, extra={"job": spec.job_id})
         ending.begin(1)
         run(connection.close())
-    return ending.status
+    return ending.finish()
 
 
 def serve(spec: JobProcessSpec, trainer: MainThreadTrainer, folder: Path) -> None:
@@ -288,15 +288,14 @@ class _Ending:
         timer.daemon = True
         timer.start()
 
-    @property
-    def status(self) -> int:
-        """What the process is to end with now that its work is over."""
+    def finish(self) -> int:
+        """Return the status to end with, now that the work is over; with its group, the process ends here."""
         if self._with_group:
             self._force()
         return self._status or 0
 
     def _force(self) -> None:
-        if self._with_group and os.getpgrp() == os.getpid():
+        if self._with_group and os.getpgrp() == os.getpid():  # its own, and not that of whoever runs it by hand
             os.killpg(0, signal.SIGKILL)
         os._exit(self._status or 0)
 

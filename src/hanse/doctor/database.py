@@ -1,13 +1,10 @@
 """Whether a store's PostgreSQL database answers, asked without changing anything in it: no tables are made.
 
-SQLAlchemy and the driver are for servers alone and take longer to import than all else here, so this is imported when
-it is called.
+The driver is an extra for servers, and what the storage imports is for servers alone, so this is imported when it is
+called.
 """
 
 from collections.abc import Callable
-
-from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 
 from hanse.doctor.service import ClockReading
 from hanse.errors import StoreFailed
@@ -25,17 +22,17 @@ def ask_database(url: str, wall: Callable[[], float]) -> tuple[str, ClockReading
     database = database_at(url)
     try:
         return database.name, _read_clock(database, wall)
-    except SQLAlchemyError as error:
-        why = " ".join(str(getattr(error, "orig", None) or error).split())
-        raise StoreFailed(f"opening {database.name}", why) from error
+    except database.error as error:
+        raise StoreFailed(f"opening {database.name}", " ".join(str(error).split())) from error
 
 
 def _read_clock(database: Database, wall: Callable[[], float]) -> ClockReading:
-    engine = database.connect()
+    connection = database.connect()
     try:
-        with engine.connect() as connection:
-            before = wall()
-            told = connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())"))
-            return ClockReading(before, float(told or 0), wall())
+        before = wall()
+        cursor = connection.cursor()
+        cursor.execute("SELECT extract(epoch FROM clock_timestamp())", {})
+        (told,) = cursor.fetchone()
+        return ClockReading(before, float(told), wall())
     finally:
-        engine.dispose()
+        connection.close()

@@ -113,10 +113,10 @@ async def start_process(
     is none. *on_started* hears of the process's number, and of where in the log it begins, before it gets its
     specification: what goes wrong until then ends the process, which has done nothing yet.
     """
-    if len(spec) > MAX_SPEC_BYTES:
-        raise ValueError(f"the specification of {name} has {len(spec)} bytes; at most {MAX_SPEC_BYTES} are allowed")
     child_end, pipe = os.pipe()  # not asyncio's: its ``wait`` also waits for grandchildren that hold the pipe
     try:
+        if len(spec) > MAX_SPEC_BYTES:
+            raise ValueError(f"the specification of {name} has {len(spec)} bytes; at most {MAX_SPEC_BYTES} are allowed")
         with _log_file(log_path) as log:
             log_start = log.tell()
             process = await asyncio.create_subprocess_exec(

@@ -26,7 +26,7 @@ from typing import Final
 
 import msgspec
 
-from hanse.errors import Conflict
+from hanse.errors import ConfigError, Conflict
 from hanse.launch.held import HeldProcess, lock_nowait, started_at
 from hanse.launch.process import RunningProcess, ask_then_force, last_lines, start_process
 
@@ -200,12 +200,14 @@ class LifeLine:
     """What a process that may outlive its agent holds of it; made once, before the process starts threads or children.
 
     Raises:
-        KeyError: this process was not started by a ``SurvivingLauncher``.
+        ConfigError: this process was not started by a ``SurvivingLauncher``.
     """
 
     def __init__(self) -> None:
-        lock = int(os.environ.pop(_LOCK_VARIABLE))
-        self._path = Path(os.environ.pop(_LINE_VARIABLE))
+        number, path = os.environ.pop(_LOCK_VARIABLE, ""), os.environ.pop(_LINE_VARIABLE, "")
+        if not number.isdigit() or not path:
+            raise ConfigError(_LOCK_VARIABLE, got=number, expected="what a SurvivingLauncher sets; start it by one")
+        lock, self._path = int(number), Path(path)
         self._guard = threading.Lock()
         self._is_held = self._is_over = False
         # The lock is to tell of this process alone: what it starts, and what it forks, must not have it.

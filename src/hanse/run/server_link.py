@@ -9,12 +9,13 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from hanse.cell.backoff import Backoff
 from hanse.cell.cell import Cell
 from hanse.errors import HanseError, InternalError
 from hanse.ids import SERVER, ClientName
+from hanse.learning.workflow import LONGEST_WAIT_S
 from hanse.messages import (
     AbortRun,
     Attach,
@@ -32,8 +33,8 @@ from hanse.messages import (
     TaskResult,
 )
 
-JOURNAL_TIMEOUT_S = 60.0
-"""How long the server may take to make something durable before the run gives up: a disk slower than this is broken."""
+JOURNAL_TIMEOUT_S: Final = 60.0
+"""How long the server may take to make something durable before it is asked again."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,9 +48,15 @@ class RunListener(Protocol):
     def client_changed(self, change: ClientChanged) -> None:
         """Take note that a client was lost, came back, or failed for good."""
 
+    def attached(self, snapshot: RunSnapshot) -> None:
+        """Take note of who is lost by now, when the link has been down and nothing could be heard."""
+
 
 class ServerLink:
-    """The run's side of the ``run`` channel, over its cell."""
+    """The run's side of the ``run`` channel, over its cell.
+
+    What the server tells while the link is down is lost; ``keep_attached`` makes up for it.
+    """
 
     def __init__(self, cell: Cell, *, on_abort: Callable[[str], None], rng: random.Random | None = None) -> None:
         self._cell = cell
@@ -58,6 +65,8 @@ class ServerLink:
         self._listener: RunListener | None = None
         self._is_cut_off = False
         self._early: list[TaskResult | ClientChanged] = []
+        self._came_up = asyncio.Event()
+        cell.on_link_up(lambda peer: self._came_up.set())
         cell.on(Channel.RUN, "answer", self._event)
         cell.on(Channel.RUN, "client", self._event)
         cell.on(Channel.RUN, "abort", self._abort)
@@ -78,10 +87,26 @@ class ServerLink:
 
         Among them are the answers that were accepted since the last commit, or that it has carried on.
         """
+        self._came_up.clear()
         reply = await self._ask("attach", Attach())
         if not isinstance(reply.payload, RunSnapshot):
             raise InternalError("reading the run's snapshot from its server")
         return reply.payload
+
+    async def keep_attached(self) -> None:
+        """Attach anew whenever the link was down, so that the listener hears what it missed; until cancelled.
+
+        ``listen`` comes before it. A run's process that was stopped for a while lost its link, and goes on.
+        """
+        while True:
+            await self._came_up.wait()
+            try:
+                snapshot = await self.attach()
+            except HanseError as error:
+                _log.warning("not attached again", extra={"reason": error.reason})
+            else:
+                if self._listener is not None:
+                    self._listener.attached(snapshot)
 
     async def issue(self, tasks: IssueTasks) -> None:
         """Journal *tasks* and have them handed to their clients; keys answered before bring their answers as events.
@@ -91,10 +116,18 @@ class ServerLink:
         await self._ask("issue", tasks)
 
     async def cancel(self, keys: Sequence[TaskKey]) -> None:
-        """Have later answers to *keys* refused; nothing once the link is cut off, for another process wants them."""
+        """Have later answers to *keys* refused; nothing once the link is cut off, for another process wants them.
+
+        If the server does not hear of it, they end with the round that the next commit ends.
+        """
         if self._is_cut_off:
             return
-        await self._ask_once("cancel", CancelTasks(tuple(keys)))
+        try:
+            await self._ask_once("cancel", CancelTasks(tuple(keys)))
+        except HanseError as error:
+            if not error.retryable:
+                raise
+            _log.warning("the server did not hear what is cancelled", extra={"reason": error.reason})
 
     async def commit(
         self, state: StateRef, *, took_s: float, answered: Sequence[ClientName], carried: Sequence[TaskKey] = ()
@@ -115,9 +148,12 @@ class ServerLink:
         self._cell.tell(SERVER, Channel.RUN, "heartbeat", RunHeartbeat())
 
     async def _ask(self, topic: str, payload: Attach | IssueTasks | CommitRound | RunEnded) -> Message:
-        """Return the server's reply; ask again while trying again may help: whatever is asked may be asked twice."""
+        """Return the server's reply; ask again while trying again may help: whatever is asked may be asked twice.
+
+        A full disk is for a person to mend, so that takes as long as a run waits for anything.
+        """
         loop, backoff = asyncio.get_running_loop(), Backoff(self._rng)
-        give_up_at = loop.time() + JOURNAL_TIMEOUT_S
+        give_up_at = loop.time() + LONGEST_WAIT_S
         while True:
             try:
                 return await self._ask_once(topic, payload)

@@ -34,8 +34,10 @@ from hanse.coordination.waiting import (
     with_issue,
 )
 from hanse.errors import (
+    Conflict,
     HanseError,
     InternalError,
+    NoSpace,
     OutOfMemory,
     ProcessDied,
     ProtocolError,
@@ -49,7 +51,7 @@ from hanse.ids import SERVER, ClientName, Digest, Fqcn, JobId, job_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.launch.log_lines import FieldLogger
 from hanse.launch.process import Handle, Launcher
-from hanse.learning.workflow import CLIENT_LOST
+from hanse.learning.workflow import CLIENT_LOST, LONGEST_WAIT_S
 from hanse.messages import (
     AbortJob,
     AbortRun,
@@ -82,6 +84,7 @@ from hanse.server.inbox import Inbox
 from hanse.server.lifetime import start_in
 from hanse.server.run_folder import RunFolder
 from hanse.server.run_spec import RunProcessSpec
+from hanse.storage.disk import disk_failure
 from hanse.storage.models import check_ref, digests_of
 from hanse.storage.records import Store
 from hanse.storage.tensors import TensorFiles
@@ -98,6 +101,8 @@ CONNECT_WITHIN_S: Final = 120.0
 RESTART_PAUSE_S: Final = 1.0
 LONGEST_PAUSE_S: Final = 10.0
 """A run's process that died is started again at once, then after ever longer pauses, up to this."""
+HINDERED_PAUSE_S: Final = 5.0
+"""A run's process that cannot go on, by no fault of its own, is tried again after this: nobody tells of space again."""
 STOP_GRACE_S: Final = 5.0
 """How long a job's process may take to end once asked."""
 MAX_LOGS_PER_S: Final = 200
@@ -175,6 +180,7 @@ class ActiveRun:
         self._process = RunProcess(Phase.STARTING, services.now())
         self._asks: tuple[Ask, ...] = asks_taken_up(run, now=services.now())
         self._store_trouble: StoreTrouble | None = None
+        self._hindrance: RunEnded | None = None
         self._inboxes: dict[ClientName, Inbox] = {}
         self._arriving: Counter[Digest] = Counter()
         self._durable: set[Digest] = set()
@@ -254,9 +260,7 @@ class ActiveRun:
             )
             if ended is not None:
                 record = msgspec.structs.replace(record, result=ended.result, result_bytes=ended.result_bytes)
-            with self._storing():
-                await self._services.store.end_run(self._services.epoch, record, was=self.record.state)
-            self.record = record
+            self.record = await self._stored_end(record)
             self._over.set()
             self.run.end(now=self._services.now())
             self._services.handlers.tell(EventType.END_RUN, self._context(round_number=self.run.round))
@@ -265,43 +269,85 @@ class ActiveRun:
             for client in self.run.clients:
                 self._tell(Fqcn(client), Channel.JOB, "abort", AbortJob(self.job_id, reason or to.value))
 
+    async def _stored_end(self, record: JobRecord) -> JobRecord:
+        """Store the job's end and return it: *record*, or the end that the store took without being able to say so."""
+        try:
+            with self._storing():
+                await self._services.store.end_run(self._services.epoch, record, was=self.record.state)
+        except Conflict:
+            stored = await self._services.store.job(self.job_id)
+            if stored.state not in ENDED:
+                raise
+            return stored
+        return record
+
     async def _supervise(self) -> None:
         """Keep the run's own process alive until the job has ended."""
-        attempt = 0
+        attempt, hindered_since = 0, None
         while not self._over.is_set():
             attempt, seen = attempt + 1, self._progress
-            self._process = RunProcess(Phase.STARTING, self._services.now(), attempt)
+            status = await self._live_process(attempt)
+            if self._over.is_set():
+                return
+            if self._progress > seen:
+                attempt, hindered_since = 1, None
+            if self._hindrance is None:
+                await self._follow_death(attempt, status)
+                continue
+            hindered_since = self._services.now() if hindered_since is None else hindered_since
+            await self._wait_out(self._hindrance, attempt, since=hindered_since)
+            attempt -= 1  # it was not this process's doing
+
+    async def _live_process(self, attempt: int) -> int:
+        """Start the run's process, and return its status when it has ended; that of one that cannot start is 0."""
+        self._hindrance = None
+        self._process = RunProcess(Phase.STARTING, self._services.now(), attempt)
+        try:
             self._handle = handle = await self._services.launcher.launch(
                 PROCESS_MODULE, spec=self._process_spec(), log_path=self.folder.log, env={}, name=f"run {self.job_id}"
             )
-            over = asyncio.create_task(self._over.wait(), name=f"end of {self.job_id}")  # awaited below
-            ended = asyncio.create_task(handle.wait(), name=f"process of {self.job_id}")  # awaited below
-            try:
-                await asyncio.wait({over, ended}, return_when=asyncio.FIRST_COMPLETED)
-                status = await handle.stop(STOP_GRACE_S)
-            finally:
-                over.cancel()
-                ended.cancel()
-                await asyncio.gather(over, ended, return_exceptions=True)
-                await handle.stop(STOP_GRACE_S)
-            if self._over.is_set():
-                return
-            attempt = 1 if self._progress > seen else attempt
-            log_tail = await self._own_log_tail()
-            last_line = shortened(log_tail.strip().rpartition("\n")[2])
-            verdict = after_death(
-                SERVER, attempt=attempt, tries=self.record.spec.process_tries, status=status, last_line=last_line
-            )
-            if isinstance(verdict, GiveUp):
-                await self.end(JobState.FAILED, code=verdict.code, reason=verdict.reason, log_tail=log_tail)
-                return
-            pause_s = min(RESTART_PAUSE_S * (attempt - 1), LONGEST_PAUSE_S)
-            now, died = self._services.now(), ProcessDied(SERVER, status, last_line)
-            self._process = RunProcess(Phase.PAUSING, now, verdict.attempt, until=now + pause_s, reason=died.reason)
-            self._log.warning(
-                "the run's process died and is started again", extra={"status": status, "pause_s": pause_s}
-            )
-            await self._is_over_within(pause_s)
+        except OSError as error:
+            failed = disk_failure("starting the run's process", error, self.folder.path)
+            if not isinstance(failed, NoSpace):
+                raise
+            self._hindrance = RunEnded(completed=False, code=failed.code, reason=failed.reason, again=True)
+            return 0
+        over = asyncio.create_task(self._over.wait(), name=f"end of {self.job_id}")  # awaited below
+        ended = asyncio.create_task(handle.wait(), name=f"process of {self.job_id}")  # awaited below
+        try:
+            await asyncio.wait({over, ended}, return_when=asyncio.FIRST_COMPLETED)
+            return await handle.stop(STOP_GRACE_S)
+        finally:
+            over.cancel()
+            ended.cancel()
+            await asyncio.gather(over, ended, return_exceptions=True)
+            await handle.stop(STOP_GRACE_S)
+
+    async def _follow_death(self, attempt: int, status: int) -> None:
+        """Wait before the run's process, which died with *status*, is started again; or end the job."""
+        log_tail = await self._own_log_tail()
+        last_line = shortened(log_tail.strip().rpartition("\n")[2])
+        verdict = after_death(
+            SERVER, attempt=attempt, tries=self.record.spec.process_tries, status=status, last_line=last_line
+        )
+        if isinstance(verdict, GiveUp):
+            await self.end(JobState.FAILED, code=verdict.code, reason=verdict.reason, log_tail=log_tail)
+            return
+        pause_s = min(RESTART_PAUSE_S * (attempt - 1), LONGEST_PAUSE_S)
+        now, died = self._services.now(), ProcessDied(SERVER, status, last_line)
+        self._process = RunProcess(Phase.PAUSING, now, verdict.attempt, until=now + pause_s, reason=died.reason)
+        self._log.warning("the run's process died and is started again", extra={"status": status, "pause_s": pause_s})
+        await self._is_over_within(pause_s)
+
+    async def _wait_out(self, hindrance: RunEnded, attempt: int, *, since: float) -> None:
+        """Wait before the run's process, hindered *since* then, is tried again; end the job when that was for long."""
+        now, reason = self._services.now(), hindrance.reason
+        if now - since > LONGEST_WAIT_S:
+            await self.end(JobState.FAILED, code=hindrance.code, reason=reason, log_tail=await self._own_log_tail())
+            return
+        self._process = RunProcess(Phase.HINDERED, since, attempt, until=since + LONGEST_WAIT_S, reason=reason)
+        self._log.warning("the run's process cannot go on and is tried again", extra={"reason": reason})
+        await self._is_over_within(HINDERED_PAUSE_S)
 
     async def _is_over_within(self, seconds: float) -> bool:
         """Wait *seconds*, or until the job has ended; return whether it has."""
@@ -359,9 +405,10 @@ class ActiveRun:
         if new and self.run.round != self._round_announced:
             self._round_announced = self.run.round
             self._notify(EventType.ROUND_STARTED, round_number=self.run.round)
-        await self._hand_over([answer for answer in self.run.answers if answer.key in issue.keys])
         for task in new:
             await self._send(task)
+        asked = frozenset(issue.keys)
+        await self._hand_over([answer for answer in self.run.answers if answer.key in asked])
 
     async def _hand_over(self, answers: Sequence[TaskResult]) -> None:
         """Hand *answers* to the run's process, which may know them; asked and not told, as many would fill the link."""
@@ -383,9 +430,9 @@ class ActiveRun:
         check_metrics(commit.state.metrics)
         if strangers := set(commit.answered) - set(self.run.clients):
             raise ProtocolError("CommitRound.answered", got=min(strangers), expected="clients of the run")
-        carried = commit.carried if commit.state.round == self.run.round else ()
+        carried = frozenset(commit.carried if commit.state.round == self.run.round else ())
         if unknown := self.run.unknown(carried):
-            raise ProtocolError("CommitRound.carried", got=unknown[0], expected="tasks that are out or answered")
+            raise ProtocolError("CommitRound.carried", got=min(unknown, key=str), expected="tasks out or answered")
         needed, kept = state_digests(commit.state), self._needed_by(carried)
         missing = self.files.missing(needed)
         if missing:
@@ -407,7 +454,7 @@ class ActiveRun:
         self._inboxes = {client: inbox for client, inbox in self._inboxes.items() if self.run.tasks_for(client)}
         async with self._clearing:
             begun = [inbox.begun for inbox in self._inboxes.values()]
-            kept = needed.union(self._needed_by(self.run.carried), *begun, +self._arriving)
+            kept = needed.union(self._needed_by(frozenset(self.run.carried)), *begun, self._arriving)
             self._durable &= kept
             doomed = await asyncio.to_thread(self.files.set_aside, kept)
             objects = mirror.set_aside(kept) if (mirror := self.folder.mirror) is not None else []
@@ -421,14 +468,17 @@ class ActiveRun:
             await self.folder.keep_tensors(self.files, new)
             self._durable |= new
 
-    def _needed_by(self, keys: Collection[TaskKey]) -> set[Digest]:
+    def _needed_by(self, keys: frozenset[TaskKey]) -> set[Digest]:
         """Return the tensors of these tasks' models, and of their answers."""
         models = [task.model for task in self.run.tasks if task.key in keys]
         models += [answer.update.model for answer in self.run.answers if answer.update and answer.key in keys]
         return set().union(*(digests_of(model) for model in models if model is not None))
 
     async def ended(self, end: RunEnded) -> None:
-        """Take the run's process's word that it has reached its end."""
+        """Take the run's process's word that it has reached its end, or cannot go on just now."""
+        if end.again:
+            self._hindrance = end
+            return
         if not end.completed and end.code == ABORTED:
             await self.end(JobState.ABORTED, code=ABORTED, reason=end.reason)
             return
@@ -501,7 +551,7 @@ class ActiveRun:
         try:
             yield
         finally:
-            self._arriving.subtract(digests)
+            self._arriving -= Counter(digests)
 
     def inbox(self, client: ClientName) -> Inbox:
         """Return what *client* may add to the run's tensors, until its next answer is accepted or it has no task."""

@@ -438,11 +438,29 @@ class Jobs:
             return
         running = move(record, JobState.RUNNING, at=self._services.wall())
         running = msgspec.structs.replace(running, clients=remaining)
-        await self._services.store.replace_job(self._services.epoch, running, was=record.state)
+        await self._store_move(running, was=record.state)
         self._tell(EventType.JOB_DEPLOYED, record.job_id)
         self._tell(EventType.JOB_STARTED, record.job_id)
         run = Run(record.job_id, remaining, process_tries=record.spec.process_tries, now=self._services.now())
         await self._run(running, run, folder, resumed=False)
+
+    async def _store_move(self, record: JobRecord, *, was: JobState) -> None:
+        """Store *record* in place of the job's, which is in state *was*, as soon as the store takes that."""
+        has_failed = False
+        while True:
+            try:
+                await self._services.store.replace_job(self._services.epoch, record, was=was)
+            except Conflict:
+                # The store may have done what it could not say that it had.
+                if has_failed and await self._services.store.job(record.job_id) == record:
+                    return
+                raise
+            except StoreFailed as failed:
+                _log.error("a job waits for the store", extra={"job": record.job_id, "reason": failed.reason})
+                has_failed = True
+                await asyncio.sleep(POSTPONED_S)  # a full disk tells nobody when it no longer is
+            else:
+                return
 
     async def _deploy(self, record: JobRecord, client: ClientName) -> None:
         try:
@@ -466,7 +484,7 @@ class Jobs:
     async def _postpone(self, record: JobRecord, why: str) -> None:
         """Have a scheduled job scheduled again, but not at once."""
         again = move(record, JobState.SUBMITTED, at=self._services.wall())
-        await self._services.store.replace_job(self._services.epoch, again, was=record.state)
+        await self._store_move(again, was=record.state)
         self._postponed[record.job_id] = (self._services.now() + POSTPONED_S, shortened(why))
         self.wake()
 

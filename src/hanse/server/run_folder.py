@@ -24,6 +24,8 @@ from hanse.storage.packages import unpack_package
 from hanse.storage.tensors import TensorFiles
 
 _TENSORS: Final = "tensors-"
+_FIRST_TENSORS: Final = "tensors"
+"""Where release 0.1.0 kept a run's tensors, in all of its tenures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,8 @@ class RunFolder:
             number = folder.name.removeprefix(_TENSORS)
             if number.isdigit() and int(number) < self.epoch:
                 found.append((int(number), folder))
-        return [folder for _, folder in sorted(found)]
+        first = self.path / _FIRST_TENSORS
+        return [*([first] if first.is_dir() else []), *(folder for _, folder in sorted(found))]
 
 
 def _delete(folder: Path) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Dialect
+
+from hanse.storage.transaction import DriverConnection, Transaction
 
 
 class Listener(Protocol):
@@ -31,20 +33,38 @@ class Database(Protocol):
         """What errors call it; never with a password."""
         ...
 
-    def connect(self) -> Engine:
-        """Return an engine for the writer's thread, which calls this.
+    @property
+    def dialect(self) -> Dialect:
+        """For what statements are compiled; parameters are named."""
+        ...
+
+    @property
+    def error(self) -> type[Exception]:
+        """What its driver raises."""
+        ...
+
+    def connect(self) -> DriverConnection:
+        """Return a new connection, for the thread that calls this.
 
         Raises:
-            StoreFailed: there can be no such database. The engine, too, may raise this when it connects.
+            StoreFailed: there can be no such database. The driver's errors pass, too.
         """
         ...
 
-    def migrating(self, connection: Connection) -> AbstractContextManager[None]:
-        """Let the block take the time it needs; others who come to migrate wait until its transaction ends."""
+    def begin(self, connection: DriverConnection, *, is_write: bool) -> None:
+        """Begin a transaction."""
         ...
 
-    def announce(self, connection: Connection) -> None:
-        """Tell all listeners that the lease has moved, as soon as the transaction is committed."""
+    def is_lost(self, connection: DriverConnection) -> bool:
+        """Return whether nothing more can come over *connection*."""
+        ...
+
+    def migrating(self) -> AbstractContextManager[Connection]:
+        """Return a connection in a transaction, which may take its time; one process at a time gets there."""
+        ...
+
+    def announce(self, transaction: Transaction) -> None:
+        """Tell all listeners that the lease has moved, as soon as *transaction* is committed."""
         ...
 
     def listener(self, heard: Callable[[], None]) -> Listener | None:

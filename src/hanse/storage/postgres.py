@@ -10,14 +10,15 @@ Transactions read what is committed, and lock the rows on which they decide: the
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import psycopg
-from sqlalchemy import URL, Connection, Engine, create_engine, event, text
+from sqlalchemy import URL, Connection, NullPool, create_engine, text
 
 from hanse.errors import StoreFailed
+from hanse.storage.transaction import DriverConnection, Statement, Transaction
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ STATEMENT_TIMEOUT_S: Final = 4.0
 SILENCE_TIMEOUT_S: Final = 3.0
 """How long a server that is stopped in the middle of a transaction may keep others from the lease."""
 MIGRATION_TIMEOUT_S: Final = 3600.0
-_TIMEOUTS_S: Final = {
+TIMEOUTS_S: Final = {
     "statement_timeout": STATEMENT_TIMEOUT_S,
     "idle_in_transaction_session_timeout": SILENCE_TIMEOUT_S,
 }
@@ -47,70 +48,77 @@ _DEFAULTS: Final[dict[str, Any]] = {
 }
 """What the URL's query may say otherwise."""
 _CHANNEL: Final = "hanse_lease"
+_ANNOUNCE: Final = Statement(text(f"NOTIFY {_CHANNEL}"))
 _MIGRATION_LOCK: Final = int.from_bytes(b"hanse", "big")
 
 
 class PostgresDatabase:
     """The database at *url*; what the URL leaves out comes from libpq: environment, service and password files."""
 
+    error = psycopg.Error
+
     def __init__(self, url: URL, *, name: str) -> None:
-        self._url = url.set(drivername="postgresql+psycopg")
+        self.dialect = url.set(drivername="postgresql+psycopg").get_dialect()()
+        self._args, self._options = self.dialect.create_connect_args(url)
         self.name = name
 
-    def connect(self) -> Engine:
+    def connect(self) -> DriverConnection:
         """See ``Database``."""
-        engine = create_engine(
-            self._url, isolation_level="READ COMMITTED", use_native_hstore=False, pool_size=1, max_overflow=0
-        )
+        return _as_any_drivers(self._connect(TIMEOUTS_S))
 
-        @event.listens_for(engine, "do_connect")
-        def connect(_dialect: object, _record: object, args: Any, options: dict[str, Any]) -> psycopg.Connection[Any]:
-            connection = _Connection.connect(*args, **{**_DEFAULTS, **options})
-            encoding = connection.info.parameter_status("server_encoding")
-            if encoding != "UTF8":
-                connection.close()
-                raise StoreFailed(f"opening {self.name}", f"its encoding is {encoding}; make it with ENCODING 'UTF8'")
-            return connection
+    def begin(self, connection: DriverConnection, *, is_write: bool) -> None:
+        """Do nothing: the driver begins with the first statement."""
 
-        @event.listens_for(engine, "connect")
-        def configure(connection: psycopg.Connection[Any], _record: object) -> None:
-            with connection.transaction(), connection.cursor() as cursor:
-                for name, timeout_s in _TIMEOUTS_S.items():
-                    cursor.execute("SELECT set_config(%s, %s, false)", (name, f"{timeout_s * 1000:.0f}"))
-                # A commit that was answered is on the disk; more than that, such as on a replica's, may be set.
-                cursor.execute(
-                    "SELECT set_config('synchronous_commit', 'on', false) "
-                    "WHERE current_setting('synchronous_commit') = 'off'"
-                )
-
-        return engine
+    def is_lost(self, connection: DriverConnection) -> bool:
+        """See ``Database``."""
+        assert isinstance(connection, _Connection)  # noqa: S101 - connect, above, made it
+        return connection.closed or connection.broken
 
     @contextmanager
-    def migrating(self, connection: Connection) -> Iterator[None]:
+    def migrating(self) -> Iterator[Connection]:
         """See ``Database``."""
-        driver = connection.connection.driver_connection
-        assert isinstance(driver, _Connection)  # noqa: S101 - connect, above, made it
-        driver.answer_within_s = MIGRATION_TIMEOUT_S
-        try:
-            for name in _TIMEOUTS_S:
-                timeout = {"name": name, "value": f"{MIGRATION_TIMEOUT_S * 1000:.0f}"}
-                connection.execute(text("SELECT set_config(:name, :value, true)"), timeout)
-            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
-            yield
-        finally:
-            del driver.answer_within_s  # as of all connections again
 
-    def announce(self, connection: Connection) -> None:
+        def connect() -> DriverConnection:
+            connection = self._connect(dict.fromkeys(TIMEOUTS_S, MIGRATION_TIMEOUT_S))
+            connection.answer_within_s = MIGRATION_TIMEOUT_S
+            return _as_any_drivers(connection)
+
+        engine = create_engine("postgresql+psycopg://", creator=connect, poolclass=NullPool, use_native_hstore=False)
+        with engine.begin() as connection:
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
+            yield connection
+
+    def announce(self, transaction: Transaction) -> None:
         """See ``Database``."""
-        connection.exec_driver_sql(f"NOTIFY {_CHANNEL}")
+        transaction.run(_ANNOUNCE)
+
+    def _connect(self, timeouts_s: Mapping[str, float]) -> "_Connection":
+        connection = _Connection.connect(*self._args, **{**_DEFAULTS, **self._options})
+        try:
+            encoding = connection.info.parameter_status("server_encoding")
+            if encoding != "UTF8":
+                raise StoreFailed(f"opening {self.name}", f"its encoding is {encoding}; make it with ENCODING 'UTF8'")
+            connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+            for name, timeout_s in timeouts_s.items():
+                connection.execute("SELECT set_config(%s, %s, false)", (name, f"{timeout_s * 1000:.0f}"))
+            # A commit that was answered is on the disk; more than that, such as on a replica's, may be set.
+            connection.execute(
+                "SELECT set_config('synchronous_commit', 'on', false) "
+                "WHERE current_setting('synchronous_commit') = 'off'"
+            )
+            connection.commit()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def listener(self, heard: Callable[[], None]) -> "PostgresListener":
         """See ``Database``."""
         return PostgresListener(self._connect_listener, heard, name=self.name)
 
     async def _connect_listener(self) -> psycopg.AsyncConnection[Any]:
-        args, options = self._url.get_dialect()().create_connect_args(self._url)
-        connection = await psycopg.AsyncConnection.connect(*args, **{**_DEFAULTS, **options}, autocommit=True)
+        options: dict[str, Any] = {**_DEFAULTS, **self._options}
+        connection = await psycopg.AsyncConnection.connect(*self._args, **options, autocommit=True)
         try:
             async with asyncio.timeout(ANSWER_WITHIN_S):
                 await connection.execute(f"LISTEN {_CHANNEL}")
@@ -118,6 +126,10 @@ class PostgresDatabase:
             await connection.close()
             raise
         return connection
+
+
+def _as_any_drivers(connection: "_Connection") -> DriverConnection:
+    return cast("DriverConnection", connection)  # psycopg's types want SQL written out in the code
 
 
 class PostgresListener:
@@ -141,6 +153,9 @@ class PostgresListener:
                 return
             try:
                 connection = await self._connect()
+            except TimeoutError as error:
+                why = f"it has not answered for {ANSWER_WITHIN_S:g} s"
+                raise StoreFailed(f"listening to {self._name}", why) from error
             except (psycopg.Error, OSError) as error:
                 raise StoreFailed(f"listening to {self._name}", " ".join(str(error).split())) from error
             self._hearing = asyncio.create_task(self._hear(connection), name="hear of the lease")  # ended by close

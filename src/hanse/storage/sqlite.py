@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, NullPool, create_engine, event
+from sqlalchemy.dialects.sqlite import dialect
 
 from hanse.storage.disk import disk_failure
-from hanse.storage.writer import BEGIN
+from hanse.storage.transaction import DriverConnection, Transaction
 
 BUSY_TIMEOUT_S: Final = 5.0
 """How long a write waits for another process that writes to the same file."""
@@ -19,50 +20,54 @@ BUSY_TIMEOUT_S: Final = 5.0
 class SqliteDatabase:
     """The file at *path*, made (mode 0600, its folder 0700) by the first ``connect``."""
 
+    error = sqlite3.Error
+
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.name = str(path)
+        self.dialect = dialect(paramstyle="named")
 
-    @property
-    def name(self) -> str:
-        """See ``Database``."""
-        return str(self._path)
-
-    def connect(self) -> Engine:
+    def connect(self) -> DriverConnection:
         """See ``Database``."""
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except OSError as error:
             raise disk_failure(f"opening {self._path}", error, self._path.parent) from error
-        return sqlite_engine(self._path)
+        # The driver must not begin transactions by itself (isolation_level None): it would do so late, and without
+        # taking the write lock, so that two servers could both read an epoch before either wrote.
+        connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+        try:
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+                connection.execute(f"PRAGMA {pragma}")
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+    def begin(self, connection: DriverConnection, *, is_write: bool) -> None:
+        """See ``Database``."""
+        connection.cursor().execute("BEGIN IMMEDIATE" if is_write else "BEGIN", {})
+
+    def is_lost(self, connection: DriverConnection) -> bool:
+        """See ``Database``."""
+        return False
 
     @contextmanager
-    def migrating(self, connection: Connection) -> Iterator[None]:
+    def migrating(self) -> Iterator[Connection]:
         """See ``Database``."""
-        yield  # the transaction has the write lock
+        engine = create_engine("sqlite://", creator=self.connect, poolclass=NullPool)
 
-    def announce(self, connection: Connection) -> None:
+        @event.listens_for(engine, "begin")
+        def begin(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+        with engine.begin() as connection:
+            yield connection
+
+    def announce(self, transaction: Transaction) -> None:
         """Do nothing: a file tells nobody."""
 
     def listener(self, heard: Callable[[], None]) -> None:
         """See ``Database``."""
         return
-
-
-def sqlite_engine(path: Path) -> Engine:
-    """Return an engine for the SQLite file at *path*: write-ahead log, every commit synced, foreign keys held."""
-    # The driver must not begin transactions by itself (isolation_level None): it would do so late, and without
-    # taking the write lock, so that two servers could both read an epoch before either wrote.
-    options = {"timeout": BUSY_TIMEOUT_S, "isolation_level": None}
-    engine = create_engine(f"sqlite:///{path}", connect_args=options, pool_reset_on_return=None)
-
-    @event.listens_for(engine, "connect")
-    def configure(connection: sqlite3.Connection, _record: object) -> None:
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql(connection.get_execution_options()[BEGIN])
-
-    return engine

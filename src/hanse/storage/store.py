@@ -2,20 +2,21 @@
 
 SQLite needs nothing set up; PostgreSQL is for servers that stand by for each other. ``Store`` and its records are in
 ``records`` and are re-exported here; ``memory`` has the same store without a database. Each method's work is one
-function of a connection, so that it is one transaction, or one savepoint of a shared one (``writer``).
+function of a transaction, so that it is one transaction, or one savepoint of a shared one (``writer``).
 """
 
 import asyncio
+import itertools
 import secrets
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
-from sqlalchemy import URL, Connection, Select, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from hanse.errors import ConfigError, Conflict, NotFound, StoreFailed
 from hanse.ids import JobId, is_job_id
@@ -23,6 +24,7 @@ from hanse.job import JobRecord, JobState
 from hanse.messages import CommitRound, RoundView, StateRef, TaskAssignment, TaskKey, TaskResult
 from hanse.storage import statements as sql
 from hanse.storage.database import Database, Listener
+from hanse.storage.disk import database_failure
 from hanse.storage.records import (
     AuditEntry,
     Lease,
@@ -53,11 +55,15 @@ from hanse.storage.records import (
 )
 from hanse.storage.sqlite import SqliteDatabase
 from hanse.storage.tables import SCHEMA_VERSION, schema_version
+from hanse.storage.transaction import Statement, Transaction
 from hanse.storage.writer import Writer
 
 __all__ = ["AuditEntry", "Lease", "RunState", "SqlStore", "Standby", "Store"]
 
 T = TypeVar("T")
+
+ANSWERS_BITS: Final = 32
+"""Answers are numbered as they are accepted, by the only server that has the epoch; so many bits are for the number."""
 
 
 class SqlStore:
@@ -77,19 +83,15 @@ class SqlStore:
         self._listener: Listener | None = None
         self._store_id = ""
         self._moved = asyncio.Event()
+        self._answers = itertools.count()
 
     async def open(self) -> None:
         """Open the database, and bring its tables to this release's form."""
         if self._writer is not None:
             raise StoreFailed(f"opening {self._name}", "it is open already")
-        writer = Writer(self._database.connect, name=self._name)
-        writer.start()
-        try:
-            self._store_id = await writer.write(self._prepare)
-        except BaseException:
-            await writer.close()
-            raise
-        self._writer, self._listener = writer, self._database.listener(self._wake)
+        self._store_id = await asyncio.to_thread(self._prepare)
+        self._writer, self._listener = Writer(self._database), self._database.listener(self._wake)
+        self._writer.start()
 
     async def close(self) -> None:
         """Finish what was asked for before, and close the database."""
@@ -114,7 +116,7 @@ class SqlStore:
 
     async def lease(self) -> Lease:
         """See ``Store``."""
-        return await self._read(lambda connection: self._lease(connection, sql.LEASE))
+        return await self._read(lambda transaction: self._lease(transaction, sql.LEASE))
 
     async def lease_moved(self, seen: Lease, *, within_s: float) -> Lease:
         """See ``Store``."""
@@ -141,20 +143,20 @@ class SqlStore:
         taken = Lease(0, holder, session_id(self._store_id, 0), ttl_s=ttl_s, name=name, target=target)
         check_lease(taken)
 
-        def take(connection: Connection) -> Lease:
-            lease = self._lease(connection, sql.LEASE_TO_CHANGE)
+        def take(transaction: Transaction) -> Lease:
+            lease = self._lease(transaction, sql.LEASE_TO_CHANGE)
             check_taking(lease, holder, name=name, seen=seen, force=force)
-            connection.execute(sql.DELETE_STANDBY, {"of_name": name})
-            return self._set_lease(connection, taken, epoch=lease.epoch + 1)
+            transaction.run(sql.DELETE_STANDBY, {"of_name": name})
+            return self._set_lease(transaction, taken, epoch=lease.epoch + 1)
 
         return await self._move_lease(take)
 
     async def renew_lease(self, epoch: int) -> Lease:
         """See ``Store``."""
 
-        def renew(connection: Connection) -> Lease:
-            lease = self._held_lease(connection, epoch)
-            return self._set_lease(connection, msgspec.structs.replace(lease, beat=lease.beat + 1), epoch=epoch)
+        def renew(transaction: Transaction) -> Lease:
+            lease = self._held_lease(transaction, epoch)
+            return self._set_lease(transaction, msgspec.structs.replace(lease, beat=lease.beat + 1), epoch=epoch)
 
         return await self._move_lease(renew)
 
@@ -162,10 +164,10 @@ class SqlStore:
         """See ``Store``."""
         check_successor(successor)
 
-        def release(connection: Connection) -> Lease:
-            lease = self._held_lease(connection, epoch)
+        def release(transaction: Transaction) -> Lease:
+            lease = self._held_lease(transaction, epoch)
             free = Lease(0, "", lease.ssid, ttl_s=lease.ttl_s, successor=successor)
-            return self._set_lease(connection, free, epoch=epoch + 1)
+            return self._set_lease(transaction, free, epoch=epoch + 1)
 
         await self._move_lease(release)
 
@@ -173,17 +175,17 @@ class SqlStore:
         """See ``Store``."""
         check_standby(standby)
 
-        def note(connection: Connection) -> None:
-            connection.execute(sql.DELETE_STANDBY, {"of_name": standby.name})
-            connection.execute(sql.ADD_STANDBY, msgspec.structs.asdict(standby))
+        def note(transaction: Transaction) -> None:
+            transaction.run(sql.DELETE_STANDBY, {"of_name": standby.name})
+            transaction.run(sql.ADD_STANDBY, msgspec.structs.asdict(standby))
 
         await self._write(note)
 
     async def standbys(self) -> list[Standby]:
         """See ``Store``."""
 
-        def read(connection: Connection) -> list[Standby]:
-            return sorted((Standby(*row) for row in connection.execute(sql.STANDBYS)), key=lambda standby: standby.name)
+        def read(transaction: Transaction) -> list[Standby]:
+            return sorted((Standby(*row) for row in transaction.rows(sql.STANDBYS)), key=lambda standby: standby.name)
 
         return await self._read(read)
 
@@ -193,12 +195,12 @@ class SqlStore:
         """See ``Store``."""
         blob = check_job(record)
 
-        def add(connection: Connection) -> None:
-            _fence(connection, epoch)
-            stored = connection.scalar(sql.JOB, _at_job(record.job_id))
+        def add(transaction: Transaction) -> None:
+            _fence(transaction, epoch)
+            stored = transaction.value(sql.JOB, _at_job(record.job_id))
             if stored is None:
                 row = {"job_id": record.job_id, "state": record.state.value, "last_round": -1, "record": blob}
-                connection.execute(sql.ADD_JOB, row)
+                transaction.run(sql.ADD_JOB, row)
             elif stored != blob:
                 raise Conflict(f"job {record.job_id}", state="stored already", wanted="added")
 
@@ -208,9 +210,9 @@ class SqlStore:
         """See ``Store``."""
         blob = check_job(record)
 
-        def replace(connection: Connection) -> None:
-            _fence(connection, epoch)
-            _replace_job(connection, record, blob, was=was)
+        def replace(transaction: Transaction) -> None:
+            _fence(transaction, epoch)
+            _replace_job(transaction, record, blob, was=was)
 
         await self._write(replace)
 
@@ -218,18 +220,18 @@ class SqlStore:
         """See ``Store``."""
         blob = check_job(record)
 
-        def end(connection: Connection) -> None:
-            _fence(connection, epoch)
-            _replace_job(connection, record, blob, was=was)
-            _keep_tasks(connection, record.job_id, ())
+        def end(transaction: Transaction) -> None:
+            _fence(transaction, epoch)
+            _replace_job(transaction, record, blob, was=was)
+            _keep_tasks(transaction, record.job_id, ())
 
         await self._write(end)
 
     async def job(self, job_id: JobId) -> JobRecord:
         """See ``Store``."""
 
-        def read(connection: Connection) -> JobRecord:
-            blob = connection.scalar(sql.JOB, _at_job(job_id))
+        def read(transaction: Transaction) -> JobRecord:
+            blob = transaction.value(sql.JOB, _at_job(job_id))
             if blob is None:
                 raise NotFound("job", job_id)
             return unpack(blob, JobRecord)
@@ -238,8 +240,11 @@ class SqlStore:
 
     async def jobs(self, *, states: Collection[JobState] = (), limit: int | None = None) -> list[JobRecord]:
         """See ``Store``."""
-        query = sql.jobs_in(states, limit)
-        return await self._read(lambda connection: [unpack(blob, JobRecord) for blob in connection.scalars(query)])
+        query = sql.jobs_in(frozenset(states))
+        most = {"limit": sql.NO_LIMIT if limit is None else limit}
+        return await self._read(
+            lambda transaction: [unpack(blob, JobRecord) for blob in transaction.values(query, most)]
+        )
 
     # A run's journal ----------------------------------------------------------------------------------------------
 
@@ -252,15 +257,13 @@ class SqlStore:
             for task in packed
         ]
 
-        def issue(connection: Connection) -> None:
-            _fence(connection, epoch)
-            last = _last_round(connection, job_id, doing="issued tasks")
+        def issue(transaction: Transaction) -> None:
+            _fence(transaction, epoch)
+            last = _last_round(transaction, job_id, doing="issued tasks")
             for number in {task.key.round for task in packed}:
                 check_next_round(job_id, number, last=last, doing="issued tasks of")
-            if model_rows:
-                connection.execute(sql.ADD_NEW_MODELS, model_rows)
-            if task_rows:
-                connection.execute(sql.ADD_NEW_TASKS, task_rows)
+            transaction.run_many(sql.ADD_NEW_MODELS, model_rows)
+            transaction.run_many(sql.ADD_NEW_TASKS, task_rows)
 
         await self._write(issue)
 
@@ -269,14 +272,15 @@ class SqlStore:
         blob = check_result(result)
         at_key = _at_key(job_id, result.key)
 
-        def accept(connection: Connection) -> TaskResult:
-            _fence(connection, epoch)
-            if connection.execute(sql.ANSWER_TASK, {**at_key, "answer": blob}).rowcount:
+        def accept(transaction: Transaction) -> TaskResult:
+            _fence(transaction, epoch)
+            accepted = epoch << ANSWERS_BITS | next(self._answers)
+            if transaction.run(sql.ANSWER_TASK, {**at_key, "answer": blob, "accepted": accepted}):
                 return result
-            accepted = connection.scalar(sql.ANSWER, at_key)
-            if accepted is None:
+            earlier = transaction.value(sql.ANSWER, at_key)
+            if earlier is None:
                 raise NotFound("task", task_title(result.key))
-            return unpack(accepted, TaskResult)
+            return unpack(earlier, TaskResult)
 
         return await self._write(accept)
 
@@ -284,10 +288,9 @@ class SqlStore:
         """See ``Store``."""
         rows = [_at_key(job_id, key) for key in keys]
 
-        def retract(connection: Connection) -> None:
-            _fence(connection, epoch)
-            if rows:
-                connection.execute(sql.RETRACT_ANSWER, rows)
+        def retract(transaction: Transaction) -> None:
+            _fence(transaction, epoch)
+            transaction.run_many(sql.RETRACT_ANSWER, rows)
 
         await self._write(retract)
 
@@ -297,37 +300,37 @@ class SqlStore:
         number = commit.state.round
         at_job = _at_job(job_id)
 
-        def commit_it(connection: Connection) -> None:
-            _fence(connection, epoch)
-            last = _last_round(connection, job_id, doing=f"committed round {number}")
+        def commit_it(transaction: Transaction) -> None:
+            _fence(transaction, epoch)
+            last = _last_round(transaction, job_id, doing=f"committed round {number}")
             if number == last:
                 return
             check_next_round(job_id, number, last=last, doing="committed")
-            connection.execute(sql.SET_JOB, {**at_job, "last_round": number})
-            connection.execute(sql.DELETE_RUN_STATE, at_job)
-            connection.execute(sql.ADD_RUN_STATE, {"job_id": job_id, "state": state})
-            connection.execute(sql.ADD_ROUND, {"job_id": job_id, "round": number, "record": view})
-            _keep_tasks(connection, job_id, commit.carried)
+            transaction.run(sql.SET_LAST_ROUND, {**at_job, "last_round": number})
+            transaction.run(sql.DELETE_RUN_STATE, at_job)
+            transaction.run(sql.ADD_RUN_STATE, {"job_id": job_id, "state": state})
+            transaction.run(sql.ADD_ROUND, {"job_id": job_id, "round": number, "record": view})
+            _keep_tasks(transaction, job_id, commit.carried)
 
         await self._write(commit_it)
 
     async def snapshot(self, job_id: JobId) -> RunState:
         """See ``Store``."""
-        return await self._read(lambda connection: _snapshot(connection, job_id))
+        return await self._read(lambda transaction: _snapshot(transaction, job_id))
 
     async def rounds(self, job_id: JobId) -> list[RoundView]:
         """See ``Store``."""
 
-        def read(connection: Connection) -> list[RoundView]:
-            return [unpack(blob, RoundView) for blob in connection.scalars(sql.ROUNDS, _at_job(job_id))]
+        def read(transaction: Transaction) -> list[RoundView]:
+            return [unpack(blob, RoundView) for blob in transaction.values(sql.ROUNDS, _at_job(job_id))]
 
         return await self._read(read)
 
     async def last_round(self, job_id: JobId) -> RoundView | None:
         """See ``Store``."""
 
-        def read(connection: Connection) -> RoundView | None:
-            blob = connection.scalar(sql.LAST_ROUND, _at_job(job_id))
+        def read(transaction: Transaction) -> RoundView | None:
+            blob = transaction.value(sql.LAST_ROUND, _at_job(job_id))
             return None if blob is None else unpack(blob, RoundView)
 
         return await self._read(read)
@@ -338,42 +341,42 @@ class SqlStore:
         """See ``Store``."""
         check_disabling(client, reason)
 
-        def set_it(connection: Connection) -> None:
-            _fence(connection, epoch)
-            connection.execute(sql.ENABLE, {"of_client": client})
+        def set_it(transaction: Transaction) -> None:
+            _fence(transaction, epoch)
+            transaction.run(sql.ENABLE, {"of_client": client})
             if disabled:
-                connection.execute(sql.DISABLE, {"client": client, "reason": reason})
+                transaction.run(sql.DISABLE, {"client": client, "reason": reason})
 
         await self._write(set_it)
 
     async def disabled_clients(self) -> dict[str, str]:
         """See ``Store``."""
-        return await self._read(lambda connection: dict(sorted(map(tuple, connection.execute(sql.DISABLED)))))
+        return await self._read(lambda transaction: dict(sorted(transaction.rows(sql.DISABLED))))
 
     async def audit(self, epoch: int, entry: AuditEntry) -> None:
         """See ``Store``."""
         check_audit(entry)
 
-        def append(connection: Connection) -> None:
-            _fence(connection, epoch)
-            connection.execute(sql.ADD_AUDIT, msgspec.structs.asdict(entry))
+        def append(transaction: Transaction) -> None:
+            _fence(transaction, epoch)
+            transaction.run(sql.ADD_AUDIT, msgspec.structs.asdict(entry))
 
         await self._write(append)
 
     async def audit_log(self, limit: int = 100) -> list[AuditEntry]:
         """See ``Store``."""
 
-        def read(connection: Connection) -> list[AuditEntry]:
-            return [AuditEntry(*row) for row in connection.execute(sql.AUDIT_LOG, {"limit": limit})]
+        def read(transaction: Transaction) -> list[AuditEntry]:
+            return [AuditEntry(*row) for row in transaction.rows(sql.AUDIT_LOG, {"limit": limit})]
 
         return await self._read(read)
 
     # The database -------------------------------------------------------------------------------------------------
 
-    async def _write(self, operation: Callable[[Connection], T]) -> T:
+    async def _write(self, operation: Callable[[Transaction], T]) -> T:
         return await self._opened().write(operation)
 
-    async def _read(self, operation: Callable[[Connection], T]) -> T:
+    async def _read(self, operation: Callable[[Transaction], T]) -> T:
         return await self._opened().read(operation)
 
     def _opened(self) -> Writer:
@@ -381,17 +384,22 @@ class SqlStore:
             raise StoreFailed(f"using {self._name}", "it is not open")
         return self._writer
 
-    def _prepare(self, connection: Connection) -> str:
-        if schema_version(connection) != SCHEMA_VERSION:
-            from hanse.storage.migrations import migrate  # noqa: PLC0415 - only an upgrade pays for Alembic
+    def _prepare(self) -> str:
+        """Make the database's schema this release's, and return the store's id."""
+        try:
+            with self._database.migrating() as connection:
+                if (version := schema_version(connection)) != SCHEMA_VERSION:
+                    from hanse.storage.migrations import migrate  # noqa: PLC0415 - only an upgrade pays for Alembic
 
-            with self._database.migrating(connection):  # by another server meanwhile, maybe
-                migrate(connection, version=schema_version(connection), name=self._name)
-        if connection.scalar(sql.STORE_ID) is None:
-            connection.execute(sql.ADD_STORE_ID, {"key": "store_id", "value": self._new_id()})
-        return str(connection.scalar(sql.STORE_ID))
+                    migrate(connection, version=version, name=self._name)
+                if (store_id := connection.scalar(sql.STORE_ID)) is None:
+                    store_id = self._new_id()
+                    connection.execute(sql.ADD_STORE_ID, {"key": "store_id", "value": store_id})
+                return store_id
+        except DBAPIError as error:
+            raise database_failure(error.orig or error, self._name, doing="opening") from error
 
-    async def _move_lease(self, operation: Callable[[Connection], Lease]) -> Lease:
+    async def _move_lease(self, operation: Callable[[Transaction], Lease]) -> Lease:
         lease = await self._write(operation)
         self._wake()
         return lease
@@ -400,22 +408,22 @@ class SqlStore:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
-    def _lease(self, connection: Connection, query: Select[Any]) -> Lease:
-        row = connection.execute(query).one()
-        return Lease(ssid=session_id(self._store_id, row.epoch), **row._mapping)
+    def _lease(self, transaction: Transaction, query: Statement) -> Lease:
+        epoch, holder, *rest = transaction.row(query)
+        return Lease(epoch, holder, session_id(self._store_id, epoch), *rest)
 
-    def _held_lease(self, connection: Connection, epoch: int) -> Lease:
+    def _held_lease(self, transaction: Transaction, epoch: int) -> Lease:
         """Return the lease, locked, having made sure that it is of *epoch*."""
-        lease = self._lease(connection, sql.LEASE_TO_CHANGE)
+        lease = self._lease(transaction, sql.LEASE_TO_CHANGE)
         check_epoch(epoch, lease.epoch)
         return lease
 
-    def _set_lease(self, connection: Connection, lease: Lease, *, epoch: int) -> Lease:
+    def _set_lease(self, transaction: Transaction, lease: Lease, *, epoch: int) -> Lease:
         lease = msgspec.structs.replace(lease, epoch=epoch, ssid=session_id(self._store_id, epoch))
         row = msgspec.structs.asdict(lease)
         del row["ssid"]
-        connection.execute(sql.SET_LEASE, row)
-        self._database.announce(connection)
+        transaction.run(sql.SET_LEASE, row)
+        self._database.announce(transaction)
         return lease
 
 
@@ -442,63 +450,64 @@ def database_at(where: Path | str) -> Database:
     try:
         from hanse.storage.postgres import PostgresDatabase  # noqa: PLC0415 - its driver is an extra
     except ImportError as missing:
-        expected = "PostgreSQL's driver to be installed (pip install 'hanse[postgres]')"
+        expected = "PostgreSQL's driver to be installed (pip install 'psycopg[binary]')"
         raise ConfigError("store", got=shown, expected=expected) from missing
     return PostgresDatabase(url, name=shown)
 
 
-def _fence(connection: Connection, epoch: int) -> None:
+def _fence(transaction: Transaction, epoch: int) -> None:
     """Make sure that the lease is of *epoch*, and stays so until this transaction ends."""
-    check_epoch(epoch, connection.execute(sql.EPOCH).scalar_one())
+    check_epoch(epoch, transaction.value(sql.EPOCH))
 
 
-def _replace_job(connection: Connection, record: JobRecord, blob: bytes, *, was: JobState) -> None:
+def _replace_job(transaction: Transaction, record: JobRecord, blob: bytes, *, was: JobState) -> None:
     at_job = _at_job(record.job_id)
-    row = connection.execute(sql.JOB_TO_CHANGE, at_job).one_or_none()
+    row = transaction.row(sql.JOB_TO_CHANGE, at_job)
     if row is None:
         raise NotFound("job", record.job_id)
-    if row.record == blob:
+    state, stored = row
+    if stored == blob:
         return
-    check_move(JobState(row.state), record, was=was)
-    connection.execute(sql.SET_JOB, {**at_job, "state": record.state.value, "record": blob})
+    check_move(JobState(state), record, was=was)
+    transaction.run(sql.SET_JOB, {**at_job, "state": record.state.value, "record": blob})
 
 
-def _last_round(connection: Connection, job_id: JobId, *, doing: str) -> int:
+def _last_round(transaction: Transaction, job_id: JobId, *, doing: str) -> int:
     """Return the job's last committed round, -1 before there is one, having made sure that the job has not ended."""
-    row = connection.execute(sql.JOB_STATE, _at_job(job_id)).one_or_none()
+    row = transaction.row(sql.JOB_STATE, _at_job(job_id))
     if row is None:
         raise NotFound("job", job_id)
-    check_running(job_id, JobState(row.state), doing)
-    return int(row.last_round)
+    state, last_round = row
+    check_running(job_id, JobState(state), doing)
+    return int(last_round)
 
 
-def _keep_tasks(connection: Connection, job_id: JobId, kept: Collection[TaskKey]) -> None:
+def _keep_tasks(transaction: Transaction, job_id: JobId, kept: Collection[TaskKey]) -> None:
     """Delete the run's tasks but those *kept*, with their answers and the models that they hand out."""
     at_job = _at_job(job_id)
     if not kept:
-        connection.execute(sql.DELETE_TASKS, at_job)
-        connection.execute(sql.DELETE_MODELS, at_job)
+        transaction.run(sql.DELETE_TASKS, at_job)
+        transaction.run(sql.DELETE_MODELS, at_job)
         return
-    journalled = {TaskKey(*row) for row in connection.execute(sql.TASK_KEYS, at_job)}
+    journalled = {TaskKey(*row) for row in transaction.rows(sql.TASK_KEYS, at_job)}
     check_carried(kept, journalled)
-    if doomed := [_at_key(job_id, key) for key in journalled.difference(kept)]:
-        connection.execute(sql.DELETE_TASK, doomed)
-    connection.execute(sql.DELETE_UNUSED_MODELS, at_job)
+    transaction.run_many(sql.DELETE_TASK, [_at_key(job_id, key) for key in journalled.difference(kept)])
+    transaction.run(sql.DELETE_UNUSED_MODELS, at_job)
 
 
-def _snapshot(connection: Connection, job_id: JobId) -> RunState:
+def _snapshot(transaction: Transaction, job_id: JobId) -> RunState:
     at_job = _at_job(job_id)
-    if connection.execute(sql.JOB_STATE, at_job).one_or_none() is None:
+    if transaction.row(sql.JOB_STATE, at_job) is None:
         raise NotFound("job", job_id)
-    state = connection.scalar(sql.RUN_STATE, at_job)
-    models = {row.digest: row.model for row in connection.execute(sql.MODELS, at_job)}
-    rows = connection.execute(sql.TASKS, at_job).all()
-    tasks = [unpack_task(row.task, models.get(row.model)) for row in rows if row.answer is None]
+    state = transaction.value(sql.RUN_STATE, at_job)
+    models = dict(transaction.rows(sql.MODELS, at_job))
+    rows = transaction.rows(sql.TASKS, at_job)
+    tasks = [unpack_task(task, models.get(model)) for task, model, answer in rows if answer is None]
     return RunState(
         None if state is None else unpack(state, StateRef),
         # Sorted here, for a database may know another alphabet.
         tuple(sorted(tasks, key=lambda task: key_order(task.key))),
-        tuple(unpack(row.answer, TaskResult) for row in rows if row.answer is not None),
+        tuple(unpack(answer, TaskResult) for _, _, answer in rows if answer is not None),
     )
 
 

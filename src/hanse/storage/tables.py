@@ -101,8 +101,8 @@ tasks = Table(
     Column("accepted", BigInteger),
 )
 """The tasks of each run's present round, and those carried on: a ``TaskAssignment`` without its model, the model's key
-in ``models``, and the ``TaskResult`` once there is one. ``accepted`` gives the order of a run's answers."""
-Index("tasks_by_acceptance", tasks.c.job_id, tasks.c.accepted)
+in ``models``, and the ``TaskResult`` once there is one. ``accepted`` gives the order of a run's answers: the epoch, and
+the number within its tenure."""
 
 models = Table(
     "models",

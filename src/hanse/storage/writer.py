@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import text
 
 from hanse.errors import StoreFailed
+from hanse.storage.database import Database
 from hanse.storage.disk import database_failure
+from hanse.storage.transaction import DriverConnection, Statement, Transaction
 
 T = TypeVar("T")
 
@@ -33,15 +34,16 @@ MAX_GROUP: Final = 512
 RETRY_WITHIN_S: Final = 1.0
 """A connection that takes longer to turn out lost is not replaced at once: the callers have waited enough."""
 
-BEGIN: Final = "hanse_begin"
-"""The execution option that tells the engine's ``begin`` event which kind of transaction this one is."""
+_SAVEPOINT: Final = Statement(text("SAVEPOINT operation"))
+_RELEASE: Final = Statement(text("RELEASE SAVEPOINT operation"))
+_UNDO: Final = Statement(text("ROLLBACK TO SAVEPOINT operation"))
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
     """An operation, and who waits for its outcome where."""
 
-    operation: Callable[[Connection], Any]
+    operation: Callable[[Transaction], Any]
     is_write: bool
     future: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
@@ -54,29 +56,30 @@ class _Outcome:
 
 
 class Writer:
-    """Runs operations on a database, one at a time, in a thread of its own: ``start``, use, ``close``.
+    """Runs operations on *database*, one at a time, in a thread of its own: ``start``, use, ``close``.
 
-    *connect* is called in that thread; *name* is what errors call the database. The queue of operations has no bound of
-    its own: each has a caller that waits for it.
+    The thread connects with its first operation, and anew whenever its connection was lost. The queue of operations has
+    no bound of its own: each has a caller that waits for it.
     """
 
-    def __init__(self, connect: Callable[[], Engine], *, name: str) -> None:
-        self._connect, self._name = connect, name
+    def __init__(self, database: Database) -> None:
+        self._database = database
         self._requests: SimpleQueue[_Request | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._connection: DriverConnection | None = None
         self._is_closed = False
 
     def start(self) -> None:
-        """Start the thread; the connection is made with the first operation."""
+        """Start the thread."""
         # A daemon, so that a program that does not close its store can still end; what was answered is committed.
-        self._thread = threading.Thread(target=self._work, name=f"store {self._name}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"store {self._database.name}", daemon=True)
         self._thread.start()
 
-    async def write(self, operation: Callable[[Connection], T]) -> T:
+    async def write(self, operation: Callable[[Transaction], T]) -> T:
         """Return what *operation* returns, once that is committed."""
         return await self._run(operation, is_write=True)
 
-    async def read(self, operation: Callable[[Connection], T]) -> T:
+    async def read(self, operation: Callable[[Transaction], T]) -> T:
         """Return what *operation*, which writes nothing, returns; it sees every write asked for before it."""
         return await self._run(operation, is_write=False)
 
@@ -88,9 +91,9 @@ class Writer:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    async def _run(self, operation: Callable[[Connection], T], *, is_write: bool) -> T:
+    async def _run(self, operation: Callable[[Transaction], T], *, is_write: bool) -> T:
         if self._thread is None or self._is_closed:
-            raise StoreFailed(f"using {self._name}", "it is not open")
+            raise StoreFailed(f"using {self._database.name}", "it is not open")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._requests.put(_Request(operation, is_write, future, loop))
@@ -99,16 +102,13 @@ class Writer:
     # In the thread ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        engine: Engine | None = None
         while group := self._next_group():
             try:
-                engine = engine or self._connect()
-                outcomes = _run_group(engine, group)
+                outcomes = self._commit_together(group, may_retry=True)
             except Exception as error:  # noqa: BLE001 - every request gets its answer, whatever happened
                 outcomes = [_Outcome(error=self._translated(error)) for _ in group]
             _answer(group, outcomes)
-        if engine is not None:
-            engine.dispose()
+        self._disconnect()
 
     def _next_group(self) -> list[_Request]:
         """Return the requests that wait, at least one; none when it is time to end."""
@@ -127,47 +127,62 @@ class Writer:
             group.append(request)
         return group
 
-    def _translated(self, error: Exception) -> Exception:
-        if isinstance(error, DBAPIError):
-            return database_failure(error.orig or error, self._name)
-        return error
+    def _commit_together(self, group: list[_Request], *, may_retry: bool) -> list[_Outcome]:
+        """Return each request's outcome after committing all; raise if the transaction cannot be begun or committed."""
+        began = time.monotonic()
+        connection = self._connection = self._connection or self._database.connect()
+        outcomes: list[_Outcome] | None = None
+        try:
+            outcomes = self._run_all(connection, group)
+            connection.commit()
+            return outcomes
+        except Exception:
+            self._roll_back(connection)
+            is_lost_before_commit = outcomes is None and self._connection is None
+            if not (may_retry and is_lost_before_commit and time.monotonic() - began <= RETRY_WITHIN_S):
+                raise
+        return self._commit_together(group, may_retry=False)
 
-
-def _run_group(engine: Engine, group: list[_Request], *, may_retry: bool = True) -> list[_Outcome]:
-    """Return each request's outcome after committing all; raise if the transaction cannot be begun or committed."""
-    began = time.monotonic()
-    begin = "BEGIN IMMEDIATE" if any(request.is_write for request in group) else "BEGIN"
-    outcomes: list[_Outcome] | None = None
-    try:
-        with engine.connect().execution_options(**{BEGIN: begin}) as connection, connection.begin() as transaction:
-            if len(group) == 1:  # nobody else's work to keep: a savepoint would only cost time
-                outcomes = [_attempt(connection, group[0], undo=transaction.rollback)]
-            else:
-                outcomes = [_attempt_behind_savepoint(connection, request) for request in group]
+    def _run_all(self, connection: DriverConnection, group: list[_Request]) -> list[_Outcome]:
+        self._database.begin(connection, is_write=any(request.is_write for request in group))
+        transaction = Transaction(connection.cursor(), self._database.dialect)
+        if len(group) == 1:  # nobody else's work to keep: a savepoint would only cost time
+            return [self._attempt(transaction, group[0], undo=connection.rollback)]
+        outcomes = []
+        for request in group:
+            transaction.run(_SAVEPOINT)
+            outcomes.append(self._attempt(transaction, request, undo=lambda: transaction.run(_UNDO)))
+            transaction.run(_RELEASE)
         return outcomes
-    except DBAPIError as error:
-        is_lost_before_commit = outcomes is None and error.connection_invalidated
-        if not (may_retry and is_lost_before_commit and time.monotonic() - began <= RETRY_WITHIN_S):
-            raise
-    return _run_group(engine, group, may_retry=False)
 
+    def _attempt(self, transaction: Transaction, request: _Request, *, undo: Callable[[], object]) -> _Outcome:
+        try:
+            return _Outcome(request.operation(transaction))
+        except self._database.error:
+            raise  # the database is not as it should be; what that did to the transaction is not known
+        except Exception as error:  # noqa: BLE001 - one operation's failure must not stop the others; its caller gets it
+            undo()
+            return _Outcome(error=error)
 
-def _attempt_behind_savepoint(connection: Connection, request: _Request) -> _Outcome:
-    # As plain SQL, for begin_nested costs more than most operations.
-    connection.exec_driver_sql("SAVEPOINT operation")
-    outcome = _attempt(connection, request, undo=lambda: connection.exec_driver_sql("ROLLBACK TO SAVEPOINT operation"))
-    connection.exec_driver_sql("RELEASE SAVEPOINT operation")
-    return outcome
+    def _roll_back(self, connection: DriverConnection) -> None:
+        """Make *connection* good for another transaction, or forget it if nothing can."""
+        try:
+            connection.rollback()
+        except self._database.error:
+            self._disconnect()
+        else:
+            if self._database.is_lost(connection):
+                self._disconnect()
 
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
-def _attempt(connection: Connection, request: _Request, *, undo: Callable[[], object]) -> _Outcome:
-    try:
-        return _Outcome(request.operation(connection))
-    except DBAPIError:
-        raise  # the database is not as it should be; what that did to the transaction is not known
-    except Exception as error:  # noqa: BLE001 - one operation's failure must not stop the others; its caller gets it
-        undo()
-        return _Outcome(error=error)
+    def _translated(self, error: Exception) -> Exception:
+        if isinstance(error, self._database.error):
+            return database_failure(error, self._database.name)
+        return error
 
 
 def _answer(group: list[_Request], outcomes: list[_Outcome]) -> None:

@@ -19,7 +19,6 @@ def upgrade() -> None:
     )
     op.add_column("tasks", sa.Column("accepted", sa.BigInteger))
     _number_answers()
-    op.create_index("tasks_by_acceptance", "tasks", ["job_id", "accepted"])
     # The first release reads this, and so refuses the store with a sentence.
     op.execute("UPDATE meta SET value = '2' WHERE key = 'schema_version'")
 

@@ -1,0 +1,262 @@
+"""Two servers on one store, one of which is killed, paused, or told to leave: the runs go on at the other.
+
+The store is a SQLite file, which writes down every write with its epoch (``journal.record``), and for some of the
+faults PostgreSQL, which is also stopped. The one that was killed is started again and stands by for the next fault, so
+one deployment lasts for all.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+from benchmarks.deployment import Deployment, two_servers
+
+from hanse.admin.session import AdminSession
+from hanse.cell.loop import run
+from hanse.errors import HanseError
+from hanse.identity.kits import Kit
+from hanse.messages import JobView
+from hanse.settings import AdminSettings
+from tests.faults import journal
+from tests.faults.bench import RUN_WITHIN_S, Bench, Disturbance, Told
+from tests.faults.changes import wait_none
+from tests.faults.steps import STEPS
+from tests.postgres import Postgres
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+SERVERS = ("server", "standby")
+AT = (2, 3, 5, 6, 8, 11)
+"""The steps at which a server is disturbed: before, in and after a round."""
+
+
+class Pair(Bench):
+    """A bench with two servers."""
+
+    @property
+    def store(self) -> Path:
+        """The servers' database, where it is a file."""
+        return self.running.shared / "store.db"
+
+    @property
+    def hot(self) -> str:
+        """The server that serves."""
+        return str(self.running.hanse("server", "status")["name"])
+
+    @property
+    def cold(self) -> str:
+        """The one that stands by."""
+        (other,) = set(SERVERS) - {self.hot}
+        return other
+
+    def check(self, view: JobView) -> None:
+        """Assert that the job of *view* has ended as one without trouble, and has left nothing behind."""
+        assert (view.state, view.code, view.reason) == ("completed", "", "")
+        assert view.result == self.undisturbed, "the model has other bytes than that of an undisturbed run"
+        assert all(each.answered == tuple(self.running.names) for each in view.history[1:])
+        if self.store.exists():
+            journal.check_completed(self.store, view.job_id, clients=self.running.names, rounds=len(view.history) - 1)
+        self.check_processes()
+        staying = {"package", "code", "result", "server.log"}
+        left = {path.name for path in (self.running.shared / "runs" / view.job_id).iterdir()}
+        assert left <= staying, f"{sorted(left - staying)} is left of the run"
+
+    def pause(self, name: str) -> psutil.Process:
+        """Stop a server's process (SIGSTOP), and return it."""
+        process = self.running.process(name)
+        process.suspend()
+        return process
+
+    def registrations(self, site: str) -> int:
+        """Return how often *site* has registered."""
+        return self.running.log(site).read_text().count("INFO hanse.client.agent registered")
+
+    def disturbed(self, step: int, act: Callable[[], object]) -> tuple[JobView, float]:
+        """Run the job, do *act* at *step*, and return how it ended and the seconds from then to the next answer."""
+        began: list[float] = []
+        told = Told()
+
+        def start() -> None:
+            began.append(time.time())
+            act()
+
+        try:
+            view = run(self.run([Disturbance(step, start)], told=told), RUN_WITHIN_S)
+        except BaseException:
+            print(f"told: {told}\n{self.logs()}")  # noqa: T201 - what pytest shows of a test that failed
+            raise
+        accepted = [event.at for event in told.events if event.kind == "result_accepted" and event.at > began[0]]
+        return view, min(accepted, default=began[0]) - began[0]
+
+
+@contextmanager
+def pair(running: Deployment, gates: Path) -> Iterator[Pair]:
+    running.start("server")
+    running.start("standby", *running.names)
+    made = Pair(running, gates)
+    if made.store.exists():
+        journal.record(made.store)
+    told = Told()
+    made.undisturbed = run(made.run(told=told), RUN_WITHIN_S).result
+    yield made
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with two_servers() as running, pair(running, tmp_path_factory.mktemp("gates")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def on_postgres(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    url = postgres.url(postgres.empty_database())
+    with two_servers(url) as running, pair(running, tmp_path_factory.mktemp("gates")) as made:
+        yield made
+
+
+@pytest.mark.parametrize("step", AT, ids=lambda step: str(STEPS[step]).replace(" ", "-"))
+def test_a_killed_server_is_succeeded_and_the_run_goes_on(bench: Pair, note: Callable[..., None], step: int) -> None:
+    before, names = bench.hot, bench.running.names
+    registered = [bench.registrations(site) for site in names]
+
+    view, took_s = bench.disturbed(step, lambda: bench.running.kill(before))
+
+    assert bench.hot != before
+    bench.check(view)
+    assert [bench.registrations(site) for site in names] == registered, "nobody had to register anew"
+    note("failover: kill -9 of the hot server to the next accepted answer", str(STEPS[step]), f"{took_s:.1f} s")
+    bench.running.start(before)
+
+
+def test_a_server_that_was_paused_through_its_lease_commits_nothing_and_serves_nobody(bench: Pair) -> None:
+    before = bench.hot
+    paused: list[psutil.Process] = []
+
+    view, _ = bench.disturbed(5, lambda: paused.append(bench.pause(before)))
+
+    assert bench.hot != before
+    written = len(journal.history(bench.store))
+    paused[0].resume()
+    bench.check(view)
+    with pytest.raises(HanseError, match="Server not in service"):
+        run(_asked_directly(bench, before), 30)
+    run(bench.run(), RUN_WITHIN_S)
+    entries = journal.history(bench.store)
+    journal.check_epochs(entries)
+    assert {each.epoch for each in entries[written:]} == {entries[written - 1].epoch}, "only the new tenure has written"
+    assert bench.running.process(before).is_running(), "it stands by"
+
+
+@pytest.mark.parametrize("step", AT[:4], ids=lambda step: str(STEPS[step]).replace(" ", "-"))
+def test_a_server_hands_over_in_the_middle_of_a_run(bench: Pair, note: Callable[..., None], step: int) -> None:
+    successor = bench.cold
+    promoted: list[float] = []
+
+    def promote() -> None:
+        promoted.append(bench.running.hanse("server", "promote", successor)["took_s"])
+
+    view, took_s = bench.disturbed(step, promote)
+
+    bench.check(view)
+    assert bench.hot == successor
+    note("handover: hanse server promote", str(STEPS[step]), f"{promoted[0]:.2f} s", f"next answer {took_s:.2f} s")
+
+
+def test_a_server_that_shuts_down_in_order_is_succeeded_at_once(bench: Pair) -> None:
+    before = bench.hot
+
+    view, _ = bench.disturbed(6, lambda: bench.running.end(before))
+
+    bench.check(view)
+    assert bench.hot != before
+    bench.running.start(before)
+
+
+def test_both_servers_killed_at_once_go_on_when_one_is_back(bench: Pair) -> None:
+    def kill() -> None:
+        for name in SERVERS:
+            bench.running.kill(name)
+        bench.running.start("standby")
+
+    view, _ = bench.disturbed(8, kill)
+
+    bench.check(view)
+    assert bench.hot == "standby"
+    bench.running.start("server")
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_killed_server_is_succeeded_on_postgresql(on_postgres: Pair, note: Callable[..., None], step: int) -> None:
+    before = on_postgres.hot
+
+    view, took_s = on_postgres.disturbed(step, lambda: on_postgres.running.kill(before))
+
+    on_postgres.check(view)
+    assert on_postgres.hot != before
+    note("failover on PostgreSQL", str(STEPS[step]), f"{took_s:.1f} s")
+    on_postgres.running.start(before)
+
+
+def test_a_server_hands_over_on_postgresql(on_postgres: Pair, note: Callable[..., None]) -> None:
+    successor = on_postgres.cold
+    promoted: list[float] = []
+
+    def promote() -> None:
+        promoted.append(on_postgres.running.hanse("server", "promote", successor)["took_s"])
+
+    view, took_s = on_postgres.disturbed(6, promote)
+
+    on_postgres.check(view)
+    note("handover on PostgreSQL", str(STEPS[6]), f"{promoted[0]:.2f} s", f"next answer {took_s:.2f} s")
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_database_that_goes_away_and_comes_back(on_postgres: Pair, postgres: Postgres, step: int) -> None:
+    def away() -> None:
+        postgres.stop(immediate=True)
+        postgres.start()
+
+    view, _ = on_postgres.disturbed(step, away)
+
+    on_postgres.check(view)
+
+
+def test_a_database_that_is_away_for_longer_than_a_lease(on_postgres: Pair, postgres: Postgres) -> None:
+    """Nobody can know who is primary meanwhile, so nobody serves; then one of them does."""
+
+    def away() -> None:
+        hot = on_postgres.hot
+        before = on_postgres.running.log(hot).read_text().count("this server's tenure has ended")
+        postgres.stop(immediate=True)
+        try:
+            _wait_for_word(on_postgres.running.log(hot), "this server's tenure has ended", more_than=before)
+        finally:
+            postgres.start()
+
+    view, _ = on_postgres.disturbed(6, away)
+
+    on_postgres.check(view)
+
+
+def _wait_for_word(log: Path, word: str, *, more_than: int) -> None:
+    wait_none(
+        lambda: [] if log.read_text().count(word) > more_than else [word],
+        [log.parent],
+        what=f"{log.name} to tell of {word!r}",
+        within_s=60.0,
+    )
+
+
+async def _asked_directly(bench: Pair, name: str) -> None:
+    """Ask the server *name*, and no other, as an administrator."""
+    kit = Kit.load(bench.running.kit("admin@bench"), AdminSettings)
+    position = list(kit.settings.server_names).index(name)
+    settings = msgspec.structs.replace(kit.settings, servers=kit.settings.servers[position : position + 1])
+    alone = dataclasses.replace(kit, settings=settings)
+    async with AdminSession(alone, patience_s=5):
+        raise AssertionError(f"{name} serves")
