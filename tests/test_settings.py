@@ -66,6 +66,39 @@ def test_a_store_that_cannot_be_is_refused_without_showing_its_password(file: Pa
     assert "sesame" not in str(wrong.value)
 
 
+@pytest.mark.parametrize("runs", ["s3://hanse", "s3://my.hanse-1/demo/runs_2/", "s3://hanse/A.b"])
+def test_runs_may_be_in_a_bucket_and_are_then_in_no_folder(runs: str) -> None:
+    settings = ServerSettings(project="demo", runs=runs)
+    assert (settings.bucket, settings.runs_folder) == (runs, "")
+
+
+@pytest.mark.parametrize("runs", ["", "runs", "/shared/runs", "s3:/hanse"])
+def test_runs_that_are_no_url_are_a_folder(runs: str) -> None:
+    settings = ServerSettings(project="demo", runs=runs)
+    assert (settings.bucket, settings.runs_folder) == ("", runs)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        "s3://",
+        "s3://b",
+        "s3:///runs",
+        "s3://Hanse/runs",
+        "s3://hanse//runs",
+        "s3://hanse/../runs",
+        "s3://key:sesame@hanse/runs",
+        "s3://hanse/runs?secret=sesame",
+        "gs://hanse-sesame",
+        "https://hanse.s3.amazonaws.com/sesame",
+    ],
+)
+def test_a_bucket_that_cannot_be_is_refused_without_showing_what_may_be_a_key(runs: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^runs is '{runs.partition(':')[0]}://…'; expected a folder") as wrong:
+        ServerSettings(project="demo", runs=runs)
+    assert "sesame" not in str(wrong.value)
+
+
 @pytest.mark.parametrize(
     ("address", "listens_at", "reached_at"),
     [
@@ -186,12 +219,26 @@ def test_an_unknown_word_of_the_policy_is_refused(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "meant"),
-    [(CLIENT + 'server_name = "hub"\n', "server_names"), (CLIENT + "[policy]\njobcode = 'deny'\n", "job_code")],
+    [(CLIENT + 'servers_name = ["hub"]\n', "server_names"), (CLIENT + "[policy]\njobcode = 'deny'\n", "job_code")],
 )
 def test_a_field_that_is_nearly_one_is_refused_with_the_one_that_is(file: Path, text: str, meant: str) -> None:
     file.write_text(text)
 
     with pytest.raises(ConfigError, match=f"expected no such field; perhaps '{meant}' is meant$"):
+        read(file, ClientSettings)
+
+
+@pytest.mark.parametrize("kind", [ClientSettings, AdminSettings])
+def test_a_kit_of_release_0_1_0_is_read(file: Path, kind: type[ClientSettings | AdminSettings]) -> None:
+    file.write_text(CLIENT + 'server_name = "hub"\n')
+
+    assert read(file, kind).server_names == ("hub",)
+
+
+def test_a_name_of_then_beside_todays_is_refused(file: Path) -> None:
+    file.write_text(CLIENT + 'server_name = "hub"\nserver_names = ["hub"]\n')
+
+    with pytest.raises(ConfigError, match=r"server_name in .* is 'hub'; expected no such field"):
         read(file, ClientSettings)
 
 

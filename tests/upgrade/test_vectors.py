@@ -18,6 +18,9 @@ from tests.upgrade.release import HERE, OLD, Release
 VECTORS = json.loads((HERE / f"vectors-{OLD}.json").read_text(encoding="utf-8"))
 THEN: dict[str, Any] = VECTORS["types"]
 NOW = make_vectors.types()
+RETIRED = {"JobView": frozenset({"waiting_for", "waiting_until"})}
+"""Fields that are sent no more: they are for people, and the old release has a default for each, so it shows nothing
+there. A field by which a release decides what it does cannot be retired while that release is a neighbour."""
 
 
 def now(name: str) -> type[msgspec.Struct]:
@@ -27,11 +30,11 @@ def now(name: str) -> type[msgspec.Struct]:
 
 
 def old_fields(name: str) -> frozenset[str]:
-    return frozenset(THEN[name]["fields"])
+    return frozenset(THEN[name]["fields"]) - RETIRED.get(name, frozenset())
 
 
 def as_then(name: str, value: Any) -> Any:
-    """Return *value*, plain, of a field of the type that *name* names, without what was added since."""
+    """Return *value*, plain, of the type that *name* names, without what was added since, or is retired."""
     kind = NOW[name]
     hints = {field.name: field.type for field in msgspec.structs.fields(kind)}
     return {field: _as_then(hints[field], value[field]) for field in old_fields(name)}
@@ -53,7 +56,7 @@ def _as_then(kind: Any, value: Any) -> Any:
 def test_what_the_old_release_wrote_is_read_as_it_was_meant(name: str) -> None:
     for vector in THEN[name]["vectors"]:
         decoded = msgspec.msgpack.decode(bytes.fromhex(vector["hex"]), type=now(name))
-        assert as_then(name, make_vectors.plain(decoded)) == vector["value"]
+        assert as_then(name, make_vectors.plain(decoded)) == as_then(name, vector["value"])
         for field in msgspec.structs.fields(now(name)):
             if field.name not in old_fields(name):
                 default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
@@ -63,7 +66,8 @@ def test_what_the_old_release_wrote_is_read_as_it_was_meant(name: str) -> None:
 @pytest.mark.parametrize("name", THEN)
 def test_fields_of_the_old_release_are_still_there_and_new_ones_have_a_default(name: str) -> None:
     then, is_now = THEN[name]["fields"], make_vectors.shape(now(name))
-    assert {field: is_now.get(field, "gone") for field in then} == then
+    assert {field: is_now.get(field, "gone") for field in old_fields(name)} == {f: then[f] for f in old_fields(name)}
+    assert all(then[field].endswith(" = …") for field in then.keys() - old_fields(name))
     added = {field: kind for field, kind in is_now.items() if field not in then}
     assert [field for field, kind in added.items() if not kind.endswith(" = …")] == []
 
@@ -75,8 +79,8 @@ def test_what_this_release_writes_is_read_by_the_old_one(old: Release, with_news
         message = make_vectors.sample(now(name), only=None if with_news else old_fields(name))
         given[name] = [msgspec.msgpack.encode(message).hex()]
         expected[name] = [as_then(name, make_vectors.plain(message))]
-    script = str(HERE / "make_vectors.py")
-    assert json.loads(old.python(script, "read", given=json.dumps(given))) == expected
+    read = json.loads(old.python(str(HERE / "make_vectors.py"), "read", given=json.dumps(given)))
+    assert {name: [as_then(name, each) for each in read[name]] for name in read} == expected
 
 
 def test_topics_of_the_old_release_still_carry_the_same() -> None:

@@ -170,7 +170,7 @@ class RunFederation:
         if change.change == "back":
             self._unavailable.pop(client, None)
             for key in keys:
-                self._pool_of[key].forget_loss(key)
+                self._pool_of[key].forget_news(key)
             return
         code = CLIENT_LOST if change.change == "lost" else CLIENT_FAILED
         self._unavailable[client] = TaskFault(code, change.reason or f"{client} was lost")
@@ -205,11 +205,11 @@ class RunFederation:
     def _tell_of_loss(self, key: TaskKey) -> None:
         """Put a fault in the place of *key*'s answer if its client is not there; a kept task may still be answered."""
         fault, pool = self._unavailable.get(key.client), self._pool_of.get(key)
-        if fault is None or pool is None or pool.has_news(key):
+        if fault is None or pool is None:
             return
         news = _Arrival(next(self._arrivals), TaskResult(key, fault=fault), is_clients_own=False)
         if pool.keeps and fault.code == CLIENT_LOST:
-            pool.news(news)
+            pool.lost(news)
         else:
             del self._pool_of[key]
             pool.given_up(news)
@@ -288,6 +288,7 @@ class _Pool:
         """Tasks that their clients have not answered."""
         self._expected: set[TaskKey] = set()
         self._arrived: list[_Arrival] = []  # a heap: what the journal had already was not told in the order of asking
+        self._news: set[TaskKey] = set()
         self._changed = asyncio.Event()
 
     @property
@@ -302,27 +303,27 @@ class _Pool:
 
     def answered(self, arrival: _Arrival) -> None:
         """Take a client's answer; with it, that its client was lost is no news any more."""
-        self.forget_loss(arrival.result.key)
-        self.unanswered.discard(arrival.result.key)
-        self.given_up(arrival)
+        key = arrival.result.key
+        self.forget_news(key)
+        self.unanswered.discard(key)
+        self._expected.discard(key)
+        self._push(arrival)
 
-    def given_up(self, arrival: _Arrival) -> None:
-        """Take what ends the waiting for a task's answer."""
-        self._expected.discard(arrival.result.key)
-        self.news(arrival)
+    def lost(self, news: _Arrival) -> None:
+        """Take the news that a task's client was lost; told once until somebody has heard it."""
+        key = news.result.key
+        if key not in self._news:
+            self._news.add(key)
+            self._push(news)
 
-    def news(self, arrival: _Arrival) -> None:
-        """Take news of a task."""
-        heapq.heappush(self._arrived, arrival)
-        self._changed.set()
+    def given_up(self, news: _Arrival) -> None:
+        """Take the news that a task will not be answered."""
+        self._expected.discard(news.result.key)
+        self._push(news)
 
-    def has_news(self, key: TaskKey) -> bool:
-        """Return whether something has come for *key* that nobody has taken yet."""
-        return any(arrival.result.key == key for arrival in self._arrived)
-
-    def forget_loss(self, key: TaskKey) -> None:
-        """Drop the news that *key*'s client was lost, where nobody has heard it and an answer is still expected."""
-        if key in self._expected:
+    def forget_news(self, key: TaskKey) -> None:
+        """Drop the news that *key*'s client was lost, if nobody has heard it."""
+        if key in self._news:
             self._keep_arrivals(lambda arrival: arrival.result.key != key)
 
     def forget(self, keys: Collection[TaskKey]) -> None:
@@ -331,8 +332,13 @@ class _Pool:
         self._expected.difference_update(keys)
         self._keep_arrivals(lambda arrival: arrival.result.key not in keys)
 
+    def _push(self, arrival: _Arrival) -> None:
+        heapq.heappush(self._arrived, arrival)
+        self._changed.set()
+
     def _keep_arrivals(self, is_kept: Callable[[_Arrival], bool]) -> None:
         self._arrived = [arrival for arrival in self._arrived if is_kept(arrival)]
+        self._news.intersection_update([arrival.result.key for arrival in self._arrived])
         heapq.heapify(self._arrived)
 
     async def results(self, deadline: float, deadline_s: float) -> AsyncGenerator[tuple[TaskResult, bool], None]:
@@ -343,6 +349,7 @@ class _Pool:
         while self._arrived or self._expected:
             if self._arrived:
                 _, result, is_clients_own = heapq.heappop(self._arrived)
+                self._news.discard(result.key)
                 yield result, is_clients_own
                 continue
             self._changed.clear()

@@ -24,6 +24,7 @@ from hanse.job import JobRecord, JobState
 from hanse.messages import CommitRound, RoundView, StateRef, TaskAssignment, TaskKey, TaskResult
 from hanse.storage import statements as sql
 from hanse.storage.database import Database, Listener
+from hanse.storage.disk import database_failure
 from hanse.storage.records import (
     AuditEntry,
     Lease,
@@ -396,7 +397,7 @@ class SqlStore:
                     connection.execute(sql.ADD_STORE_ID, {"key": "store_id", "value": store_id})
                 return store_id
         except DBAPIError as error:
-            raise StoreFailed(f"opening {self._name}", " ".join(str(error.orig).split())) from error
+            raise database_failure(error.orig or error, self._name, doing="opening") from error
 
     async def _move_lease(self, operation: Callable[[Transaction], Lease]) -> Lease:
         lease = await self._write(operation)
@@ -449,7 +450,7 @@ def database_at(where: Path | str) -> Database:
     try:
         from hanse.storage.postgres import PostgresDatabase  # noqa: PLC0415 - its driver is an extra
     except ImportError as missing:
-        expected = "PostgreSQL's driver to be installed (pip install 'hanse[postgres]')"
+        expected = "PostgreSQL's driver to be installed (pip install 'psycopg[binary]')"
         raise ConfigError("store", got=shown, expected=expected) from missing
     return PostgresDatabase(url, name=shown)
 
