@@ -508,6 +508,7 @@ class Jobs:
             self._announce_end(ended)
         finally:
             del self._runs[record.job_id]
+            self._lives.pop(record.job_id, None)  # whoever asks from now on finds no job that is alive
 
     async def _fail(self, record: JobRecord, code: str, reason: str, *, client: str = "") -> None:
         await self._end_idle(record, JobState.FAILED, code=code, reason=reason, client=client)
@@ -543,7 +544,8 @@ class Jobs:
             task.add_done_callback(lambda _: self._has_lived(job_id))
 
     def _has_lived(self, job_id: JobId) -> None:
-        del self._lives[job_id], self._taking[job_id]
+        self._lives.pop(job_id, None)
+        del self._taking[job_id]
         self._taking_up.pop(job_id, None)
         self.wake()
 
