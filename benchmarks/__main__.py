@@ -21,7 +21,7 @@ from benchmarks.deployment import Deployment, MemoryPeak, deployment
 from benchmarks.endurance import endurance_jobs, endurance_rounds
 from benchmarks.figures import JOBS, Figure, figure, round_seconds
 from benchmarks.journal import journal
-from benchmarks.recovery import client_kill, restart
+from benchmarks.recovery import client_kill, failover, handover, restart
 
 ROOT = Path(__file__).resolve().parent.parent
 IDLE_S = 30.0
@@ -112,6 +112,8 @@ ALONE: dict[str, Callable[[], Iterator[Figure]]] = {
     "demo": demo,
     "restart": restart,
     "client_kill": client_kill,
+    "failover": failover,
+    "handover": handover,
 }
 LONG: dict[str, Callable[[], Iterator[Figure]]] = {
     "journal": journal,

@@ -106,7 +106,7 @@ def _sample(running: Deployment) -> dict[str, tuple[float, str]]:
                 sample[f"{called}_threads"] = process.num_threads(), "threads"
             except psutil.NoSuchProcess:  # a job's, that ends with it
                 continue
-        size, files = _disk_use(running.root / "kits" / name / "workspace")
+        size, files = _disk_use(running.workspace(name))
         sample[f"{name}_disk"] = size / 1024, "KB"
         sample[f"{name}_files"] = files, "files"
     return sample

@@ -1,4 +1,4 @@
-"""What several servers wrote to one store, as each of them saw it, and whether two of them ever were committers at once.
+"""What several servers wrote to one store, as each of them saw it, and whether two of them ever committed at once.
 
 A write is an interval: it was asked for, and it was answered. Somewhere in between the store took it. So if a write of
 a later tenure had been answered before a write of an earlier one was asked for, and that was taken all the same, two

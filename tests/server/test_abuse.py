@@ -243,7 +243,7 @@ def test_an_answer_whose_round_is_committed_while_it_is_being_accepted_is_refuse
     site.send(answer(following, w(3)))
     record = outcome(server, job_id)
     assert record.state is JobState.COMPLETED
-    assert read_safetensors(server.jobs.result_files(job_id).path(record.result)) == w(3)
+    assert read_safetensors(wait(server.jobs.result_files(job_id)).path(record.result)) == w(3)
 
 
 def test_the_same_answer_twice_at_the_same_moment_counts_once(
@@ -275,7 +275,7 @@ def test_the_same_answer_twice_at_the_same_moment_counts_once(
 
     record = outcome(server, job_id)
     assert record.state is JobState.COMPLETED
-    assert read_safetensors(server.jobs.result_files(job_id).path(record.result)) == w(1)
+    assert read_safetensors(wait(server.jobs.result_files(job_id)).path(record.result)) == w(1)
     kinds = [watcher.told(Channel.ADMIN, "job.event").kind]
     while kinds[-1] != "job_completed":
         kinds.append(watcher.told(Channel.ADMIN, "job.event").kind)

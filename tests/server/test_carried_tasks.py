@@ -67,7 +67,7 @@ def result_of(server: FederatedServer, job_id: JobId) -> Model:
     assert record.state is JobState.COMPLETED, record.reason
 
     async def path(digest: Digest) -> Path:
-        return server.jobs.result_files(job_id).path(digest)
+        return (await server.jobs.result_files(job_id)).path(digest)
 
     return read_safetensors(wait(path(record.result)))
 

@@ -263,7 +263,7 @@ def test_tensors_too_large_to_ride_along_move_by_digest(start: StartServer, dial
 
 
 async def _path(server: FederatedServer, job_id: JobId, digest: Digest) -> Path:
-    return server.jobs.result_files(job_id).path(digest)
+    return (await server.jobs.result_files(job_id)).path(digest)
 
 
 # answers --------------------------------------------------------------------------------------------------------------

@@ -73,6 +73,14 @@ class Deployment:
     until: float
 
 
+@dataclass(frozen=True, slots=True)
+class TakingUp:
+    """A run of an earlier tenure is being taken up since POSIX time *since*; that fails because of *reason*, if any."""
+
+    since: float
+    reason: str = ""
+
+
 def with_issue(asks: Iterable[Ask], issue: IssueTasks, *, run: Run, now: float) -> tuple[Ask, ...]:
     """Return *asks* with *issue*, issued at monotonic time *now*, and without those that nobody waits for any more.
 
@@ -114,6 +122,14 @@ def waiting_of_scheduled(deployment: Deployment) -> tuple[Waiting, ...]:
     whom = tuple(ClientView(name, "deploying", since=deployment.since) for name in sorted(deployment.clients))
     what = "clients to fetch the job and to check it against their policies"
     return (Waiting(what, whom, deployment.since, deployment.until, NOT_DEPLOYED),)
+
+
+def waiting_of_taking_up(taking_up: TakingUp) -> tuple[Waiting, ...]:
+    """Return what a run waits for that another server, or this one before, has begun: to be gone on with here."""
+    what = "this server to take the run up: its code, its last state, and the answers since"
+    if taking_up.reason:
+        what = f"the server's store, which fails ({taking_up.reason})"
+    return (Waiting(what, since=taking_up.since, then="the run goes on from its last committed round"),)
 
 
 def views_of(run: Run, *, now: float, wall: float) -> tuple[ClientView, ...]:

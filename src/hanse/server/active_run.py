@@ -182,6 +182,7 @@ class ActiveRun:
         self._hindrance: RunEnded | None = None
         self._inboxes: dict[ClientName, Inbox] = {}
         self._arriving: Counter[Digest] = Counter()
+        self._durable: set[Digest] = set()
         self._clearing = asyncio.Lock()
         self._logged: dict[ClientName, tuple[int, int]] = {}
         self._progress = 0
@@ -200,24 +201,27 @@ class ActiveRun:
     # its life
 
     async def live(self, *, resumed: bool = False) -> JobRecord:
-        """Run the job to its end; cancelled, it is parked: its processes here end and its state stays committed.
+        """Run the job to its end, and return it; cancelled, it is parked: its processes here end, its state stays.
 
         A resumed run does not start clients' processes by itself: they may be running, as their next heartbeats tell.
         """
-        async with asyncio.TaskGroup() as group:
-            self._group = group
-            if resumed:
-                self._unstarted.update(self.run.clients)
-            else:
-                for client in self.run.clients:
-                    self._spawn(self._start_client(client), f"start {client} of {self.job_id}")
-            await self._supervise()
-            self._group = None
-            for task in self._work:
-                task.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                if resumed:
+                    self._unstarted.update(self.run.clients)
+                else:
+                    for client in self.run.clients:
+                        self._spawn(self._start_client(client), f"start {client} of {self.job_id}")
+                await self._supervise()
+                self._group = None
+                for task in self._work:
+                    task.cancel()
+        finally:
+            if self.folder.mirror is not None:
+                await self.folder.mirror.close()
         async with self._ending:  # whoever ended it has told everybody
-            await asyncio.to_thread(self._delete_tensors)
-        return self.record
+            return self.record
 
     async def end(
         self,
@@ -270,12 +274,6 @@ class ActiveRun:
                 raise
             return stored
         return record
-
-    def _delete_tensors(self) -> None:
-        try:
-            self.folder.delete_tensors()
-        except StoreFailed as failed:  # the job has ended all the same
-            self._log.warning("tensors left behind", extra={"reason": failed.reason})
 
     async def _supervise(self) -> None:
         """Keep the run's own process alive until the job has ended."""
@@ -394,6 +392,7 @@ class ActiveRun:
         """Journal the tasks, send those that are new, and hand over the answers of those that have one."""
         tasks = [TaskAssignment(key, issue.model, issue.config, issue.expects_model) for key in issue.keys]
         with self._storing():
+            await self._keep(digests_of(issue.model) if issue.model is not None else ())
             await self._services.store.issue_tasks(self._services.epoch, self.job_id, tasks)
         new = self.run.issue(tasks)
         self._asks = with_issue(self._asks, issue, run=self.run, now=self._services.now())
@@ -433,7 +432,7 @@ class ActiveRun:
         if missing:
             raise ProtocolError("state", got=f"digest {missing[0]} without a file", expected="tensors that are stored")
         with self._storing():
-            await asyncio.to_thread(self.files.sync, needed | (kept - set(self.files.missing(kept))))
+            await self._keep(needed | (kept - set(self.files.missing(kept))))
             await self._services.store.commit_round(
                 self._services.epoch, self.job_id, commit, now_s=self._services.wall()
             )
@@ -450,8 +449,18 @@ class ActiveRun:
         async with self._clearing:
             begun = [inbox.begun for inbox in self._inboxes.values()]
             kept = needed.union(self._needed_by(frozenset(self.run.carried)), *begun, self._arriving)
+            self._durable &= kept
             doomed = await asyncio.to_thread(self.files.set_aside, kept)
+            objects = mirror.set_aside(kept) if (mirror := self.folder.mirror) is not None else []
         self._spawn(asyncio.to_thread(self.files.delete_files, doomed), f"delete tensors of {self.job_id}")
+        if mirror is not None and objects:
+            self._spawn(mirror.delete(objects), f"delete objects of {self.job_id}")
+
+    async def _keep(self, digests: Collection[Digest]) -> None:
+        """Return when the run's tensors *digests* survive whatever happens to this process."""
+        if new := set(digests) - self._durable:
+            await self.folder.keep_tensors(self.files, new)
+            self._durable |= new
 
     def _needed_by(self, keys: frozenset[TaskKey]) -> set[Digest]:
         """Return the tensors of these tasks' models, and of their answers."""
@@ -484,6 +493,9 @@ class ActiveRun:
             return
         if end.result and not (self.folder.result / end.result).is_file():
             raise ProtocolError("result", got=end.result, expected="a file in the run's folder")
+        if end.result:
+            with self._storing():
+                await self.folder.keep_result(end.result)
         await self.end(JobState.COMPLETED, ended=end)
 
     # what clients' processes send
@@ -595,7 +607,7 @@ class ActiveRun:
     async def _accept(self, sender: ClientName, result: TaskResult) -> None:
         with self._storing():
             if result.update is not None and result.update.model is not None:
-                await asyncio.to_thread(self.files.sync, digests_of(result.update.model))
+                await self._keep(digests_of(result.update.model))
             # What counts may be an earlier attempt of this answer, of which the store could not tell how it went.
             result = await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
         if not isinstance(self.run.accept(result, sender=sender), Accepted):

@@ -450,7 +450,7 @@ def database_at(where: Path | str) -> Database:
     try:
         from hanse.storage.postgres import PostgresDatabase  # noqa: PLC0415 - its driver is an extra
     except ImportError as missing:
-        expected = "PostgreSQL's driver to be installed (pip install 'hanse[postgres]')"
+        expected = "PostgreSQL's driver to be installed (pip install 'psycopg[binary]')"
         raise ConfigError("store", got=shown, expected=expected) from missing
     return PostgresDatabase(url, name=shown)
 
