@@ -111,7 +111,8 @@ class Connector:
         """End the link, telling the server, and ``run``; return when that has returned. ``run`` must have begun."""
         self._closing.set()
         if self._dialling is not None:
-            self._dialling.reschedule(asyncio.get_running_loop().time())
+            with suppress(RuntimeError):  # its time is over at this very moment
+                self._dialling.reschedule(asyncio.get_running_loop().time())
         if self._link is not None:
             self._link.close_nowait(Unreachable(self._cell.fqcn, "it has left"))
         await self._ended.wait()

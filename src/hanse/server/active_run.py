@@ -13,9 +13,10 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
@@ -200,16 +201,21 @@ class ActiveRun:
 
     # its life
 
-    async def live(self, *, resumed: bool = False) -> JobRecord:
+    async def live(
+        self, *, resumed: bool = False, heard: Mapping[ClientName, bool] = MappingProxyType({})
+    ) -> JobRecord:
         """Run the job to its end, and return it; cancelled, it is parked: its processes here end, its state stays.
 
         A resumed run does not start clients' processes by itself: they may be running, as their next heartbeats tell.
+        *heard* is what those have told that came already: whether the client runs the job.
         """
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 if resumed:
                     self._unstarted.update(self.run.clients)
+                    for client, reported in heard.items():
+                        self.heard(client, reported=reported, dead=False)
                 else:
                     for client in self.run.clients:
                         self._spawn(self._start_client(client), f"start {client} of {self.job_id}")

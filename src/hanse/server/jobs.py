@@ -502,7 +502,8 @@ class Jobs:
             for client in record.clients:  # those whose process went on while the server was away
                 if (peer := self._services.cell.peer(job_cell(client, record.job_id))) is not None:
                     await active.cell_up(client, peer)
-            ended = await active.live(resumed=resumed)
+            heard = {client: record.job_id in self._known[client] for client in record.clients if client in self._known}
+            ended = await active.live(resumed=resumed, heard=heard)
             await self._delete_tensors(folder)
             self._announce_end(ended)
         finally:
