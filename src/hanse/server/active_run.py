@@ -643,7 +643,8 @@ class ActiveRun:
             return
         self._unwritten[result.key] = result
         self._inboxes.pop(sender, None)
-        self._works()
+        if self._process.phase is Phase.WORKING:
+            self._works()
         if result.fault is not None:
             self._troubles[sender] = Trouble(result.fault.code, result.fault.log_tail)
         elif sender in self._troubles:
