@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.postgres import Postgres, throw_away_server
+from tests.s3 import S3, throw_away_s3
 
 # pytest-asyncio asks for "the current loop" before it sets its own; Python 3.11 makes one for whoever asks, which
 # nobody then closes, and that is a ResourceWarning. Once the current loop has been set to none, none is made.
@@ -30,3 +31,18 @@ def postgres() -> Iterator[Postgres]:
 def postgres_url(postgres: Postgres) -> str:
     """An empty database in it."""
     return postgres.url(postgres.empty_database())
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """A server of these tests' own that speaks S3; a test that stops it starts it again."""
+    with throw_away_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket_url(s3: S3, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new bucket in it, with a prefix; the environment says how it is used."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3.new_bucket()}/demo/runs"

@@ -66,6 +66,39 @@ def test_a_store_that_cannot_be_is_refused_without_showing_its_password(file: Pa
     assert "sesame" not in str(wrong.value)
 
 
+@pytest.mark.parametrize("runs", ["s3://hanse", "s3://my.hanse-1/demo/runs_2/", "s3://hanse/A.b"])
+def test_runs_may_be_in_a_bucket_and_are_then_in_no_folder(runs: str) -> None:
+    settings = ServerSettings(project="demo", runs=runs)
+    assert (settings.bucket, settings.runs_folder) == (runs, "")
+
+
+@pytest.mark.parametrize("runs", ["", "runs", "/shared/runs", "s3:/hanse"])
+def test_runs_that_are_no_url_are_a_folder(runs: str) -> None:
+    settings = ServerSettings(project="demo", runs=runs)
+    assert (settings.bucket, settings.runs_folder) == ("", runs)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        "s3://",
+        "s3://b",
+        "s3:///runs",
+        "s3://Hanse/runs",
+        "s3://hanse//runs",
+        "s3://hanse/../runs",
+        "s3://key:sesame@hanse/runs",
+        "s3://hanse/runs?secret=sesame",
+        "gs://hanse-sesame",
+        "https://hanse.s3.amazonaws.com/sesame",
+    ],
+)
+def test_a_bucket_that_cannot_be_is_refused_without_showing_what_may_be_a_key(runs: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^runs is '{runs.partition(':')[0]}://…'; expected a folder") as wrong:
+        ServerSettings(project="demo", runs=runs)
+    assert "sesame" not in str(wrong.value)
+
+
 @pytest.mark.parametrize(
     ("address", "listens_at", "reached_at"),
     [

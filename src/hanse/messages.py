@@ -463,7 +463,8 @@ class CommitRound(msgspec.Struct, frozen=True):
 class RunEnded(msgspec.Struct, frozen=True):
     """The run's process has reached its end: completed with a result in its folder, or failed with a reason.
 
-    *client* is the one because of which it failed, where there is one.
+    *client* is the one because of which it failed, where there is one. With ``again`` the run itself has not failed:
+    its process cannot go on just now, for this reason, and is to be started again.
     """
 
     completed: bool
@@ -472,6 +473,7 @@ class RunEnded(msgspec.Struct, frozen=True):
     result: Digest = Digest("")
     result_bytes: int = 0
     client: str = ""
+    again: bool = False
 
 
 class ClientChanged(msgspec.Struct, frozen=True):

@@ -21,6 +21,8 @@ from hanse.job import Config, Resources
 SETTINGS_FILE: Final = "settings.toml"
 STORES: Final = ("sqlite:////", "postgresql://")
 """What the URL of a store may begin with."""
+BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9._-]*)*/?")
+"""The URL of a bucket, and of what in it begins with a prefix."""
 T = TypeVar("T", bound=msgspec.Struct)
 _COMPLAINT: Final = re.compile(r"(?P<what>missing required|contains unknown) field `(?P<field>[^`]+)`")
 """What msgspec says of a field that is not there, or should not be."""
@@ -69,7 +71,9 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     runs: str = ""
     """The folder for the runs' packages, code, tensors, results and logs; empty means ``runs`` in the workspace.
     Servers of one project name the same folder, on a file system that all of them mount, so that each can go on with
-    what another has begun."""
+    what another has begun. Or they name the same bucket, ``s3://bucket/prefix``: each then has its folder in its
+    workspace, and keeps in the bucket what another one needs to go on. Region, endpoint and credentials come from the
+    environment: ``AWS_REGION``, ``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``."""
 
     lease_s: float = 4.0
     """Seconds that a server which says nothing keeps the store's lease. A standby takes over about this long after the
@@ -133,11 +137,29 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             f"{scheme}:…",
             "'postgresql://user@host/database', 'sqlite:////absolute/path', or nothing",
         )
+        # As above: whoever takes this for the place of a key must not see it shown.
+        scheme, is_url, _ = self.runs.partition("://")
+        _expect(
+            not is_url or BUCKET.fullmatch(self.runs) is not None,
+            "runs",
+            f"{scheme}://…",
+            "a folder, 's3://bucket/prefix' (letters, digits and . _ -, without keys), or nothing",
+        )
 
     @property
     def lost_after(self) -> float:
         """Seconds without a stream after which a client is lost."""
         return self.lost_after_s or 3 * self.heartbeat_s
+
+    @property
+    def bucket(self) -> str:
+        """The URL of the bucket that servers share; empty where they share a folder, or nothing."""
+        return self.runs if "://" in self.runs else ""
+
+    @property
+    def runs_folder(self) -> str:
+        """The folder for runs; empty where none is named, and it is in the workspace."""
+        return "" if self.bucket else self.runs
 
     @property
     def has_password(self) -> bool:

@@ -269,7 +269,7 @@ def completed(deployment: Deployment, data: bytes) -> JobId:
         package=Digest("0" * 64),
         package_bytes=1,
         state=JobState.COMPLETED,
-        result=jobs.result_files(job_id).put(data),
+        result=wait(jobs.result_files(job_id)).put(data),
         result_bytes=len(data),
     )
     wait(jobs.services.store.add_job(jobs.services.epoch, record))
@@ -296,7 +296,7 @@ def test_a_result_that_cannot_be_written_or_is_not_there_leaves_no_file(deployme
         waiting = session.submit(package(tmp_path / "job")).job_id
         with pytest.raises(Conflict, match="without a result"):
             session.download(waiting, tmp_path / "model.safetensors")
-        (deployment.server.jobs.result_files(job_id).root / blake3(b"small").hexdigest()).write_bytes(b"spoilt")
+        (wait(deployment.server.jobs.result_files(job_id)).root / blake3(b"small").hexdigest()).write_bytes(b"spoilt")
         with pytest.raises(HanseError):
             session.download(job_id, tmp_path / "model.safetensors")
     assert [each.name for each in tmp_path.iterdir()] == ["job"]

@@ -152,6 +152,20 @@ def test_a_cancelled_task_is_not_waited_for() -> None:
     assert [view.name for view in waiting.whom] == [ONE]
 
 
+def test_a_process_that_cannot_go_on_is_told_with_the_reason_and_until_when_it_is_tried() -> None:
+    run = run_in_round_1(ONE)
+    process = RunProcess(Phase.HINDERED, 80.0, 1, until=5000.0, reason="the disk is full")
+
+    (hindered,) = told(run, process=process)
+
+    assert hindered == Waiting(
+        "the run's process at the server, which cannot go on (the disk is full)",
+        since=posix(80),
+        until=posix(5000),
+        then="the job fails, unless that was mended; it is tried again every few seconds",
+    )
+
+
 def test_a_process_that_died_is_told_beside_the_clients_that_work_on() -> None:
     run = run_in_round_1(ONE)
     asks = issued(run, key(ONE))

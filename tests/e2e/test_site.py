@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from hanse.launch.surviving import pid_at
 
 JOB = Path(__file__).parent / "job"
 ROUND = 3
+ROUNDS = tomllib.loads((JOB / "pyproject.toml").read_text())["tool"]["hanse"]["workflow"]["rounds"]
+ONCE = {str(number): 1 for number in range(1, ROUNDS + 1)}
+"""How often a client trains for each round when nothing happens."""
 
 COUNTED = """
 import os
@@ -84,7 +88,7 @@ class Site:
         ended = self.running.hanse("job", "wait", self.job)
         assert (ended["state"], ended["reason"]) == ("completed", "")
         assert ended["result"] == undisturbed
-        assert [each["round"] for each in ended["history"]] == list(range(7))
+        assert [each["round"] for each in ended["history"]] == list(range(ROUNDS + 1))
         assert all(each["answered"] == ["site-1", "site-2"] for each in ended["history"][1:])
 
 
@@ -112,9 +116,6 @@ def site(running: Deployment, tmp_path: Path) -> Iterator[Site]:
         running.start("site-1")
     for left in (running.root / "gates").iterdir():
         left.unlink()
-
-
-ONCE = {str(number): 1 for number in range(1, 7)}
 
 
 def test_process_goes_on_training_when_its_agent_is_killed_and_the_next_agent_takes_it_over(

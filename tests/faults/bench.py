@@ -100,7 +100,7 @@ class Bench:
         hear: Callable[[JobEvent], object] = lambda _: None,
         within_s: float = RUN_WITHIN_S,
     ) -> JobView:
-        """Run *job*, the tests' or one like it, carry out *disturbances*, which are in order, at their steps, and return the job's end.
+        """Run *job*, the tests' or one like it, with *disturbances* at their steps, in order, and return its end.
 
         Events while nobody can be told (the server is away) are not seen; a disturbance whose step went by unseen is
         carried out at the next thing told, at the latest when the job has ended. What was told is added to *told*, and
@@ -129,13 +129,17 @@ class Bench:
                 f"job {told.job_id} has not ended within {within_s:g} s; the last that was heard of it is {reached}"
             ) from None
 
-    def check(self, view: JobView) -> None:
-        """Assert that the job of *view* has ended as one without trouble, and has left nothing behind."""
+    def check(self, view: JobView, *, may_be_asked_again: bool = False) -> None:
+        """Assert that the job of *view* has ended as one without trouble, and has left nothing behind.
+
+        With *may_be_asked_again* a client may have been asked more than once in a round.
+        """
         assert (view.state, view.code, view.reason) == ("completed", "", "")
         assert view.result == self.undisturbed, "the model has other bytes than that of an undisturbed run"
         assert [each.round for each in view.history] == list(range(ROUNDS + 1))
         assert all(each.answered == tuple(self.running.names) for each in view.history[1:])
-        journal.check_completed(self.store, view.job_id, clients=self.running.names, rounds=ROUNDS)
+        names = self.running.names
+        journal.check_completed(self.store, view.job_id, clients=names, rounds=ROUNDS, exactly=not may_be_asked_again)
         self.check_processes()
         self.check_files(view.job_id)
 

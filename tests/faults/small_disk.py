@@ -33,7 +33,7 @@ class SmallDisk:
 
 @contextmanager
 def small_disk(folder: Path, *, megabytes: int) -> Iterator[SmallDisk]:
-    """Mount a disk of this size at *folder*, which is made, until the block ends; skip the test where that cannot be."""
+    """Mount a disk of this size at *folder*, which is made, until the block ends; skip where that cannot be."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     options = f"size={megabytes}m,mode=0700"
     try:

@@ -85,7 +85,11 @@ class Pair(Bench):
             began.append(time.time())
             act()
 
-        view = run(self.run([Disturbance(step, start)], told=told), RUN_WITHIN_S)
+        try:
+            view = run(self.run([Disturbance(step, start)], told=told), RUN_WITHIN_S)
+        except BaseException:
+            print(f"told: {told}\n{self.logs()}")  # noqa: T201 - what pytest shows of a test that failed
+            raise
         accepted = [event.at for event in told.events if event.kind == "result_accepted" and event.at > began[0]]
         return view, min(accepted, default=began[0]) - began[0]
 
@@ -135,16 +139,16 @@ def test_a_server_that_was_paused_through_its_lease_commits_nothing_and_serves_n
 
     view, _ = bench.disturbed(5, lambda: paused.append(bench.pause(before)))
 
-    bench.check(view)
     assert bench.hot != before
-    epochs = [entry.epoch for entry in journal.history(bench.store)]
+    written = len(journal.history(bench.store))
     paused[0].resume()
+    bench.check(view)
     with pytest.raises(HanseError, match="Server not in service"):
         run(_asked_directly(bench, before), 30)
     run(bench.run(), RUN_WITHIN_S)
     entries = journal.history(bench.store)
     journal.check_epochs(entries)
-    assert {entry.epoch for entry in entries[len(epochs) :]} == {epochs[-1]}, "only the new tenure has written"
+    assert {each.epoch for each in entries[written:]} == {entries[written - 1].epoch}, "only the new tenure has written"
     assert bench.running.process(before).is_running(), "it stands by"
 
 

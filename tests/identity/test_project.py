@@ -187,8 +187,8 @@ def test_a_server_alone_shares_nothing_wherever_its_store_is(tmp_path: Path):
             "",
             "^settings.store of server is None; expected the store that all",
         ),
-        ("'/shared/runs'", "'runs'", "^settings.runs of server is 'runs'; expected a folder that all servers share"),
-        ("'/shared/runs'", "'a/../.'", "^settings.runs of server is '.'; expected a folder that all servers share"),
+        ("'/shared/runs'", "'runs'", "^settings.runs of server is 'runs'; expected a folder or bucket that all"),
+        ("'/shared/runs'", "'a/../.'", "^settings.runs of server is '.'; expected a folder or bucket that all"),
         ("postgresql://hanse", "postgres://hanse:sesame", "^settings.store of server is 'postgres:…'"),
     ],
 )
@@ -201,8 +201,8 @@ def test_a_mistake_about_several_servers_is_named(tmp_path: Path, here: str, the
     assert "sesame" not in sentence
 
 
-@pytest.mark.parametrize("runs", ["/shared/runs", "../runs", "../../shared"])
-def test_a_folder_for_runs_may_lie_beside_the_kits(tmp_path: Path, runs: str):
+@pytest.mark.parametrize("runs", ["/shared/runs", "../runs", "../../shared", "s3://hanse-demo/runs"])
+def test_runs_may_lie_beside_the_kits_or_in_a_bucket(tmp_path: Path, runs: str):
     assert loaded(tmp_path, TWO_SERVERS.replace("/shared/runs", runs))
 
 

@@ -205,7 +205,8 @@ async def test_a_heartbeat_asks_for_no_answer() -> None:
             await beats.wait()
 
 
-async def test_a_run_without_a_server_says_so() -> None:
+async def test_a_run_without_a_server_says_so_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hanse.run.server_link.LONGEST_WAIT_S", 0.3)
     link = ServerLink(Cell(RUN), on_abort=print)
 
     with pytest.raises(Unreachable):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hanse.errors import ProtocolError
+from hanse.errors import ProtocolError, Unreachable
 from hanse.events import EventType
-from hanse.ids import ClientName, Digest, JobId
+from hanse.ids import SERVER, ClientName, Digest, JobId, job_cell
 from hanse.job import JobState, WorkflowSpec
 from hanse.messages import (
     Channel,
@@ -67,7 +67,7 @@ def result_of(server: FederatedServer, job_id: JobId) -> Model:
     assert record.state is JobState.COMPLETED, record.reason
 
     async def path(digest: Digest) -> Path:
-        return server.jobs.result_files(job_id).path(digest)
+        return (await server.jobs.result_files(job_id)).path(digest)
 
     return read_safetensors(wait(path(record.result)))
 
@@ -221,6 +221,22 @@ def test_an_accepted_answer_of_a_client_that_is_lost_since_counts_after_a_restar
     assert result_of(again, job_id) == w(2)
 
 
+def test_a_run_whose_link_broke_hears_what_it_missed(
+    start: Start, dialler: Dialler, recorder: Recorder, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    task, cell = site.task(), server.get_cell()
+    assert cell is not None
+
+    on_loop(lambda: cell.drop(job_cell(SERVER, job_id), Unreachable("the run", "a test has cut its link")))
+    site.send(answer(task, w(3)))
+
+    assert result_of(server, job_id) == w(3)
+    assert recorder.kinds.count(EventType.START_RUN) == 2
+
+
 class Large:
     """Models of one tensor that is too large to ride along, as site-2's process moves them."""
 
@@ -289,6 +305,6 @@ def test_a_commit_carries_no_task_that_there_is_not(start: Start, dialler: Diall
         strange = TaskKey(0, "train", 0, ClientName("site-1"))
         await server.jobs._runs[job_id].commit(CommitRound(StateRef(0, ModelRef()), carried=(strange,)))
 
-    with pytest.raises(ProtocolError, match=r"CommitRound\.carried is .*; expected tasks that are out or answered"):
+    with pytest.raises(ProtocolError, match=r"CommitRound\.carried is .*; expected tasks out or answered"):
         wait(commit())
     assert wait(server.jobs.board.view(job_id)).history == ()

@@ -42,6 +42,7 @@ from hanse.messages import (
     Quit,
     ReturnCode,
     SubmitJob,
+    TaskAssignment,
     TaskFault,
     TaskResult,
     TensorRef,
@@ -51,7 +52,7 @@ from hanse.model import Model
 from hanse.server import FederatedServer
 from hanse.server.active_run import DEPLOY_TIMEOUT_S
 from hanse.server.federated_server import TaskMetaInfo
-from hanse.storage.models import read_safetensors
+from hanse.storage.models import allocate, read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
 
 from .job_world import (
@@ -93,6 +94,9 @@ StartServer = Callable[..., FederatedServer]
 @pytest.fixture
 def recorder() -> Recorder:
     return Recorder()
+
+
+NO_SPACE = NoSpace("taking space", disk="/disk", folder="/disk/runs", why="No space left on device")
 
 
 @pytest.fixture
@@ -259,7 +263,7 @@ def test_tensors_too_large_to_ride_along_move_by_digest(start: StartServer, dial
 
 
 async def _path(server: FederatedServer, job_id: JobId, digest: Digest) -> Path:
-    return server.jobs.result_files(job_id).path(digest)
+    return (await server.jobs.result_files(job_id)).path(digest)
 
 
 # answers --------------------------------------------------------------------------------------------------------------
@@ -1004,6 +1008,58 @@ def test_a_runs_process_that_dies_is_started_again_and_then_given_up(
     assert (record.client, record.log_tail) == ("", "RuntimeError: out of memory")
     assert site.wire.told(Channel.JOB, "abort").reason == record.reason
     assert len({run.credentials.token for run in launcher.specs}) == 2
+
+
+def test_a_run_whose_disk_is_full_goes_on_when_there_is_space_and_cancels_nothing_meanwhile(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.active_run.HINDERED_PAUSE_S", 0.05)
+    full = [NO_SPACE] * 3
+
+    def no_space_at_first(*arguments: Any) -> Model:
+        if full:
+            raise full.pop()
+        return allocate(*arguments)
+
+    monkeypatch.setattr("hanse.run.federation.allocate", no_space_at_first)
+    launcher = Threads()
+    server = start(launcher=launcher)
+    trained: list[TaskAssignment] = []
+
+    def train(task: TaskAssignment, model: Model) -> TaskResult:
+        trained.append(task)
+        return plus(1)(task, model)
+
+    for name in ("site-1", "site-2"):
+        Site(dialler, server, name, train=train)
+    job_id = submit(server, tmp_path, process_tries=1)
+
+    record = outcome(server, job_id)
+    assert (record.state, record.reason) == (JobState.COMPLETED, "")
+    assert not full
+    assert len(launcher.started) == 4
+    keys = sorted((task.key.round, task.key.client) for task in trained)
+    assert keys == [(1, "site-1"), (1, "site-2"), (2, "site-1"), (2, "site-2")]
+
+
+def test_a_run_that_stays_without_space_ends_with_that_reason(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.active_run.HINDERED_PAUSE_S", 0.05)
+    monkeypatch.setattr("hanse.server.active_run.LONGEST_WAIT_S", 0.1)
+
+    def no_space(*arguments: Any) -> Model:
+        raise NO_SPACE
+
+    monkeypatch.setattr("hanse.run.federation.allocate", no_space)
+    server = start()
+    Site(dialler, server, "site-1", train=plus(1))
+
+    job_id = submit(server, tmp_path, min_clients=1)
+
+    record = outcome(server, job_id)
+    assert (record.state, record.code) == (JobState.FAILED, "no-space")
+    assert "the disk mounted at /disk" in record.reason
 
 
 def test_a_run_that_is_aborted_in_its_process_is_an_aborted_job(

@@ -49,6 +49,32 @@ SCRIPT = """
 """
 
 
+PACED = """
+    import os
+    import hanse
+
+    app = hanse.ClientApp()
+
+    def meet(gate, flags):
+        os.close(os.open(gate, flags))  # waits for who opens the other end
+
+    @app.train
+    def train(model, ctx):
+        first, second = ctx.config["first_gate"], ctx.config["second_gate"]
+        if ctx.client == "site-2":
+            if ctx.round == 1:
+                meet(first, os.O_RDONLY)
+            else:
+                meet(second, os.O_WRONLY)
+        elif ctx.round == 3:
+            meet(first, os.O_WRONLY)
+            meet(second, os.O_RDONLY)
+        return hanse.Update(hanse.Model({name: array + 1 for name, array in model.items()}), num_examples=1)
+"""
+"""The second client answers its first task when the first one is at its third, and that one when the second is at its
+second."""
+
+
 def write_job(folder: Path, *, client: str = CLIENT, rounds: int = 3, **files: str) -> Path:
     """Return *folder* with a job in it; *files* are further modules, by name, or stand in for those of the job."""
     folder.mkdir(parents=True, exist_ok=True)

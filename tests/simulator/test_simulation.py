@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import math
 import os
 import random
 import signal
@@ -31,7 +32,7 @@ from hanse.server.federated_server import FederatedServer
 from hanse.settings import ClientSettings
 from hanse.simulator import SimulationFailed, SimulationResult, simulate
 
-from .jobs import CLIENT, write_definition, write_job, write_script_job
+from .jobs import CLIENT, PACED, write_definition, write_job, write_script_job
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +73,31 @@ def test_result_tells_of_every_round_and_its_model_outlives_the_workspace(tmp_pa
     assert result.model["big"].shape == (100, 60)
     assert np.isfinite(result.model["big"]).all()
     assert not result.model["big"].flags.writeable
+
+
+def test_clients_of_a_buffered_run_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    gates = {"first_gate": tmp_path / "first", "second_gate": tmp_path / "second"}
+    for gate in gates.values():
+        os.mkfifo(gate)
+    job = write_job(tmp_path / "job", client=PACED)
+    config = "\n".join(f'{name} = "{gate}"' for name, gate in gates.items())
+    more = f"buffer_size = 1\n[tool.hanse.workflow.config]\n{config}\n"
+    write_definition(job, rounds=4, workflow="fedbuff", more=more)
+
+    result = simulate(job, clients=2, workers=2)
+
+    assert [each.answered for each in result.history[:4]] == [(), ("site-1",), ("site-1",), ("site-2",)]
+    assert [each.metrics.get("staleness") for each in result.history[:4]] == [None, 0.0, 0.0, 2.0]
+    last = {("site-1",): 1 / math.sqrt(2), ("site-2",): 1.0}[result.history[4].answered]  # whichever was first
+    step = result.model["small"] - initial_small(3)
+    np.testing.assert_allclose(step, 1 + 1 + 1 / math.sqrt(3) + last, rtol=1e-12)
+
+
+def initial_small(seed: int) -> np.ndarray:  # type: ignore[type-arg]
+    """The job's own initial model's small tensor."""
+    rng = np.random.default_rng(seed)
+    rng.standard_normal((100, 60))
+    return rng.standard_normal(5)
 
 
 def deployed(job: Path, home: Path, clients: int) -> Digest:

@@ -430,7 +430,7 @@ def test_a_missing_driver_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "psycopg", None)
     monkeypatch.delitem(sys.modules, "hanse.storage.postgres")
 
-    with pytest.raises(ConfigError, match=r"pip install 'hanse\[postgres\]'") as caught:
+    with pytest.raises(ConfigError, match=r"pip install 'psycopg\[binary\]'") as caught:
         SqlStore("postgresql://hanse:s3cret@db.example/hanse")
     assert "s3cret" not in str(caught.value)
 

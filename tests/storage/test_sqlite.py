@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from hanse.errors import StoreFailed
+from hanse.errors import NoSpace, StoreFailed
 from hanse.storage import sqlite
 from hanse.storage.records import AuditEntry
 from hanse.storage.sqlite import SqliteDatabase
@@ -139,8 +139,9 @@ async def test_a_full_disk_is_named_as_the_cause_and_nothing_is_half_written(pat
         outcomes = await asyncio.gather(*(store.audit(epoch, entry) for _ in range(5)), return_exceptions=True)
 
         for outcome in outcomes:
-            assert isinstance(outcome, StoreFailed)
-            assert str(outcome) == f"the store failed while using {path}: database or disk is full"
+            assert isinstance(outcome, NoSpace)
+            assert outcome.doing == f"using {path}"
+            assert "database or disk is full" in str(outcome)
         assert await store.audit_log() == []
         await store._read(lambda transaction: transaction.value(pragma("max_page_count=1000000")))
         await store.audit(epoch, entry)

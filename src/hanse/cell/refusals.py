@@ -45,6 +45,7 @@ RETURN_CODES: Final[Mapping[type[HanseError], ReturnCode]] = {
     errors.VersionMismatch: ReturnCode.INVALID_REQUEST,
     errors.StoreFailed: ReturnCode.INTERNAL,
     errors.NoSpace: ReturnCode.INTERNAL,
+    errors.TensorsLost: ReturnCode.ABORT_RUN,
     errors.StaleEpoch: ReturnCode.COMM_ERROR,
 }
 """Each class's return code; a class that is not here (one of another module) has that of the nearest above it."""

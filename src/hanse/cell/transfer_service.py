@@ -9,7 +9,7 @@ hostile one keeps no places from others.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Final, Protocol, TypeAlias, TypeVar
@@ -49,8 +49,8 @@ _log = logging.getLogger(__name__)
 class Scopes(Protocol):
     """Says which tensors a peer may see or add to."""
 
-    def __call__(self, peer: Peer, scope: str, *, write: bool) -> Files:
-        """Return the files of *scope*, or raise why *peer* may not have them; quick, and free of I/O waits."""
+    def __call__(self, peer: Peer, scope: str, *, write: bool) -> Files | Awaitable[Files]:
+        """Return the files of *scope*, or raise why *peer* may not have them; quick, or awaited where it is not."""
 
 
 class TransferService:
@@ -78,7 +78,7 @@ class TransferService:
                     "MissingRequest.digests", got=f"{len(asked.digests)} digests", expected=f"at most {MAX_DIGESTS}"
                 )
             digests = [_digest(digest, "MissingRequest.digests") for digest in asked.digests]
-            files = self._scopes(peer, _scope(asked.scope), write=False)
+            files = await self._files(peer, asked.scope, write=False)
             absent = await asyncio.to_thread(files.missing, digests)
         return wire_pb2.MissingReply(digests=absent).SerializeToString()
 
@@ -87,7 +87,7 @@ class TransferService:
         async with self._answering(context) as (peer, limit):
             asked = _parsed(wire_pb2.DownloadRequest, request)
             digest = _digest(asked.digest, "DownloadRequest.digest")
-            view = self._scopes(peer, _scope(asked.scope), write=False).map(digest)
+            view = (await self._files(peer, asked.scope, write=False)).map(digest)
             if asked.size != len(view):
                 raise ProtocolError("DownloadRequest.size", got=asked.size, expected=f"the tensor's {len(view)} bytes")
             if asked.offset > len(view):
@@ -103,7 +103,7 @@ class TransferService:
             digest = _digest(asked.digest, "UploadPart.digest")
             if asked.size > MAX_TENSOR_BYTES:
                 raise ProtocolError("UploadPart.size", got=asked.size, expected=f"at most {MAX_TENSOR_BYTES} bytes")
-            files = self._scopes(peer, _scope(asked.scope), write=True)
+            files = await self._files(peer, asked.scope, write=True)
             if not files.has(digest):
                 inflow = Inflow(tensor := await asyncio.to_thread(files.begin, digest, asked.size))
                 try:
@@ -127,6 +127,10 @@ class TransferService:
             remaining -= len(chunk)
             await inflow.add(chunk)
             moved()
+
+    async def _files(self, peer: Peer, scope: str, *, write: bool) -> Files:
+        files = self._scopes(peer, _scope(scope), write=write)
+        return await files if isinstance(files, Awaitable) else files
 
     @asynccontextmanager
     async def _answering(self, context: grpc.aio.ServicerContext) -> AsyncIterator[tuple[Peer, asyncio.Timeout]]:

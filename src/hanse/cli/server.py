@@ -75,8 +75,8 @@ def start(kit: Annotated[Path, Parameter(help="The folder of the server's kit.")
 
 def _with_absolute_runs(kit: Kit[ServerSettings]) -> ServerSettings:
     """Return the settings of *kit*, whose folder for runs is relative to it and not to wherever this process runs."""
-    runs = kit.settings.runs
-    return msgspec.structs.replace(kit.settings, runs=str(kit.resolve(runs).absolute()) if runs else "")
+    runs = kit.settings.runs_folder
+    return msgspec.structs.replace(kit.settings, runs=str(kit.resolve(runs).absolute())) if runs else kit.settings
 
 
 def _overseer(settings: ServerSettings, workspace: Path, store: Store) -> OverseerAgent:

@@ -17,6 +17,7 @@ from hanse.job import JobRecord
 from hanse.messages import ClientView, IssueTasks, TaskKey, Waiting
 
 GIVEN_UP: Final = "the job is given up (no-clients)"
+HINDERED: Final = "the job fails, unless that was mended; it is tried again every few seconds"
 NOT_DEPLOYED: Final = "it goes on without those that have not, or is scheduled again if they are too few"
 
 
@@ -36,14 +37,16 @@ class Phase(StrEnum):
     STARTING = "starting"
     WORKING = "working"
     PAUSING = "pausing"
+    HINDERED = "hindered"
 
 
 @dataclass(frozen=True, slots=True)
 class RunProcess:
     """How the run's own process stands, as its *attempt*-th start, since when.
 
-    One that is ``PAUSING`` died because of *reason*, and is started again at *until*. One that is ``WORKING`` has had
-    nothing new to work on *since* then: an answer, or the commit of a round.
+    One that is ``PAUSING`` died because of *reason*, and is started again at *until*. One that is ``HINDERED`` cannot
+    go on because of *reason*, is tried again every few seconds, and given up at *until*. One that is ``WORKING`` has
+    had nothing new to work on *since* then: an answer, or the commit of a round.
     """
 
     phase: Phase
@@ -68,6 +71,14 @@ class Deployment:
     clients: frozenset[ClientName]
     since: float
     until: float
+
+
+@dataclass(frozen=True, slots=True)
+class TakingUp:
+    """A run of an earlier tenure is being taken up since POSIX time *since*; that fails because of *reason*, if any."""
+
+    since: float
+    reason: str = ""
 
 
 def with_issue(asks: Iterable[Ask], issue: IssueTasks, *, run: Run, now: float) -> tuple[Ask, ...]:
@@ -111,6 +122,14 @@ def waiting_of_scheduled(deployment: Deployment) -> tuple[Waiting, ...]:
     whom = tuple(ClientView(name, "deploying", since=deployment.since) for name in sorted(deployment.clients))
     what = "clients to fetch the job and to check it against their policies"
     return (Waiting(what, whom, deployment.since, deployment.until, NOT_DEPLOYED),)
+
+
+def waiting_of_taking_up(taking_up: TakingUp) -> tuple[Waiting, ...]:
+    """Return what a run waits for that another server, or this one before, has begun: to be gone on with here."""
+    what = "this server to take the run up: its code, its last state, and the answers since"
+    if taking_up.reason:
+        what = f"the server's store, which fails ({taking_up.reason})"
+    return (Waiting(what, since=taking_up.since, then="the run goes on from its last committed round"),)
 
 
 def views_of(run: Run, *, now: float, wall: float) -> tuple[ClientView, ...]:
@@ -157,6 +176,10 @@ def _waiting_for_process(run: Run, process: RunProcess, posix: Callable[[float],
             what = f"the run's process at the server, which died ({process.reason})"
             then = f"it is started again, as start {process.attempt}, and goes on with round {run.round}"
             return Waiting(what, since=since, until=until, then=then)
+        case Phase.HINDERED:
+            until = posix(process.until) if process.until is not None else 0.0
+            what = f"the run's process at the server, which cannot go on ({process.reason})"
+            return Waiting(what, since=since, until=until, then=HINDERED)
         case Phase.STARTING:
             return Waiting(f"the run's process at the server to begin (start {process.attempt})", since=since)
         case Phase.WORKING:

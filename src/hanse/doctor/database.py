@@ -1,7 +1,7 @@
 """Whether a store's PostgreSQL database answers, asked without changing anything in it: no tables are made.
 
-SQLAlchemy and the driver are for servers alone and take longer to import than all else here, so this is imported when
-it is called.
+The driver is an extra for servers, and what the storage imports is for servers alone, so this is imported when it is
+called.
 """
 
 from collections.abc import Callable

@@ -19,7 +19,7 @@ The operator writes ``project.toml``; ``provision`` makes of it one startup kit 
     role = "lead"                           # admin: everything; lead: submit, abort own, see all; member: see
 
 With ``[[standbys]]``, which have the fields of ``[server]``, a project has further servers: one of them takes over when
-the one that serves is gone. All of them then share a store and a folder for runs, which their settings name.
+the one that serves is gone. All of them then share a store, and a folder or bucket for runs, which their settings name.
 """
 
 import ipaddress
@@ -50,7 +50,7 @@ _COMMENTS: Final[Mapping[str, str]] = {
     "project": "The project, and the name under which you take part in it: as in the certificate.",
     "target": "Where the server listens, and where clients reach it: host:port.",
     "store": "The store: the same for all servers of the project.",
-    "runs": "The folder for runs: the same for all servers of the project.",
+    "runs": "The folder or bucket for runs: the same for all servers of the project.",
     "servers": "Where servers listen: host:port, tried in order.",
     "server_names": "The names of the project's servers; a certificate must prove one of them.",
     "config": "What training code may read of this site, as ctx.site.",
@@ -296,14 +296,16 @@ def _require_valid_settings(participant: Participant) -> None:
 
 
 def _require_shared_places(server: Participant) -> None:
-    """Raise unless *server*, one of several, has a store and a folder for runs that others can have too."""
+    """Raise unless *server*, one of several, has a store, and a folder or bucket for runs, that others can have too."""
     for key in ("store", "runs"):
         if not server.settings.get(key):
             expected = f"the {key} that all servers share, since the project has standbys"
             raise ConfigError(f"settings.{key} of {server.name}", got=server.settings.get(key), expected=expected)
+    if "://" in str(server.settings["runs"]):
+        return
     runs = PurePath(os.path.normpath(str(server.settings["runs"])))
     if not runs.is_absolute() and runs.parts[:1] != (os.pardir,):
-        expected = "a folder that all servers share, not one in this server's kit"
+        expected = "a folder or bucket that all servers share, not a folder in this server's kit"
         raise ConfigError(f"settings.runs of {server.name}", got=str(runs), expected=expected)
 
 

@@ -13,12 +13,13 @@ import asyncio
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 import numpy as np
 
-from hanse.errors import TrainingFailed
+from hanse.errors import StoreFailed, TrainingFailed
 from hanse.ids import ClientName
 from hanse.learning.workflow import (
     CLIENT_FAILED,
@@ -65,6 +66,7 @@ class RunFederation:
         self.seed = seed
         self.round = 0
         self.answered_clients: set[ClientName] = set()
+        self.disk_failure: StoreFailed | None = None
         self._began = 0.0
         self._unavailable = {client: TaskFault(CLIENT_LOST, f"{client} was lost") for client in lost}
         self._kept: dict[str, _Pool] = {}
@@ -107,7 +109,8 @@ class RunFederation:
 
     def allocate(self, spec: ModelSpec) -> Model:
         """Return writable arrays like *spec*; large ones lie in mapped files, so they cost no memory."""
-        return allocate(spec, self._files)
+        with self._disk():
+            return allocate(spec, self._files)
 
     # tasks and answers
 
@@ -167,7 +170,7 @@ class RunFederation:
         if change.change == "back":
             self._unavailable.pop(client, None)
             for key in keys:
-                self._pool_of[key].forget_loss(key)
+                self._pool_of[key].forget_news(key)
             return
         code = CLIENT_LOST if change.change == "lost" else CLIENT_FAILED
         self._unavailable[client] = TaskFault(code, change.reason or f"{client} was lost")
@@ -202,11 +205,11 @@ class RunFederation:
     def _tell_of_loss(self, key: TaskKey) -> None:
         """Put a fault in the place of *key*'s answer if its client is not there; a kept task may still be answered."""
         fault, pool = self._unavailable.get(key.client), self._pool_of.get(key)
-        if fault is None or pool is None or pool.has_news(key):
+        if fault is None or pool is None:
             return
         news = _Arrival(next(self._arrivals), TaskResult(key, fault=fault), is_clients_own=False)
         if pool.keeps and fault.code == CLIENT_LOST:
-            pool.news(news)
+            pool.lost(news)
         else:
             del self._pool_of[key]
             pool.given_up(news)
@@ -217,6 +220,16 @@ class RunFederation:
             self._pool_of.pop(key, None)
         if unwanted:
             await self._link.cancel(unwanted)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Use the disk; what it refuses ends this process, and another is to find the round's tasks as they are."""
+        try:
+            yield
+        except StoreFailed as failed:
+            self.disk_failure = failed
+            self._link.cut_off()
+            raise
 
     async def _issue(self, task: Task, keys: Sequence[TaskKey], pool: "_Pool", *, deadline_s: float, then: str) -> None:
         """Have those of *keys* that have no answer yet handed out, and the server know until when they are waited for.
@@ -237,7 +250,8 @@ class RunFederation:
 
     async def _ref(self, model: Model) -> ModelRef:
         if self._stored is None or self._stored[0] is not model:
-            self._stored = (model, await asyncio.to_thread(store_model, model, self._files))
+            with self._disk():
+                self._stored = (model, await asyncio.to_thread(store_model, model, self._files))
         return self._stored[1]
 
     async def _answer(self, result: TaskResult, *, is_clients_own: bool) -> Answer:
@@ -248,7 +262,8 @@ class RunFederation:
                 fault = TaskFault(TrainingFailed.code, fault.reason, fault.retryable)
             return Answer(client, None, fault, staleness)
         reference = result.update
-        model = None if reference.model is None else load_model(reference.model, self._files)
+        with self._disk():
+            model = None if reference.model is None else load_model(reference.model, self._files)
         self.answered_clients.add(client)
         return Answer(client, Update(model, reference.num_examples, reference.metrics), None, staleness)
 
@@ -273,6 +288,7 @@ class _Pool:
         """Tasks that their clients have not answered."""
         self._expected: set[TaskKey] = set()
         self._arrived: list[_Arrival] = []  # a heap: what the journal had already was not told in the order of asking
+        self._news: set[TaskKey] = set()
         self._changed = asyncio.Event()
 
     @property
@@ -287,27 +303,27 @@ class _Pool:
 
     def answered(self, arrival: _Arrival) -> None:
         """Take a client's answer; with it, that its client was lost is no news any more."""
-        self.forget_loss(arrival.result.key)
-        self.unanswered.discard(arrival.result.key)
-        self.given_up(arrival)
+        key = arrival.result.key
+        self.forget_news(key)
+        self.unanswered.discard(key)
+        self._expected.discard(key)
+        self._push(arrival)
 
-    def given_up(self, arrival: _Arrival) -> None:
-        """Take what ends the waiting for a task's answer."""
-        self._expected.discard(arrival.result.key)
-        self.news(arrival)
+    def lost(self, news: _Arrival) -> None:
+        """Take the news that a task's client was lost; told once until somebody has heard it."""
+        key = news.result.key
+        if key not in self._news:
+            self._news.add(key)
+            self._push(news)
 
-    def news(self, arrival: _Arrival) -> None:
-        """Take news of a task."""
-        heapq.heappush(self._arrived, arrival)
-        self._changed.set()
+    def given_up(self, news: _Arrival) -> None:
+        """Take the news that a task will not be answered."""
+        self._expected.discard(news.result.key)
+        self._push(news)
 
-    def has_news(self, key: TaskKey) -> bool:
-        """Return whether something has come for *key* that nobody has taken yet."""
-        return any(arrival.result.key == key for arrival in self._arrived)
-
-    def forget_loss(self, key: TaskKey) -> None:
-        """Drop the news that *key*'s client was lost, where nobody has heard it and an answer is still expected."""
-        if key in self._expected:
+    def forget_news(self, key: TaskKey) -> None:
+        """Drop the news that *key*'s client was lost, if nobody has heard it."""
+        if key in self._news:
             self._keep_arrivals(lambda arrival: arrival.result.key != key)
 
     def forget(self, keys: Collection[TaskKey]) -> None:
@@ -316,8 +332,13 @@ class _Pool:
         self._expected.difference_update(keys)
         self._keep_arrivals(lambda arrival: arrival.result.key not in keys)
 
+    def _push(self, arrival: _Arrival) -> None:
+        heapq.heappush(self._arrived, arrival)
+        self._changed.set()
+
     def _keep_arrivals(self, is_kept: Callable[[_Arrival], bool]) -> None:
         self._arrived = [arrival for arrival in self._arrived if is_kept(arrival)]
+        self._news.intersection_update([arrival.result.key for arrival in self._arrived])
         heapq.heapify(self._arrived)
 
     async def results(self, deadline: float, deadline_s: float) -> AsyncGenerator[tuple[TaskResult, bool], None]:
@@ -328,6 +349,7 @@ class _Pool:
         while self._arrived or self._expected:
             if self._arrived:
                 _, result, is_clients_own = heapq.heappop(self._arrived)
+                self._news.discard(result.key)
                 yield result, is_clients_own
                 continue
             self._changed.clear()

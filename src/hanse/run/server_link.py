@@ -9,12 +9,13 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from hanse.cell.backoff import Backoff
 from hanse.cell.cell import Cell
 from hanse.errors import HanseError, InternalError
 from hanse.ids import SERVER, ClientName
+from hanse.learning.workflow import LONGEST_WAIT_S
 from hanse.messages import (
     AbortRun,
     Attach,
@@ -32,8 +33,8 @@ from hanse.messages import (
     TaskResult,
 )
 
-JOURNAL_TIMEOUT_S = 60.0
-"""How long the server may take to make something durable before the run gives up: a disk slower than this is broken."""
+JOURNAL_TIMEOUT_S: Final = 60.0
+"""How long the server may take to make something durable before it is asked again."""
 
 _log = logging.getLogger(__name__)
 
@@ -147,9 +148,12 @@ class ServerLink:
         self._cell.tell(SERVER, Channel.RUN, "heartbeat", RunHeartbeat())
 
     async def _ask(self, topic: str, payload: Attach | IssueTasks | CommitRound | RunEnded) -> Message:
-        """Return the server's reply; ask again while trying again may help: whatever is asked may be asked twice."""
+        """Return the server's reply; ask again while trying again may help: whatever is asked may be asked twice.
+
+        A full disk is for a person to mend, so that takes as long as a run waits for anything.
+        """
         loop, backoff = asyncio.get_running_loop(), Backoff(self._rng)
-        give_up_at = loop.time() + JOURNAL_TIMEOUT_S
+        give_up_at = loop.time() + LONGEST_WAIT_S
         while True:
             try:
                 return await self._ask_once(topic, payload)

@@ -1,9 +1,11 @@
 """One job while it runs, the server's side: it journals what the run decides, and hands tasks and answers across.
 
 The run's process (workflow, aggregation) and each client's process talk to their ``ActiveRun`` and never to each other.
-Whatever counts is written to the store before anybody acts on it: a task before its client hears of it, an answer
-before its sender is told that it was accepted, a round before the next one begins. ``coordination.runs.Run`` holds the
-decisions and mirrors the journal; this class owns the processes, the tensor files and the order of things.
+Whatever counts is in the store before anybody is told that it does: an answer before its sender hears that it was
+accepted, a round before the next one begins. Meanwhile work goes on: a task is on its way to its client, and an answer
+to the run's process, while they are being written, for whatever comes of them is written behind them, by one writer.
+``coordination.runs.Run`` holds the decisions and mirrors the journal; this class owns the processes, the tensor files
+and the order of things.
 
 Who is started when: clients' processes when the run begins, when one died and may be tried again, and when a client's
 agent comes back without one. The run's own process is started again when it dies, bounded in tries without progress.
@@ -13,9 +15,10 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
@@ -33,8 +36,11 @@ from hanse.coordination.waiting import (
     with_issue,
 )
 from hanse.errors import (
+    Conflict,
     HanseError,
     InternalError,
+    NoSpace,
+    NotFound,
     OutOfMemory,
     ProcessDied,
     ProtocolError,
@@ -48,7 +54,7 @@ from hanse.ids import SERVER, ClientName, Digest, Fqcn, JobId, job_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.launch.log_lines import FieldLogger
 from hanse.launch.process import Handle, Launcher
-from hanse.learning.workflow import CLIENT_LOST
+from hanse.learning.workflow import CLIENT_LOST, LONGEST_WAIT_S
 from hanse.messages import (
     AbortJob,
     AbortRun,
@@ -81,6 +87,7 @@ from hanse.server.inbox import Inbox
 from hanse.server.lifetime import start_in
 from hanse.server.run_folder import RunFolder
 from hanse.server.run_spec import RunProcessSpec
+from hanse.storage.disk import disk_failure
 from hanse.storage.models import check_ref, digests_of
 from hanse.storage.records import Store
 from hanse.storage.tensors import TensorFiles
@@ -97,6 +104,8 @@ CONNECT_WITHIN_S: Final = 120.0
 RESTART_PAUSE_S: Final = 1.0
 LONGEST_PAUSE_S: Final = 10.0
 """A run's process that died is started again at once, then after ever longer pauses, up to this."""
+HINDERED_PAUSE_S: Final = 5.0
+"""A run's process that cannot go on, by no fault of its own, is tried again after this: nobody tells of space again."""
 STOP_GRACE_S: Final = 5.0
 """How long a job's process may take to end once asked."""
 MAX_LOGS_PER_S: Final = 200
@@ -174,8 +183,13 @@ class ActiveRun:
         self._process = RunProcess(Phase.STARTING, services.now())
         self._asks: tuple[Ask, ...] = asks_taken_up(run, now=services.now())
         self._store_trouble: StoreTrouble | None = None
+        self._hindrance: RunEnded | None = None
         self._inboxes: dict[ClientName, Inbox] = {}
         self._arriving: Counter[Digest] = Counter()
+        self._durable: set[Digest] = set()
+        self._unwritten: dict[TaskKey, TaskResult] = {}
+        self._writing: set[asyncio.Task[None]] = set()
+        self._refusals: dict[TaskKey, str] = {}
         self._clearing = asyncio.Lock()
         self._logged: dict[ClientName, tuple[int, int]] = {}
         self._progress = 0
@@ -193,25 +207,33 @@ class ActiveRun:
 
     # its life
 
-    async def live(self, *, resumed: bool = False) -> JobRecord:
-        """Run the job to its end; cancelled, it is parked: its processes here end and its state stays committed.
+    async def live(
+        self, *, resumed: bool = False, heard: Mapping[ClientName, bool] = MappingProxyType({})
+    ) -> JobRecord:
+        """Run the job to its end, and return it; cancelled, it is parked: its processes here end, its state stays.
 
         A resumed run does not start clients' processes by itself: they may be running, as their next heartbeats tell.
+        *heard* is what those have told that came already: whether the client runs the job.
         """
-        async with asyncio.TaskGroup() as group:
-            self._group = group
-            if resumed:
-                self._unstarted.update(self.run.clients)
-            else:
-                for client in self.run.clients:
-                    self._spawn(self._start_client(client), f"start {client} of {self.job_id}")
-            await self._supervise()
-            self._group = None
-            for task in self._work:
-                task.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                if resumed:
+                    self._unstarted.update(self.run.clients)
+                    for client, reported in heard.items():
+                        self.heard(client, reported=reported, dead=False)
+                else:
+                    for client in self.run.clients:
+                        self._spawn(self._start_client(client), f"start {client} of {self.job_id}")
+                await self._supervise()
+                self._group = None
+                for task in self._work:
+                    task.cancel()
+        finally:
+            if self.folder.mirror is not None:
+                await self.folder.mirror.close()
         async with self._ending:  # whoever ended it has told everybody
-            await asyncio.to_thread(self._delete_tensors)
-        return self.record
+            return self.record
 
     async def end(
         self,
@@ -244,9 +266,7 @@ class ActiveRun:
             )
             if ended is not None:
                 record = msgspec.structs.replace(record, result=ended.result, result_bytes=ended.result_bytes)
-            with self._storing():
-                await self._services.store.end_run(self._services.epoch, record, was=self.record.state)
-            self.record = record
+            self.record = await self._stored_end(record)
             self._over.set()
             self.run.end(now=self._services.now())
             self._services.handlers.tell(EventType.END_RUN, self._context(round_number=self.run.round))
@@ -255,49 +275,85 @@ class ActiveRun:
             for client in self.run.clients:
                 self._tell(Fqcn(client), Channel.JOB, "abort", AbortJob(self.job_id, reason or to.value))
 
-    def _delete_tensors(self) -> None:
+    async def _stored_end(self, record: JobRecord) -> JobRecord:
+        """Store the job's end and return it: *record*, or the end that the store took without being able to say so."""
         try:
-            self.folder.delete_tensors()
-        except StoreFailed as failed:  # the job has ended all the same
-            self._log.warning("tensors left behind", extra={"reason": failed.reason})
+            with self._storing():
+                await self._services.store.end_run(self._services.epoch, record, was=self.record.state)
+        except Conflict:
+            stored = await self._services.store.job(self.job_id)
+            if stored.state not in ENDED:
+                raise
+            return stored
+        return record
 
     async def _supervise(self) -> None:
         """Keep the run's own process alive until the job has ended."""
-        attempt = 0
+        attempt, hindered_since = 0, None
         while not self._over.is_set():
             attempt, seen = attempt + 1, self._progress
-            self._process = RunProcess(Phase.STARTING, self._services.now(), attempt)
+            status = await self._live_process(attempt)
+            if self._over.is_set():
+                return
+            if self._progress > seen:
+                attempt, hindered_since = 1, None
+            if self._hindrance is None:
+                await self._follow_death(attempt, status)
+                continue
+            hindered_since = self._services.now() if hindered_since is None else hindered_since
+            await self._wait_out(self._hindrance, attempt, since=hindered_since)
+            attempt -= 1  # it was not this process's doing
+
+    async def _live_process(self, attempt: int) -> int:
+        """Start the run's process, and return its status when it has ended; that of one that cannot start is 0."""
+        self._hindrance = None
+        self._process = RunProcess(Phase.STARTING, self._services.now(), attempt)
+        try:
             self._handle = handle = await self._services.launcher.launch(
                 PROCESS_MODULE, spec=self._process_spec(), log_path=self.folder.log, env={}, name=f"run {self.job_id}"
             )
-            over = asyncio.create_task(self._over.wait(), name=f"end of {self.job_id}")  # awaited below
-            ended = asyncio.create_task(handle.wait(), name=f"process of {self.job_id}")  # awaited below
-            try:
-                await asyncio.wait({over, ended}, return_when=asyncio.FIRST_COMPLETED)
-                status = await handle.stop(STOP_GRACE_S)
-            finally:
-                over.cancel()
-                ended.cancel()
-                await asyncio.gather(over, ended, return_exceptions=True)
-                await handle.stop(STOP_GRACE_S)
-            if self._over.is_set():
-                return
-            attempt = 1 if self._progress > seen else attempt
-            log_tail = await self._own_log_tail()
-            last_line = shortened(log_tail.strip().rpartition("\n")[2])
-            verdict = after_death(
-                SERVER, attempt=attempt, tries=self.record.spec.process_tries, status=status, last_line=last_line
-            )
-            if isinstance(verdict, GiveUp):
-                await self.end(JobState.FAILED, code=verdict.code, reason=verdict.reason, log_tail=log_tail)
-                return
-            pause_s = min(RESTART_PAUSE_S * (attempt - 1), LONGEST_PAUSE_S)
-            now, died = self._services.now(), ProcessDied(SERVER, status, last_line)
-            self._process = RunProcess(Phase.PAUSING, now, verdict.attempt, until=now + pause_s, reason=died.reason)
-            self._log.warning(
-                "the run's process died and is started again", extra={"status": status, "pause_s": pause_s}
-            )
-            await self._is_over_within(pause_s)
+        except OSError as error:
+            failed = disk_failure("starting the run's process", error, self.folder.path)
+            if not isinstance(failed, NoSpace):
+                raise
+            self._hindrance = RunEnded(completed=False, code=failed.code, reason=failed.reason, again=True)
+            return 0
+        over = asyncio.create_task(self._over.wait(), name=f"end of {self.job_id}")  # awaited below
+        ended = asyncio.create_task(handle.wait(), name=f"process of {self.job_id}")  # awaited below
+        try:
+            await asyncio.wait({over, ended}, return_when=asyncio.FIRST_COMPLETED)
+            return await handle.stop(STOP_GRACE_S)
+        finally:
+            over.cancel()
+            ended.cancel()
+            await asyncio.gather(over, ended, return_exceptions=True)
+            await handle.stop(STOP_GRACE_S)
+
+    async def _follow_death(self, attempt: int, status: int) -> None:
+        """Wait before the run's process, which died with *status*, is started again; or end the job."""
+        log_tail = await self._own_log_tail()
+        last_line = shortened(log_tail.strip().rpartition("\n")[2])
+        verdict = after_death(
+            SERVER, attempt=attempt, tries=self.record.spec.process_tries, status=status, last_line=last_line
+        )
+        if isinstance(verdict, GiveUp):
+            await self.end(JobState.FAILED, code=verdict.code, reason=verdict.reason, log_tail=log_tail)
+            return
+        pause_s = min(RESTART_PAUSE_S * (attempt - 1), LONGEST_PAUSE_S)
+        now, died = self._services.now(), ProcessDied(SERVER, status, last_line)
+        self._process = RunProcess(Phase.PAUSING, now, verdict.attempt, until=now + pause_s, reason=died.reason)
+        self._log.warning("the run's process died and is started again", extra={"status": status, "pause_s": pause_s})
+        await self._is_over_within(pause_s)
+
+    async def _wait_out(self, hindrance: RunEnded, attempt: int, *, since: float) -> None:
+        """Wait before the run's process, hindered *since* then, is tried again; end the job when that was for long."""
+        now, reason = self._services.now(), hindrance.reason
+        if now - since > LONGEST_WAIT_S:
+            await self.end(JobState.FAILED, code=hindrance.code, reason=reason, log_tail=await self._own_log_tail())
+            return
+        self._process = RunProcess(Phase.HINDERED, since, attempt, until=since + LONGEST_WAIT_S, reason=reason)
+        self._log.warning("the run's process cannot go on and is tried again", extra={"reason": reason})
+        await self._is_over_within(HINDERED_PAUSE_S)
 
     async def _is_over_within(self, seconds: float) -> bool:
         """Wait *seconds*, or until the job has ended; return whether it has."""
@@ -345,18 +401,33 @@ class ActiveRun:
         )
 
     async def issue(self, issue: IssueTasks) -> None:
-        """Journal the tasks, send those that are new, and hand over the answers of those that have one."""
+        """Journal the tasks, send those that are new, and hand over the answers of those that have one.
+
+        Tasks are on their way while they are being journalled; a server that dies in between issues them again.
+        """
         tasks = [TaskAssignment(key, issue.model, issue.config, issue.expects_model) for key in issue.keys]
-        with self._storing():
-            await self._services.store.issue_tasks(self._services.epoch, self.job_id, tasks)
         new = self.run.issue(tasks)
+        writing = asyncio.create_task(self._journal(issue, tasks), name=f"journal tasks of {self.job_id}")  # see below
         self._asks = with_issue(self._asks, issue, run=self.run, now=self._services.now())
         if new and self.run.round != self._round_announced:
             self._round_announced = self.run.round
             self._notify(EventType.ROUND_STARTED, round_number=self.run.round)
-        await self._hand_over([answer for answer in self.run.answers if answer.key in issue.keys])
         for task in new:
-            await self._send(task)
+            if (reason := self._refusal_of(task)) is None:
+                self._hand_out(task)
+            else:
+                self._refusals[task.key] = reason
+        await writing
+        for key in issue.keys:
+            if (reason := self._refusals.pop(key, None)) is not None:
+                await self._accept(key.client, _refused(key, reason))
+        asked = frozenset(issue.keys)
+        await self._hand_over([answer for answer in self.run.answers if answer.key in asked])
+
+    async def _journal(self, issue: IssueTasks, tasks: Sequence[TaskAssignment]) -> None:
+        with self._storing():
+            await self._keep(digests_of(issue.model) if issue.model is not None else ())
+            await self._services.store.issue_tasks(self._services.epoch, self.job_id, tasks)
 
     async def _hand_over(self, answers: Sequence[TaskResult]) -> None:
         """Hand *answers* to the run's process, which may know them; asked and not told, as many would fill the link."""
@@ -378,20 +449,23 @@ class ActiveRun:
         check_metrics(commit.state.metrics)
         if strangers := set(commit.answered) - set(self.run.clients):
             raise ProtocolError("CommitRound.answered", got=min(strangers), expected="clients of the run")
-        carried = commit.carried if commit.state.round == self.run.round else ()
+        carried = frozenset(commit.carried if commit.state.round == self.run.round else ())
         if unknown := self.run.unknown(carried):
-            raise ProtocolError("CommitRound.carried", got=unknown[0], expected="tasks that are out or answered")
+            raise ProtocolError("CommitRound.carried", got=min(unknown, key=str), expected="tasks out or answered")
         needed, kept = state_digests(commit.state), self._needed_by(carried)
         missing = self.files.missing(needed)
         if missing:
             raise ProtocolError("state", got=f"digest {missing[0]} without a file", expected="tensors that are stored")
+        if self._writing:  # answers of this round, which end with it
+            await asyncio.wait(tuple(self._writing))
         with self._storing():
-            await asyncio.to_thread(self.files.sync, needed | (kept - set(self.files.missing(kept))))
+            await self._keep(needed | (kept - set(self.files.missing(kept))))
             await self._services.store.commit_round(
                 self._services.epoch, self.job_id, commit, now_s=self._services.wall()
             )
         self._progress += 1
         self._works()
+        self._unwritten = {key: answer for key, answer in self._unwritten.items() if key in carried}
         for key in self.run.committed(commit.state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
         await self._clear(needed)
@@ -402,18 +476,31 @@ class ActiveRun:
         self._inboxes = {client: inbox for client, inbox in self._inboxes.items() if self.run.tasks_for(client)}
         async with self._clearing:
             begun = [inbox.begun for inbox in self._inboxes.values()]
-            kept = needed.union(self._needed_by(self.run.carried), *begun, +self._arriving)
+            kept = needed.union(self._needed_by(frozenset(self.run.carried)), *begun, self._arriving)
+            self._durable &= kept
             doomed = await asyncio.to_thread(self.files.set_aside, kept)
+            objects = mirror.set_aside(kept) if (mirror := self.folder.mirror) is not None else []
         self._spawn(asyncio.to_thread(self.files.delete_files, doomed), f"delete tensors of {self.job_id}")
+        if mirror is not None and objects:
+            self._spawn(mirror.delete(objects), f"delete objects of {self.job_id}")
 
-    def _needed_by(self, keys: Collection[TaskKey]) -> set[Digest]:
+    async def _keep(self, digests: Collection[Digest]) -> None:
+        """Return when the run's tensors *digests* survive whatever happens to this process."""
+        if new := set(digests) - self._durable:
+            await self.folder.keep_tensors(self.files, new)
+            self._durable |= new
+
+    def _needed_by(self, keys: frozenset[TaskKey]) -> set[Digest]:
         """Return the tensors of these tasks' models, and of their answers."""
         models = [task.model for task in self.run.tasks if task.key in keys]
         models += [answer.update.model for answer in self.run.answers if answer.update and answer.key in keys]
         return set().union(*(digests_of(model) for model in models if model is not None))
 
     async def ended(self, end: RunEnded) -> None:
-        """Take the run's process's word that it has reached its end."""
+        """Take the run's process's word that it has reached its end, or cannot go on just now."""
+        if end.again:
+            self._hindrance = end
+            return
         if not end.completed and end.code == ABORTED:
             await self.end(JobState.ABORTED, code=ABORTED, reason=end.reason)
             return
@@ -434,6 +521,9 @@ class ActiveRun:
             return
         if end.result and not (self.folder.result / end.result).is_file():
             raise ProtocolError("result", got=end.result, expected="a file in the run's folder")
+        if end.result:
+            with self._storing():
+                await self.folder.keep_result(end.result)
         await self.end(JobState.COMPLETED, ended=end)
 
     # what clients' processes send
@@ -453,6 +543,8 @@ class ActiveRun:
     async def _judged(self, sender: ClientName, result: TaskResult, message: Message) -> None:
         match self.run.judge(result, sender=sender):
             case Duplicate():
+                if (unwritten := self._unwritten.get(result.key)) is not None:
+                    await self._write_answer(unwritten)
                 return
             case Stale(reason=reason):
                 raise UpdateRejected(sender, f"a stale answer: {reason}")
@@ -483,7 +575,7 @@ class ActiveRun:
         try:
             yield
         finally:
-            self._arriving.subtract(digests)
+            self._arriving -= Counter(digests)
 
     def inbox(self, client: ClientName) -> Inbox:
         """Return what *client* may add to the run's tensors, until its next answer is accepted or it has no task."""
@@ -543,37 +635,68 @@ class ActiveRun:
         return None
 
     async def _accept(self, sender: ClientName, result: TaskResult) -> None:
-        with self._storing():
-            if result.update is not None and result.update.model is not None:
-                await asyncio.to_thread(self.files.sync, digests_of(result.update.model))
-            # What counts may be an earlier attempt of this answer, of which the store could not tell how it went.
-            result = await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
+        """Take an answer that counts, and return when it is journalled.
+
+        The run's process has it at once, for whatever it makes of it is written behind it.
+        """
         if not isinstance(self.run.accept(result, sender=sender), Accepted):
             return
+        self._unwritten[result.key] = result
         self._inboxes.pop(sender, None)
-        self._works()
+        if self._process.phase is Phase.WORKING:
+            self._works()
         if result.fault is not None:
             self._troubles[sender] = Trouble(result.fault.code, result.fault.log_tail)
         elif sender in self._troubles:
             self._troubles[sender] = Trouble(log_tail=self.log_tail(sender))
         self._tell_run("answer", result)
-        metrics = result.update.metrics if result.update is not None else {}
+        await self._write_answer(result)
         self._notify(
             EventType.RESULT_ACCEPTED,
             round_number=result.key.round,
             peer=sender,
-            metrics=metrics,
+            metrics=result.update.metrics if result.update is not None else {},
             text=result.fault.reason if result.fault is not None else "",
         )
 
+    async def _write_answer(self, result: TaskResult) -> None:
+        """Return when the journal has the answer, or an earlier attempt of it, of which the store could not tell.
+
+        A commit that may delete its task waits for that, too.
+        """
+        writing = asyncio.create_task(
+            self._written(result), name=f"journal an answer of {self.job_id}"
+        )  # awaited below
+        self._writing.add(writing)
+        try:
+            await writing
+        finally:
+            self._writing.discard(writing)
+
+    async def _written(self, result: TaskResult) -> None:
+        model = None if result.update is None else result.update.model
+        with self._storing():
+            await self._keep(() if model is None else digests_of(model))
+            try:
+                await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
+            except NotFound as error:  # the store could not take it just now
+                raise StoreFailed("accepting an answer", "its task is not in the journal yet") from error
+        self._unwritten.pop(result.key, None)
+
     async def _send(self, task: TaskAssignment) -> None:
-        client = task.key.client
-        context = self._context(round_number=task.key.round, peer=client)
-        if (refused := self._services.handlers.ask(EventType.BEFORE_TASK_DATA, context)) is not None:
-            await self._accept(client, TaskResult(task.key, fault=TaskFault("task-refused", refused)))
-            return
-        if self._tell(self._cell_of(client), Channel.TASK, "task", task):
-            self._notify(EventType.TASK_SENT, round_number=task.key.round, peer=client)
+        if (reason := self._refusal_of(task)) is None:
+            self._hand_out(task)
+        else:
+            await self._accept(task.key.client, _refused(task.key, reason))
+
+    def _refusal_of(self, task: TaskAssignment) -> str | None:
+        """Return why a handler does not let the task go to its client, or ``None``."""
+        context = self._context(round_number=task.key.round, peer=task.key.client)
+        return self._services.handlers.ask(EventType.BEFORE_TASK_DATA, context)
+
+    def _hand_out(self, task: TaskAssignment) -> None:
+        if self._tell(self._cell_of(task.key.client), Channel.TASK, "task", task):
+            self._notify(EventType.TASK_SENT, round_number=task.key.round, peer=task.key.client)
 
     # clients come, go and fail
 
@@ -796,6 +919,10 @@ class ActiveRun:
 def code_of(error: HanseError) -> str:
     """Return the stable code of *error*: of one that a peer answered with, the code of what was raised there."""
     return (error.error_code if isinstance(error, RemoteError) else "") or error.code
+
+
+def _refused(key: TaskKey, reason: str) -> TaskResult:
+    return TaskResult(key, fault=TaskFault("task-refused", reason))
 
 
 def cause_of(error: Exception, *, doing: str) -> HanseError:

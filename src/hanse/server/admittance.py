@@ -30,13 +30,17 @@ class Scopes(Protocol):
     """Where tensors of a scope lie."""
 
     def run_files(self, job_id: JobId, participant: str, *, write: bool) -> Files | None:
-        """Return the tensor files of a running job in which *participant* takes part, else ``None``."""
+        """Return the tensor files of a running job in which *participant* takes part, else ``None``.
+
+        Raises:
+            NotInService: the job is to go on here, and does not yet.
+        """
 
     def package_files(self, job_id: JobId) -> TensorFiles:
         """Return the files that hold a job's package."""
 
-    def result_files(self, job_id: JobId) -> TensorFiles:
-        """Return the files that hold a job's result."""
+    async def result_files(self, job_id: JobId) -> TensorFiles:
+        """Return the files that hold a job's result, when it is here."""
 
     def upload_files(self, submitter: str) -> TensorFiles:
         """Return the files into which *submitter* uploads packages."""
@@ -134,10 +138,11 @@ class Admittance:
         if peer.kind in (PeerKind.CLIENT, PeerKind.CLIENT_JOB):
             self._refuse_absent(split_cell(peer.fqcn)[0])
 
-    def scope(self, peer: Peer, scope: str, write: bool, scopes: Scopes) -> Files:
+    async def scope(self, peer: Peer, scope: str, write: bool, scopes: Scopes) -> Files:
         """Return the files of *scope* for *peer*: ``job/<job>``, ``result/<job>`` or ``upload``.
 
-        ``job/<job>`` is the run's tensors for a client's process in that job, and its package for the client's agent.
+        ``job/<job>`` is the run's tensors for a client's process in that job, and its package for the client's agent. A
+        result may have to be fetched from where servers keep it.
 
         Raises:
             Unauthorized: *peer* may not read (or write) there.
@@ -156,7 +161,7 @@ class Admittance:
                 return scopes.package_files(JobId(name))
             case "result", PeerKind.ADMIN.value if not write:
                 demand_topic((Channel.ADMIN, "job.show"), who=participant, role=peer.role)
-                return scopes.result_files(JobId(name))
+                return await scopes.result_files(JobId(name))
             case "upload", PeerKind.ADMIN.value:
                 demand_topic((Channel.ADMIN, "job.submit"), who=participant, role=peer.role)
                 return scopes.upload_files(participant)

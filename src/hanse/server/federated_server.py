@@ -80,6 +80,7 @@ from hanse.server.run_host import RunHost
 from hanse.server.run_manager import RunManager
 from hanse.server.tenure import HeldLease, Tenure, boot_time
 from hanse.settings import ServerSettings
+from hanse.storage.objects import Objects, objects_at
 from hanse.storage.records import Lease, Store
 
 __all__ = ["AdminServer", "BaseServer", "CommandModule", "FederatedServer", "TaskMetaInfo"]
@@ -115,6 +116,7 @@ class _Deployed:
     reception: Reception
     workspace: Path
     runs: Path
+    objects: Objects | None
     launcher: Launcher
     socket: Path
 
@@ -419,7 +421,8 @@ class FederatedServer(BaseServer):
                     on_refused=self._note_refused_hello,
                 ),
                 workspace=where.workspace,
-                runs=Path(self._settings.runs or where.workspace / "runs"),
+                runs=Path(self._settings.runs_folder or where.workspace / "runs"),
+                objects=objects_at(self._settings.bucket) if self._settings.bucket else None,
                 launcher=getattr(args, "launcher", None) or ProcessLauncher(),
                 socket=stack.enter_context(_socket_of(where)),
             )
@@ -519,7 +522,14 @@ class FederatedServer(BaseServer):
             check_frequency_s=self.check_engine_frequency,
         )
         limits = JobLimits(self._settings.max_running_jobs, self.min_num_clients, self._settings.lost_after)
-        jobs = Jobs(services, workspace=deployed.workspace, runs=deployed.runs, clients=self._clients, limits=limits)
+        jobs = Jobs(
+            services,
+            workspace=deployed.workspace,
+            runs=deployed.runs,
+            objects=deployed.objects,
+            clients=self._clients,
+            limits=limits,
+        )
         return Tenure(lease, jobs, on_lost=on_lost)
 
     async def _taken_lease(self, deployed: _Deployed) -> Lease:

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,19 @@ from hanse.cell.link import Peer
 from hanse.cell.transfer import Files
 from hanse.coordination.runs import Run, Sync, heartbeat_sync
 from hanse.coordination.schedule import Decision, GiveUp, Start, Wait, next_deadline, plan
-from hanse.coordination.waiting import Deployment, waiting_of_scheduled, waiting_of_submitted
+from hanse.coordination.waiting import (
+    Deployment,
+    TakingUp,
+    waiting_of_scheduled,
+    waiting_of_submitted,
+    waiting_of_taking_up,
+)
 from hanse.errors import (
     Conflict,
     HanseError,
     JobInvalid,
     NotFound,
+    NotInService,
     StaleEpoch,
     StoreFailed,
     TensorsLost,
@@ -63,7 +71,9 @@ from hanse.server.job_board import JobBoard
 from hanse.server.lifetime import start_in
 from hanse.server.run_desk import RunDesk
 from hanse.server.run_folder import RunFolder
+from hanse.server.run_mirror import RunMirror, tensors_in
 from hanse.storage.models import digests_of
+from hanse.storage.objects import Objects
 from hanse.storage.packages import unpack_package
 from hanse.storage.records import RunState
 from hanse.storage.tensors import TensorFiles
@@ -74,6 +84,10 @@ MAX_ABORTS: Final = 1000
 """The most jobs that one heartbeat is answered with; a client that runs more hears of the rest at its next ones."""
 POSTPONED_S: Final = 5.0
 """A job that its clients could not take just now (a full disk, a broken line) is tried again after this long."""
+DELETED_WITHIN_S: Final = 30.0
+"""How long the end of a run waits for its tensors to be deleted, by a disk or a bucket."""
+CLEARED_AGAIN_S: Final = 60.0
+"""What could not be deleted from the bucket is tried again after this long."""
 MAX_SLUG_CHARS: Final = 54
 """What of a job's name is in its id, which has 63 characters at most, eight of them random."""
 _INCOMING: Final = ".incoming-"
@@ -93,15 +107,24 @@ class JobLimits:
 class Jobs:
     """The jobs of one server during one tenure; ``serve`` is its life.
 
-    What belongs to a run is in the folder *runs*, which a project's servers share; *workspace* is this server's alone.
+    What belongs to a run is in the folder *runs*, which a project's servers share; or they share *objects*, with which
+    each can go on with what another has begun. *workspace* is this server's alone.
     """
 
     def __init__(
-        self, services: RunServices, *, workspace: Path, runs: Path, clients: Clients, limits: JobLimits
+        self,
+        services: RunServices,
+        *,
+        workspace: Path,
+        runs: Path,
+        objects: Objects | None = None,
+        clients: Clients,
+        limits: JobLimits,
     ) -> None:
         self._services = services
         self._workspace = workspace
         self._folders = runs
+        self._objects = objects
         self._clients = clients
         self._limits = limits
         self._runs: dict[JobId, ActiveRun] = {}
@@ -110,10 +133,12 @@ class Jobs:
         self._postponed: dict[JobId, tuple[float, str]] = {}
         self._waiting: dict[JobId, Wait] = {}
         self._deploying: dict[JobId, Deployment] = {}
+        self._taking_up: dict[JobId, TakingUp] = {}
         self._known: dict[ClientName, frozenset[JobId]] = {}
         self._ended: dict[JobId, asyncio.Event] = {}
         self._changed = asyncio.Event()
         self._suspects = asyncio.Event()
+        self._left_behind = asyncio.Event()
         self._accepting = True
         self._knows_runs = False
         self._loop = asyncio.get_running_loop()
@@ -124,7 +149,7 @@ class Jobs:
             waiting_of=self._waiting_of,
             folder_of=self.run_folder,
         )
-        RunDesk(services.cell, self._runs)
+        RunDesk(services.cell, self._runs, demand_taken_up=self.demand_taken_up)
 
     @property
     def services(self) -> RunServices:
@@ -141,6 +166,8 @@ class Jobs:
             self._knows_runs = True
             ready.set()
             group.create_task(self._watch_clients(), name="notice lost clients")
+            if self._objects is not None:
+                group.create_task(self._clear_bucket(self._objects), name="clear the bucket")
             try:
                 await self._schedule()
             finally:
@@ -156,36 +183,54 @@ class Jobs:
             again = move(record, JobState.SUBMITTED, at=self._services.wall())
             await store.replace_job(epoch, again, was=record.state)
         for record in running:
-            state = await store.snapshot(record.job_id)
-            missing = await asyncio.to_thread(self.run_folder(record.job_id).take_over, _digests_of(state))
-            if missing:
-                _log.error("tensors are lost", extra={"job": record.job_id, "digests": missing})
-                remaining = await self._without(record, state, missing)
-                if remaining is None:
-                    continue
-                state = remaining
-            run = Run.resumed(
-                record.job_id,
-                record.clients,
-                process_tries=record.spec.process_tries,
-                now=self._services.now(),
-                committed=-1 if state.state is None else state.state.round,
-                tasks=state.tasks,
-                answers=state.answers,
-            )
-            _log.info("run taken up", extra={"job": record.job_id, "round": run.round})
-            self._live(record, self._run(record, run, resumed=True))
+            self._taking_up[record.job_id] = TakingUp(self._services.wall())
+            self._live(record, self._resume(record))
 
-    async def _without(self, record: JobRecord, state: RunState, missing: Collection[Digest]) -> RunState | None:
+    async def _resume(self, record: JobRecord) -> None:
+        """Go on with a run of an earlier tenure, as soon as all that it needs is here."""
+        folder = self.run_folder(record.job_id)
+        state = await self._taken_over(record, folder)
+        run = Run.resumed(
+            record.job_id,
+            record.clients,
+            process_tries=record.spec.process_tries,
+            now=self._services.now(),
+            committed=-1 if state.state is None else state.state.round,
+            tasks=state.tasks,
+            answers=state.answers,
+        )
+        _log.info("run taken up", extra={"job": record.job_id, "round": run.round})
+        del self._taking_up[record.job_id]
+        await self._run(record, run, folder, resumed=True)
+
+    async def _taken_over(self, record: JobRecord, folder: RunFolder) -> RunState:
+        """Return where the run stands, when its code and all tensors that this takes are here.
+
+        Raises:
+            TensorsLost: they are nowhere any more.
+        """
+        while True:
+            try:
+                await folder.have_package(record)
+                state = await self._services.store.snapshot(record.job_id)
+                missing = await folder.take_over(_digests_of(state))
+                return await self._without(record, state, missing) if missing else state
+            except StoreFailed as failed:
+                _log.error("taking a run up waits", extra={"job": record.job_id, "reason": failed.reason})
+                since = self._taking_up[record.job_id].since
+                self._taking_up[record.job_id] = TakingUp(since, failed.reason)
+            await asyncio.sleep(POSTPONED_S)  # a bucket, or a full disk, tells nobody when it is well again
+
+    async def _without(self, record: JobRecord, state: RunState, missing: Collection[Digest]) -> RunState:
         """Return *state* without the answers whose tensors are *missing*, whose clients are to be asked again.
 
-        ``None`` when the run cannot go on without them: it has ended then.
+        Raises:
+            TensorsLost: the run cannot go on without them.
         """
+        _log.error("tensors are lost", extra={"job": record.job_id, "digests": missing})
         gone = set(missing)
         if state.state is not None and (lost := gone & state_digests(state.state)):
-            error = TensorsLost(record.job_id, state.state.round, min(lost))
-            self._live(record, self._fail(record, error.code, error.reason))
-            return None
+            raise TensorsLost(record.job_id, state.state.round, min(lost))
         spoilt = [answer.key for answer in state.answers if _answer_digests(answer) & gone]
         await self._services.store.retract_answers(self._services.epoch, record.job_id, spoilt)
         return await self._services.store.snapshot(record.job_id)
@@ -199,6 +244,31 @@ class Jobs:
         for path in self._folders.glob("*/"):
             if path.name not in running:
                 self.run_folder(JobId(path.name)).delete_earlier_tensors()
+
+    async def _clear_bucket(self, objects: Objects) -> None:
+        """Delete the tensors that runs have left in the bucket, in this tenure or in earlier ones, until cancelled."""
+        while True:
+            self._left_behind.clear()
+            again_in_s = None
+            try:
+                await self._delete_left(objects)
+            except StoreFailed as failed:
+                _log.warning("objects left behind", extra={"reason": failed.reason})
+                again_in_s = CLEARED_AGAIN_S  # a bucket tells nobody when it is well again
+            with suppress(TimeoutError):
+                async with asyncio.timeout(again_in_s):
+                    await self._left_behind.wait()
+
+    async def _delete_left(self, objects: Objects) -> None:
+        """Delete what runs that have ended have left. A job that the store does not know may be another project's."""
+        left: dict[JobId, list[str]] = {}
+        for tensor in tensors_in(await objects.sizes()):
+            if tensor.epoch <= self._services.epoch:
+                left.setdefault(tensor.job_id, []).append(tensor.key)
+        for job_id, keys in left.items():
+            with suppress(NotFound):
+                if (await self._services.store.job(job_id)).state in ENDED:
+                    await objects.delete(keys)
 
     async def _schedule(self) -> None:
         while True:
@@ -289,13 +359,20 @@ class Jobs:
         try:
             if (refused := self._services.handlers.ask(EventType.JOB_SUBMITTED, context)) is not None:
                 raise JobInvalid("submission", got=record.spec.name, expected=f"one that the server takes: {refused}")
+            await job_folder.keep_package(record.package)
             await self._services.store.add_job(self._services.epoch, record)
         except HanseError:
-            await asyncio.to_thread(shutil.rmtree, job_folder.path)
+            await self._discard(job_folder, record)
             raise
         _log.info("job submitted", extra={"job": record.job_id, "submitter": submitter, "folder": str(job_folder.path)})
         self.wake()
         return record
+
+    async def _discard(self, folder: RunFolder, record: JobRecord) -> None:
+        try:
+            await folder.discard(record)
+        except StoreFailed as failed:
+            _log.warning("a refused job is left behind", extra={"job": record.job_id, "reason": failed.reason})
 
     def _receive(self, package: Path, submitter: str) -> tuple[RunFolder, JobRecord]:
         data = package.read_bytes()
@@ -328,6 +405,12 @@ class Jobs:
         if (refused := self._services.handlers.ask(EventType.BEFORE_JOB_LAUNCH, context)) is not None:
             await self._fail(record, "launch-refused", f"the server does not launch it: {refused}")
             return
+        folder = self.run_folder(record.job_id)
+        try:
+            await folder.have_package(record)
+        except StoreFailed as failed:
+            await self._postpone(record, failed.reason)
+            return
         began = self._services.wall()
         self._deploying[record.job_id] = Deployment(frozenset(record.clients), began, began + DEPLOY_TIMEOUT_S)
         try:
@@ -355,11 +438,29 @@ class Jobs:
             return
         running = move(record, JobState.RUNNING, at=self._services.wall())
         running = msgspec.structs.replace(running, clients=remaining)
-        await self._services.store.replace_job(self._services.epoch, running, was=record.state)
+        await self._store_move(running, was=record.state)
         self._tell(EventType.JOB_DEPLOYED, record.job_id)
         self._tell(EventType.JOB_STARTED, record.job_id)
         run = Run(record.job_id, remaining, process_tries=record.spec.process_tries, now=self._services.now())
-        await self._run(running, run, resumed=False)
+        await self._run(running, run, folder, resumed=False)
+
+    async def _store_move(self, record: JobRecord, *, was: JobState) -> None:
+        """Store *record* in place of the job's, which is in state *was*, as soon as the store takes that."""
+        has_failed = False
+        while True:
+            try:
+                await self._services.store.replace_job(self._services.epoch, record, was=was)
+            except Conflict:
+                # The store may have done what it could not say that it had.
+                if has_failed and await self._services.store.job(record.job_id) == record:
+                    return
+                raise
+            except StoreFailed as failed:
+                _log.error("a job waits for the store", extra={"job": record.job_id, "reason": failed.reason})
+                has_failed = True
+                await asyncio.sleep(POSTPONED_S)  # a full disk tells nobody when it no longer is
+            else:
+                return
 
     async def _deploy(self, record: JobRecord, client: ClientName) -> None:
         try:
@@ -378,16 +479,20 @@ class Jobs:
             client, error = next(iter(final.items()))
             await self._fail(record, code_of(error), why, client=client)
             return
+        await self._postpone(record, why)
+
+    async def _postpone(self, record: JobRecord, why: str) -> None:
+        """Have a scheduled job scheduled again, but not at once."""
         again = move(record, JobState.SUBMITTED, at=self._services.wall())
-        await self._services.store.replace_job(self._services.epoch, again, was=record.state)
+        await self._store_move(again, was=record.state)
         self._postponed[record.job_id] = (self._services.now() + POSTPONED_S, shortened(why))
         self.wake()
 
-    async def _run(self, record: JobRecord, run: Run, *, resumed: bool) -> None:
+    async def _run(self, record: JobRecord, run: Run, folder: RunFolder, *, resumed: bool) -> None:
         active = ActiveRun(
             record,
             run,
-            self.run_folder(record.job_id),
+            folder,
             self._services,
             emit=self.board.emit,
             suspect=self._suspects.set,
@@ -397,10 +502,13 @@ class Jobs:
             for client in record.clients:  # those whose process went on while the server was away
                 if (peer := self._services.cell.peer(job_cell(client, record.job_id))) is not None:
                     await active.cell_up(client, peer)
-            ended = await active.live(resumed=resumed)
+            heard = {client: record.job_id in self._known[client] for client in record.clients if client in self._known}
+            ended = await active.live(resumed=resumed, heard=heard)
+            await self._delete_tensors(folder)
             self._announce_end(ended)
         finally:
             del self._runs[record.job_id]
+            self._lives.pop(record.job_id, None)  # whoever asks from now on finds no job that is alive
 
     async def _fail(self, record: JobRecord, code: str, reason: str, *, client: str = "") -> None:
         await self._end_idle(record, JobState.FAILED, code=code, reason=reason, client=client)
@@ -436,7 +544,9 @@ class Jobs:
             task.add_done_callback(lambda _: self._has_lived(job_id))
 
     def _has_lived(self, job_id: JobId) -> None:
-        del self._lives[job_id], self._taking[job_id]
+        self._lives.pop(job_id, None)
+        del self._taking[job_id]
+        self._taking_up.pop(job_id, None)
         self.wake()
 
     async def _guarded(self, job_id: JobId, life: Coroutine[Any, Any, None]) -> None:
@@ -470,7 +580,16 @@ class Jobs:
             self._announce_end(record)
             return
         await self._fail(record, code_of(error), error.reason)
-        await asyncio.to_thread(self.run_folder(job_id).delete_tensors)
+        await self._delete_tensors(self.run_folder(job_id))
+
+    async def _delete_tensors(self, folder: RunFolder) -> None:
+        """Delete the tensors of a run that has ended; what cannot be deleted now does not keep it from that."""
+        try:
+            async with asyncio.timeout(DELETED_WITHIN_S):
+                await folder.delete_tensors()
+        except (StoreFailed, TimeoutError) as failed:
+            _log.warning("tensors left behind", extra={"folder": str(folder.path), "reason": str(failed)})
+            self._left_behind.set()
 
     async def abort(self, job_id: JobId, *, reason: str) -> JobRecord:
         """Abort a job that has not ended, and return its record.
@@ -494,6 +613,8 @@ class Jobs:
                 await self._end_idle(record, JobState.ABORTED, code="aborted", reason=reason)
             except Conflict:  # it went on at this very moment: look again how far it is
                 continue
+            if record.state is JobState.RUNNING:
+                await self._delete_tensors(self.run_folder(job_id))
             return await self._services.store.job(job_id)
 
     async def wait(self, job_id: JobId) -> JobRecord:
@@ -617,23 +738,32 @@ class Jobs:
         """Return the files that hold the job's package."""
         return TensorFiles(self.run_folder(job_id).package)
 
-    def result_files(self, job_id: JobId) -> TensorFiles:
-        """Return the files that hold the job's result.
+    async def result_files(self, job_id: JobId) -> TensorFiles:
+        """Return the files that hold the job's result, if it has one.
 
         Raises:
-            NotFound: there is no such job.
+            NotFound: there is no such job, or its result is lost.
+            StoreFailed: its result is not to be had now.
         """
-        if not self.run_folder(job_id).path.is_dir():
+        folder = self.run_folder(job_id)
+        if folder.mirror is not None:
+            await folder.have_result(await self._services.store.job(job_id))
+        elif not folder.path.is_dir():
             raise NotFound("job", job_id)
-        return TensorFiles(self.run_folder(job_id).result)
+        return TensorFiles(folder.result)
 
     def upload_files(self, submitter: str) -> TensorFiles:
         """Return the files into which *submitter* uploads packages."""
         return TensorFiles(self._workspace / "uploads" / submitter)
 
     def run_files(self, job_id: JobId, participant: str, *, write: bool) -> Files | None:
-        """Return the tensor files of a running job in which *participant* takes part, else ``None``."""
-        run = self._runs.get(job_id)
+        """Return the tensor files of a running job in which *participant* takes part, else ``None``.
+
+        Raises:
+            NotInService: the job is to go on here, and does not yet.
+        """
+        if (run := self._runs.get(job_id)) is None:
+            self.demand_taken_up(job_id)
         if run is None or run.has_ended or participant not in run.run.clients:
             return None
         return run.inbox(ClientName(participant)) if write else run.files
@@ -649,6 +779,15 @@ class Jobs:
         if self._knows_runs and not lives:
             raise NotFound("running job", job_id)
 
+    def demand_taken_up(self, job_id: JobId) -> None:
+        """Return unless the job is a run of an earlier tenure that still is to go on in this one.
+
+        Raises:
+            NotInService: it is.
+        """
+        if job_id in self._taking_up:
+            raise NotInService(f"Server not in service: it takes up job {job_id}")
+
     def takes_part(self, job_id: JobId, client: str) -> bool:
         """Return whether *client* takes part in a running job, or is asked to."""
         if (run := self._runs.get(job_id)) is not None:
@@ -660,7 +799,9 @@ class Jobs:
 
     def run_folder(self, job_id: JobId) -> RunFolder:
         """Return where the job's run keeps its things."""
-        return RunFolder(self._folders / job_id, self._services.epoch)
+        epoch, objects = self._services.epoch, self._objects
+        mirror = RunMirror(objects, job_id, epoch) if objects is not None else None
+        return RunFolder(self._folders / job_id, epoch, mirror)
 
     def _waiting_of(self, record: JobRecord) -> tuple[Waiting, ...]:
         """Return what a job that has not ended waits for."""
@@ -668,11 +809,14 @@ class Jobs:
             return run.waiting()
         if (deployment := self._deploying.get(record.job_id)) is not None:
             return waiting_of_scheduled(deployment)
+        if (taking_up := self._taking_up.get(record.job_id)) is not None:
+            return waiting_of_taking_up(taking_up)
         wait = self._waiting.get(record.job_id)
         return waiting_of_submitted(record, wait) if wait is not None else ()
 
     def _run_of(self, job_id: JobId) -> ActiveRun:
         if (run := self._runs.get(job_id)) is None:
+            self.demand_taken_up(job_id)
             raise NotFound("running job", job_id)
         return run
 

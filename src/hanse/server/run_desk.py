@@ -1,6 +1,6 @@
 """What runs' processes and clients' processes send, handed to the run that it is about."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from hanse.cell.cell import Cell
@@ -38,10 +38,15 @@ TOPICS: Final[tuple[Topic, ...]] = (
 
 
 class RunDesk:
-    """Answers on *cell* what is about one of *runs*, which the sender's own address names."""
+    """Answers on *cell* what is about one of *runs*, which the sender's own address names.
 
-    def __init__(self, cell: Cell, runs: Mapping[JobId, ActiveRun]) -> None:
-        self._runs = runs
+    *demand_taken_up* raises ``NotInService`` for a job whose run is still to come.
+    """
+
+    def __init__(
+        self, cell: Cell, runs: Mapping[JobId, ActiveRun], *, demand_taken_up: Callable[[JobId], None]
+    ) -> None:
+        self._runs, self._demand_taken_up = runs, demand_taken_up
         handlers = (
             self._on_attach,
             self._on_issue,
@@ -93,6 +98,7 @@ class RunDesk:
         """Return the run that the sender's cell belongs to, and its participant's name."""
         participant, job_id = split_cell(Fqcn(message.headers.get(Header.ORIGIN, "")))
         if job_id is None or (run := self._runs.get(job_id)) is None:
+            self._demand_taken_up(JobId(job_id or ""))
             raise NotFound("running job", job_id or "")
         return run, ClientName(participant)
 

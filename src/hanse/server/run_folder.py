@@ -3,8 +3,12 @@
 Package, code, result and log are the run's for good. Its tensors are a tenure's: each has a folder of its own, named
 after its epoch, and begins by bringing over what the journal names. So a server whose tenure has ended, and that does
 not know it yet, deletes nothing that its successor relies on, and what it still writes is in nobody's way.
+
+Servers may share a bucket instead. Then each has such folders for itself, and a ``RunMirror`` keeps in the bucket what
+another server needs to go on; what is missing here is fetched from there.
 """
 
+import asyncio
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
@@ -14,6 +18,9 @@ from typing import Final
 
 from hanse.errors import StoreFailed
 from hanse.ids import Digest
+from hanse.job import JobRecord
+from hanse.server.run_mirror import RunMirror
+from hanse.storage.packages import unpack_package
 from hanse.storage.tensors import TensorFiles
 
 _TENSORS: Final = "tensors-"
@@ -23,10 +30,14 @@ _FIRST_TENSORS: Final = "tensors"
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The folder of one run, as the tenure *epoch* sees it."""
+    """The folder of one run, as the tenure *epoch* sees it.
+
+    *mirror* keeps what others need of it in a bucket; ``None`` where the folder itself is all that they need.
+    """
 
     path: Path
     epoch: int = 0
+    mirror: RunMirror | None = None
 
     @property
     def package(self) -> Path:
@@ -53,12 +64,101 @@ class RunFolder:
         """What the run's process says."""
         return self.path / "server.log"
 
-    def take_over(self, needed: Collection[Digest]) -> list[Digest]:
-        """Bring *needed* over from earlier tenures, delete the rest of theirs, and return what is not to be had.
+    async def take_over(self, needed: Collection[Digest]) -> list[Digest]:
+        """Bring the tensors *needed* over from earlier tenures, delete the rest; return those that are not to be had.
 
-        Each file's bytes are checked: a disk that lost power, or lies, must not change a model unnoticed.
+        Each tensor's bytes are checked: a disk that lost power, or lies, must not change a model unnoticed. This may be
+        done again, as often as it fails.
+
+        Raises:
+            StoreFailed: the disk, or the bucket, does not do what it is asked.
         """
-        files = TensorFiles(self.tensors)
+        files = await asyncio.to_thread(TensorFiles, self.tensors)
+        missing = await asyncio.to_thread(self._take_over_files, files, needed)
+        if self.mirror is not None:
+            await self.mirror.take_over(files, needed)
+            missing = await asyncio.to_thread(files.missing, missing)
+        return missing
+
+    async def have_package(self, record: JobRecord) -> None:
+        """Return when the job's package and code are here, which another server may have received.
+
+        Raises:
+            NotFound, ProtocolError: they cannot be had.
+            StoreFailed: not now.
+        """
+        if self.mirror is None:
+            return
+        files = await asyncio.to_thread(TensorFiles, self.package)
+        await self.mirror.have_package(files, record.package, record.package_bytes)
+        if not await asyncio.to_thread(self.code.is_dir):
+            await asyncio.to_thread(unpack_package, files.path(record.package), self.code)
+
+    async def have_result(self, record: JobRecord) -> None:
+        """Return when the job's result is here, which another server may have seen the run reach.
+
+        Raises:
+            NotFound, ProtocolError: it cannot be had.
+            StoreFailed: not now.
+        """
+        if self.mirror is not None and record.result:
+            files = await asyncio.to_thread(TensorFiles, self.result)
+            await self.mirror.have_result(files, Digest(record.result), record.result_bytes)
+
+    async def keep_package(self, digest: Digest) -> None:
+        """Return when the package, which is here, is kept where another server finds it.
+
+        Raises:
+            StoreFailed: it is not.
+        """
+        if self.mirror is not None:
+            await self.mirror.keep_package(TensorFiles(self.package), digest)
+
+    async def keep_result(self, digest: Digest) -> None:
+        """Return when the result, which is here, is kept where another server finds it.
+
+        Raises:
+            StoreFailed: it is not, or not yet.
+        """
+        if self.mirror is not None:
+            await self.mirror.keep_result(TensorFiles(self.result), digest)
+
+    async def keep_tensors(self, files: TensorFiles, digests: Collection[Digest]) -> None:
+        """Return when the tensors *digests* of *files* are kept: on the disk, and where another server finds them.
+
+        Raises:
+            StoreFailed: they are not, or not yet.
+        """
+        await asyncio.to_thread(files.sync, digests)
+        if self.mirror is not None:
+            await self.mirror.keep(files, digests)
+
+    async def delete_tensors(self) -> None:
+        """Delete the tensors of this tenure and of all before it.
+
+        Raises:
+            StoreFailed: some are left.
+        """
+        await asyncio.to_thread(self._delete_files)
+        if self.mirror is not None:
+            await self.mirror.delete_tensors()
+
+    async def discard(self, record: JobRecord) -> None:
+        """Delete all that there is of a job that there is not to be.
+
+        Raises:
+            StoreFailed: something is left.
+        """
+        await asyncio.to_thread(_delete, self.path)
+        if self.mirror is not None:
+            await self.mirror.delete_package(record.package)
+
+    def delete_earlier_tensors(self) -> None:
+        """Delete the tensor files of earlier tenures, whatever of them can be deleted."""
+        for folder in self._earlier():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _take_over_files(self, files: TensorFiles, needed: Collection[Digest]) -> list[Digest]:
         earlier = self._earlier()
         for digest in needed:
             for folder in reversed(earlier):
@@ -69,13 +169,7 @@ class RunFolder:
         self.delete_earlier_tensors()
         return missing
 
-    def delete_earlier_tensors(self) -> None:
-        """Delete the tensors of earlier tenures, whatever of them can be deleted."""
-        for folder in self._earlier():
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def delete_tensors(self) -> None:
-        """Delete the tensors of this tenure and of all before it."""
+    def _delete_files(self) -> None:
         for folder in [*self._earlier(), self.tensors]:
             with suppress(FileNotFoundError):
                 _delete(folder)

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hanse.errors import HanseError, InternalError, TooFewClients
+from hanse.errors import HanseError, InternalError, StoreFailed, TooFewClients
 from hanse.events import EventType, FLComponent, FLContext, Handlers
 from hanse.ids import Digest, JobId
 from hanse.job import JobSpec
@@ -140,6 +140,9 @@ class LocalRun:
         try:
             with self._importing(folder.code):
                 return await self._run(folder)
+        except StoreFailed as failed:
+            _log.error("run interrupted", extra={"job": self._manager.job_id, "reason": failed.reason})
+            return RunEnded(completed=False, code=failed.code, reason=failed.reason, again=True)
         except HanseError as error:
             extra = {"job": self._manager.job_id, "code": error.code, "reason": error.reason}
             _log.error("run failed", exc_info=error.__cause__, extra=extra)
@@ -175,6 +178,10 @@ class LocalRun:
                 federation=federation,
                 is_stopping=lambda: self._is_last_round,
             )
+        except HanseError:
+            if federation.disk_failure is not None:  # whatever the workflow's code has made of it
+                raise federation.disk_failure from None
+            raise
         finally:
             keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)

@@ -21,15 +21,15 @@ def disk_failure(doing: str, error: OSError, folder: Path) -> StoreFailed:
     return StoreFailed(doing, why if str(folder) in doing else f"{why} (in {folder})")
 
 
-def database_failure(error: BaseException, name: str) -> StoreFailed:
-    """Return the error that says that the database *name* failed by *error*, its driver's own."""
+def database_failure(error: BaseException, name: str, *, doing: str = "using") -> StoreFailed:
+    """Return the error that says that the database *name* failed by *error*, its driver's own, while *doing* it."""
     why = " ".join(str(error).split())
     if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
         folder = Path(name).absolute().parent
-        return NoSpace(f"using {name}", disk=str(mount_point(folder)), folder=str(folder), why=why)
+        return NoSpace(f"{doing} {name}", disk=str(mount_point(folder)), folder=str(folder), why=why)
     if getattr(error, "sqlstate", "") == _DISK_FULL:
-        return NoSpace(f"using {name}", disk="of the database's server", folder=name, why=why)
-    return StoreFailed(f"using {name}", why)
+        return NoSpace(f"{doing} {name}", disk="the database's server", folder=name, why=why)
+    return StoreFailed(f"{doing} {name}", why)
 
 
 def mount_point(path: Path) -> Path:

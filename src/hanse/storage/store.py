@@ -24,6 +24,7 @@ from hanse.job import JobRecord, JobState
 from hanse.messages import CommitRound, RoundView, StateRef, TaskAssignment, TaskKey, TaskResult
 from hanse.storage import statements as sql
 from hanse.storage.database import Database, Listener
+from hanse.storage.disk import database_failure
 from hanse.storage.records import (
     AuditEntry,
     Lease,
@@ -60,6 +61,9 @@ from hanse.storage.writer import Writer
 __all__ = ["AuditEntry", "Lease", "RunState", "SqlStore", "Standby", "Store"]
 
 T = TypeVar("T")
+
+LOOKS: Final = 8
+"""How often a lease is looked at within its time to live, where nobody tells that it has moved."""
 
 ANSWERS_BITS: Final = 32
 """Answers are numbered as they are accepted, by the only server that has the epoch; so many bits are for the number."""
@@ -128,9 +132,9 @@ class SqlStore:
             lease, now = await self.lease(), loop.time()
             if has_moved(lease, seen) or now >= deadline:
                 return lease
-            # Where the database tells nobody, the next look is when the holder's next beat is due.
+            # A file tells nobody, so its lease is looked at in time for a handover to be quick; that costs a read.
             is_told = self._listener is not None or not seen.ttl_s
-            next_look = deadline if is_told else min(deadline, now + seen.ttl_s / 3)
+            next_look = deadline if is_told else min(deadline, now + seen.ttl_s / LOOKS)
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(next_look):
                     await moved.wait()
@@ -396,7 +400,7 @@ class SqlStore:
                     connection.execute(sql.ADD_STORE_ID, {"key": "store_id", "value": store_id})
                 return store_id
         except DBAPIError as error:
-            raise StoreFailed(f"opening {self._name}", " ".join(str(error.orig).split())) from error
+            raise database_failure(error.orig or error, self._name, doing="opening") from error
 
     async def _move_lease(self, operation: Callable[[Transaction], Lease]) -> Lease:
         lease = await self._write(operation)
@@ -449,7 +453,7 @@ def database_at(where: Path | str) -> Database:
     try:
         from hanse.storage.postgres import PostgresDatabase  # noqa: PLC0415 - its driver is an extra
     except ImportError as missing:
-        expected = "PostgreSQL's driver to be installed (pip install 'hanse[postgres]')"
+        expected = "PostgreSQL's driver to be installed (pip install 'psycopg[binary]')"
         raise ConfigError("store", got=shown, expected=expected) from missing
     return PostgresDatabase(url, name=shown)
 
