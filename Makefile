@@ -14,11 +14,11 @@ DEVELOP := $(VENV)/.installed-develop
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check faults docs bench wire format clean
+.PHONY: help venv demo test check faults faults-long docs bench wire format clean
 .DELETE_ON_ERROR:
 
 help:  ## List these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(RUN)  ## Three organisations train a model together, here, in half a minute once installed
 	$(BIN)/python -m examples.demo
@@ -36,7 +36,10 @@ check: $(DEVELOP)  ## Everything that a change must pass: format, lint, types, l
 	$(BIN)/coverage report --include='src/hanse/coordination/*,src/hanse/learning/*' --fail-under=95
 	$(BIN)/coverage report --fail-under=85
 
-faults: $(DEVELOP)  ## Run the slow tests: processes killed at each step, scale
+faults: $(DEVELOP)  ## Run the slow tests: processes killed and paused, servers lost, disks full, networks cut
+	$(BIN)/python -m pytest -m 'slow and not long'
+
+faults-long: $(DEVELOP)  ## The same, each process at each step and 200 random pairs; takes an hour or two
 	$(BIN)/python -m pytest -m slow
 
 docs: $(DEVELOP)  ## Build the documentation into docs/_build/html; a warning is an error

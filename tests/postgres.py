@@ -31,6 +31,10 @@ class Postgres:
         self._programs, self._folder = programs, folder
         # The server refuses to run as root.
         self._user = "postgres" if os.geteuid() == 0 else None
+        # By a program: Python would have to fork for it, which a process that uses gRPC does not survive.
+        self._as_user = (
+            [] if self._user is None else ["setpriv", f"--reuid={self._user}", f"--regid={self._user}", "--init-groups"]
+        )
         self._databases = 0
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
@@ -95,8 +99,7 @@ class Postgres:
 
     def _run(self, program: str, *arguments: str) -> None:
         outcome = subprocess.run(
-            [self._programs / program, f"--pgdata={self._folder / 'data'}", *arguments],
-            user=self._user,
+            [*self._as_user, str(self._programs / program), f"--pgdata={self._folder / 'data'}", *arguments],
             cwd=self._folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

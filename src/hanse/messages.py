@@ -214,9 +214,15 @@ class Quit(msgspec.Struct, frozen=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
-    """A client is alive, and runs these jobs."""
+    """A client is alive, and runs these jobs.
+
+    What it offers and its release are those that it registered with: a server that was started again, or took over,
+    knows them from here.
+    """
 
     jobs: tuple[JobId, ...] = ()
+    resources: Resources = Resources()
+    release: str = ""
 
 
 class HeartbeatReply(msgspec.Struct, frozen=True):

@@ -312,3 +312,27 @@ async def test_a_connector_reaches_a_cell_of_the_same_process_without_a_network(
         peer = server.cell.peer(SITE)
         assert peer is not None
         assert peer.transport == "memory"
+
+
+def _refuse(*_: object) -> Peer:
+    raise Unauthenticated("this server does not know you")
+
+
+@pytest.mark.parametrize("first", ["refuses", "serves"])
+async def test_a_server_that_refuses_for_good_does_not_keep_one_from_another(first: str) -> None:
+    async with serving(authorize=_refuse) as stranger, serving() as friend:
+        targets = [stranger.target, friend.target] if first == "refuses" else [friend.target, stranger.target]
+        async with connecting(targets) as client:
+            down = asyncio.Event()
+            client.cell.on_link_down(lambda *_: down.set())
+            await client.connector.wait_ready(10)
+            friend.cell.drop(SITE, Unreachable("server", "it takes a break"))
+            await down.wait()
+            await client.connector.wait_ready(10)
+            assert client.connector.target == friend.target
+
+
+async def test_where_no_server_takes_one_and_one_refused_for_good_that_is_the_reason() -> None:
+    async with serving(authorize=_refuse) as stranger, connecting([stranger.target, "127.0.0.1:1"]) as client:
+        with pytest.raises(Unauthenticated, match="does not know you"):
+            await client.running

@@ -133,14 +133,14 @@ def test_a_job_that_ended_badly_shows_where_what_to_do_and_the_log() -> None:
         code="too-few-clients",
         client="site-2",
         cause="out-of-memory",
-        log_tail="epoch 3\nKilled",
+        log_tail="epoch 3\n\x1b[2JKilled\tby",
         advice="Use less.",
     )
     lines = list(job_lines(failed))
 
     assert "at         site-2 (out-of-memory)" in lines
     assert "advice     Use less. (hanse explain out-of-memory)" in lines
-    assert lines[-3:] == ["log        its last lines at site-2:", "           epoch 3", "           Killed"]
+    assert lines[-3:] == ["log        its last lines at site-2:", "           epoch 3", "           ?[2JKilled by"]
     at_the_server = view("failed", reason="it broke", code="workflow-failed", advice="Mend it.", log_tail="Traceback")
     assert "advice     Mend it. (hanse explain workflow-failed)" in job_lines(at_the_server)
     assert "log        its last lines at the server:" in job_lines(at_the_server)

@@ -225,9 +225,9 @@ def test_a_process_that_an_earlier_server_started_dies_as_any_other() -> None:
     run.stream_up(ONE, now=101)
 
     assert run.process_ended(ONE, attempt=1, status=1, now=102) == Restart(2)
-    assert isinstance(run.process_ended(TWO, attempt=2, status=1, now=103), GiveUp)
-    assert run.participant(ONE) == Participant(ONE, STARTING, since=102, attempt=2)
-    assert (run.participant(TWO).state, run.participant(TWO).attempt) == (FAILED, 2)
+    assert run.process_ended(TWO, attempt=2, status=1, now=103) == Restart(3)
+    assert run.participant(ONE) == Participant(ONE, STARTING, since=102, attempt=2, deaths=1)
+    assert run.participant(TWO) == Participant(TWO, STARTING, since=103, attempt=3, deaths=1)
 
 
 def test_a_run_that_may_not_start_a_process_is_refused() -> None:
@@ -562,7 +562,26 @@ def test_a_process_that_dies_is_started_again_a_bounded_number_of_times() -> Non
         "the job's process at site-1 was killed by signal 11; its log ends with: Segmentation fault; "
         "that was start 3 of 3"
     )
-    assert run.participant(ONE) == Participant(ONE, FAILED, since=4, attempt=3, reason=verdict.reason)
+    assert run.participant(ONE) == Participant(ONE, FAILED, since=4, attempt=3, reason=verdict.reason, deaths=3)
+
+
+def test_a_process_that_has_got_on_in_between_may_die_again() -> None:
+    run = run_in_round_1(process_tries=2)
+    run.starting(ONE, now=1)
+    run.issue([task(ONE), task(ONE, name="evaluate")])
+
+    assert run.process_ended(ONE, attempt=1, status=-9, now=2) == Restart(2)
+    run.accept(answer(key(ONE)), sender=ONE)
+    assert run.process_ended(ONE, attempt=2, status=-9, now=3) == Restart(3)
+    assert isinstance(run.process_ended(ONE, attempt=3, status=-9, now=4), GiveUp)
+
+
+def test_starts_that_nobody_died_for_are_not_counted() -> None:
+    run = run_in_round_1(process_tries=2)
+    for now in range(1, 9):  # a site that is stopped and started again
+        run.starting(ONE, now=now)
+
+    assert run.process_ended(ONE, attempt=8, status=-9, now=9) == Restart(9)
 
 
 def test_a_report_about_an_earlier_start_changes_nothing() -> None:
@@ -601,9 +620,10 @@ def test_with_a_single_try_the_reason_counts_nothing() -> None:
     ("cause", "code"), [("out-of-memory", "out-of-memory"), ("", "process-died"), ("?", "process-died")]
 )
 def test_what_ended_a_process_is_told_by_its_code_where_the_site_knows(cause: str, code: str) -> None:
-    run = run_with(RUNNING)
+    run = run_in_round_1(process_tries=1)
+    run.starting(ONE, now=1)
 
-    verdict = run.process_ended(ONE, attempt=3, status=-9, now=4, cause=cause)
+    verdict = run.process_ended(ONE, attempt=1, status=-9, now=4, cause=cause)
 
     assert isinstance(verdict, GiveUp)
     assert verdict.code == code

@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from hanse.cell.cell import RemoteError
 from hanse.cell.loop import background_loop
 from hanse.coordination.service import ServiceState
 from hanse.errors import HanseError, SiteRefused, StoreFailed, Unauthenticated
@@ -24,6 +23,7 @@ from hanse.messages import (
     LogMetrics,
     Renew,
     ReturnCode,
+    TaskCancelled,
     TaskFault,
     TaskResult,
     UpdateRef,
@@ -215,7 +215,7 @@ def test_a_long_name_makes_an_id(start: StartServer, tmp_path: Path) -> None:
 # answers at the same moment ------------------------------------------------------------------------------------------
 
 
-def test_an_answer_whose_round_is_committed_while_it_is_being_accepted_is_refused(
+def test_an_answer_that_is_being_journalled_counts_and_holds_its_round_up(
     start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path
 ) -> None:
     server = start()
@@ -227,23 +227,48 @@ def test_an_answer_whose_round_is_committed_while_it_is_being_accepted_is_refuse
             await going_on.wait()
 
     store.before_accepting = hold
-    workflow = WorkflowSpec("fedavg", {"rounds": 2, "fraction": 0.5, "over_selection": 1.0})
+    workflow = WorkflowSpec("fedavg", {"rounds": 1, "fraction": 0.5, "over_selection": 1.0})
     job_id = submit(server, tmp_path, workflow=workflow)
-    late = site.task()
+    first = site.task()
     assert site.job is not None
     sending = asyncio.run_coroutine_threadsafe(
-        site.job.cell.ask(SERVER, Channel.TASK, "result", answer(late, w(100)), timeout_s=20), background_loop()
+        site.job.cell.ask(SERVER, Channel.TASK, "result", answer(first, w(100)), timeout_s=20), background_loop()
     )
-    other.send(answer(other.task(), w(1)))
-    following = site.task()  # of round 2, so round 1 is committed
-    on_loop(going_on.set)
+    cancelled = other.task()  # the run has heard of site-1's answer, and wants no other
+    assert other.job is not None
+    assert other.job.told(Channel.TASK, "cancelled") == TaskCancelled(cancelled.key)
 
-    with pytest.raises(RemoteError, match="there is no task"):
-        sending.result(20)
-    site.send(answer(following, w(3)))
+    assert wait(store.snapshot(job_id)).answers == ()
+    assert not sending.done(), "site-1 is told when its answer is in the journal"
+    on_loop(going_on.set)
+    sending.result(20)
     record = outcome(server, job_id)
     assert record.state is JobState.COMPLETED
-    assert read_safetensors(wait(server.jobs.result_files(job_id)).path(record.result)) == w(3)
+    assert read_safetensors(wait(server.jobs.result_files(job_id)).path(record.result)) == w(100)
+
+
+def test_an_answer_that_could_not_be_journalled_is_when_it_is_sent_again(
+    start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    Site(dialler, server, "site-2")
+    job_id = submit(server, tmp_path)
+    result = answer(site.task(), w(1))
+    assert site.job is not None
+    failures = [StoreFailed("writing", "No space left on device")]
+
+    async def fail_once(result: TaskResult) -> None:
+        if failures:
+            raise failures.pop()
+
+    store.before_accepting = fail_once
+
+    assert site.job.refused(Channel.TASK, "result", result).reason.startswith("the store failed")
+    assert wait(store.snapshot(job_id)).answers == ()
+    site.job.ask(Channel.TASK, "result", result)
+
+    assert wait(store.snapshot(job_id)).answers == (result,)
 
 
 def test_the_same_answer_twice_at_the_same_moment_counts_once(

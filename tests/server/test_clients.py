@@ -225,6 +225,15 @@ def test_a_validly_signed_token_of_before_the_restart_reactivates_its_client(mak
     assert names(server) == ["site-1"]
 
 
+def test_a_reactivated_client_offers_what_it_offered_before_the_restart(make_server: MakeServer) -> None:
+    server = make_server()
+    heartbeat = Heartbeat(resources=Resources(gpus=2), release="0.2.0")
+
+    ok(server.client_heartbeat(request(heartbeat, **foreign(server, "site-1"))))
+
+    assert client_named(server, "site-1").props == {"resources": Resources(gpus=2), "release": "0.2.0"}
+
+
 def test_reactivation_keeps_within_the_limit(make_server: MakeServer) -> None:
     server = make_server(max_num_clients=2)
     ok(beat(server, foreign(server, "site-1")))

@@ -7,24 +7,24 @@ from hanse.server.run_folder import RunFolder
 from hanse.storage.tensors import TensorFiles
 
 
-def test_tensors_of_an_earlier_tenure_are_taken_over_and_the_rest_of_them_deleted(tmp_path: Path) -> None:
+async def test_tensors_of_an_earlier_tenure_are_taken_over_and_the_rest_of_them_deleted(tmp_path: Path) -> None:
     before = RunFolder(tmp_path, epoch=3)
     needed, other = (TensorFiles(before.tensors).put(memoryview(data)) for data in (b"needed", b"other"))
     now = RunFolder(tmp_path, epoch=4)
-    assert now.take_over([needed]) == []
+    assert await now.take_over([needed]) == []
     assert TensorFiles(now.tensors).has(needed)
     assert not TensorFiles(now.tensors).has(other)
     assert not before.tensors.exists()
 
 
-def test_tensors_of_release_0_1_0_are_taken_over_like_those_of_a_tenure(tmp_path: Path) -> None:
+async def test_tensors_of_release_0_1_0_are_taken_over_like_those_of_a_tenure(tmp_path: Path) -> None:
     needed = TensorFiles(tmp_path / "tensors").put(memoryview(b"needed"))
     now = RunFolder(tmp_path, epoch=1)
-    assert now.take_over([needed]) == []
+    assert await now.take_over([needed]) == []
     assert TensorFiles(now.tensors).has(needed)
     assert not (tmp_path / "tensors").exists()
 
 
-def test_what_no_tenure_has_is_told(tmp_path: Path) -> None:
+async def test_what_no_tenure_has_is_told(tmp_path: Path) -> None:
     lost = Digest("ab" * 32)
-    assert RunFolder(tmp_path, epoch=2).take_over([lost]) == [lost]
+    assert await RunFolder(tmp_path, epoch=2).take_over([lost]) == [lost]

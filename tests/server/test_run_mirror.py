@@ -166,7 +166,7 @@ async def test_who_waits_for_long_hears_that_it_is_on_its_way_and_it_goes_on(
 
     objects.before = hold
     with pytest.raises(
-        StoreFailed, match="keeping job digits-1 in s3://memory: after 0 s [12] of 2 files are still on"
+        StoreFailed, match=r"keeping job digits-1 in s3://memory: after 0 s [12] of 2 files are still on"
     ):
         await mirror.keep(files, [a, b])
     monkeypatch.setattr(run_mirror, "KEPT_WITHIN_S", 60.0)

@@ -4,6 +4,8 @@ import asyncio
 import http.server
 import os
 import random
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -190,7 +192,7 @@ def answering(status: int, body: str = "") -> Iterator[str]:
             self.end_headers()
             self.wfile.write(body.encode())
 
-        do_GET = do_PUT = do_POST = answer
+        do_GET = do_PUT = do_POST = answer  # noqa: N815 - what http.server calls them
 
         def log_message(self, *_: object) -> None:
             pass
@@ -279,8 +281,6 @@ async def test_a_bucket_that_is_not_there_is_said_to_be_out_of_reach(
 @pytest.fixture
 def free_port() -> Iterator[int]:
     """A port at which nobody listens, and nobody else will."""
-    import socket
-
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
@@ -299,7 +299,7 @@ async def test_without_credentials_the_environment_is_named(
 
 def test_an_environment_that_cannot_be_is_named(environment: Callable[..., None]) -> None:
     environment("http://127.0.0.1:1", AWS_CHECKSUM_ALGORITHM="md4")
-    with pytest.raises(ConfigError, match="^runs is 's3://hanse/demo'; expected a bucket that can be used"):
+    with pytest.raises(ConfigError, match=r"^runs is 's3://hanse/demo'; expected a bucket that can be used"):
         objects_at("s3://hanse/demo")
 
 
@@ -321,6 +321,6 @@ async def test_a_bucket_that_was_away_is_used_again(
 
 
 def test_without_the_driver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "hanse.storage.bucket", None)
+    monkeypatch.setitem(sys.modules, "hanse.storage.bucket", None)
     with pytest.raises(ConfigError, match=r"the driver of buckets to be installed \(pip install 'hanse\[s3\]'\)"):
         objects_at("s3://hanse")

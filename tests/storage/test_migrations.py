@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import sqlite3
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -268,6 +270,20 @@ async def test_servers_that_open_a_store_at_once_migrate_it_once(where: Path | s
     assert leases == leases[:1] * 6
     for store in stores:
         await store.close()
+
+
+def test_only_an_upgrade_pays_for_alembic(path: Path) -> None:
+    program = (
+        "import asyncio, sys; from pathlib import Path; from hanse.storage.store import SqlStore\n"
+        "async def main():\n"
+        "    async with SqlStore(Path(sys.argv[1])): print('alembic' in sys.modules)\n"
+        "asyncio.run(main())"
+    )
+    shown = [
+        subprocess.run([sys.executable, "-c", program, path], capture_output=True, check=True).stdout for _ in range(2)
+    ]
+
+    assert shown == [b"True\n", b"False\n"]
 
 
 async def _open_and_close(store: SqlStore) -> None:

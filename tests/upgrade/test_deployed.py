@@ -3,6 +3,7 @@
 What is tested is an upgrade as it happens: kits that the old release made, one participant after the other.
 """
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -11,14 +12,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from benchmarks.deployment import ADMIN, HANSE, Deployment, deployment
+from benchmarks.deployment import ADMIN, HANSE, Deployment, deployment, two_servers
 
+from hanse.storage.store import SqlStore
 from tests.upgrade.release import OLD, Release
 
 JOB = Path(__file__).parents[1] / "e2e" / "job"
 ROUND = 3
 TOLD = ("state", "submitter", "submitted_at", "started_at", "ended_at", "round", "metrics", "history", "result")
 """What is told of a job, whichever release it ran with."""
+OPEN = """
+import asyncio, sys
+from pathlib import Path
+from hanse.errors import StoreFailed
+from hanse.storage.store import SqlStore
+try:
+    asyncio.run(SqlStore(Path(sys.argv[1])).open())
+except StoreFailed as failed:
+    print(failed.reason)
+"""
+"""A program with which the old release opens a store."""
 
 
 @contextmanager
@@ -117,6 +130,38 @@ def test_all_are_upgraded_one_after_the_other_in_the_middle_of_a_job(
         shown = running.hanse("job", "show", before["job_id"])
         assert {name: shown[name] for name in TOLD} == {name: before[name] for name in TOLD}
         assert OLD not in releases(running).values()
+
+
+async def test_the_old_release_refuses_the_store_of_this_one_with_a_sentence(old: Release, tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    async with SqlStore(path):
+        pass
+    reason = await asyncio.to_thread(old.python, "-c", OPEN, str(path))
+    assert "its schema is version" in reason
+    assert "this release of Hanse works with version 1" in reason
+
+
+@pytest.mark.slow
+def test_client_of_the_old_release_follows_from_a_server_to_the_one_that_stands_by(
+    old: Release, all_new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HANSE_TEST_GATES", str(tmp_path))
+    with two_servers() as running:
+        settings = running.kit("site-1") / "settings.toml"
+        lines = settings.read_text().splitlines()
+        settings.write_text("\n".join(line for line in lines if not line.startswith("server_names")))
+        running.configure("site-1", server_name="server")
+        running.environments["site-1"] = old.environment
+        running.start("server")
+        running.start("standby", *running.names)
+        waiting = gate(tmp_path, "site-1")
+        job = running.hanse("job", "submit", str(JOB))["job_id"]
+        with waiting.open("wb"):  # from here on site-1 is in the middle of its training
+            running.kill("server")
+        ended = running.hanse("job", "wait", job)
+        assert (ended["state"], ended["reason"]) == ("completed", "")
+        assert ended["result"] == all_new
+        assert running.hanse("server", "status")["name"] == "standby"
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 A round goes through the targets in order; after a round in which nobody answered comes a pause, longer each time and
 jittered. Whoever watches is told by one sentence what is waited for. The link counts as up when ``on_welcome`` has
 returned, which is where a client registers; until then it carries what is asked over it by name, and nothing else. An
-error that trying again cannot mend (another project's CA, a disabled client) ends it, unless ``on_refused`` knows
-better: it has, say, thrown away the token that has expired.
+error that trying again cannot mend (another project's CA, a disabled client) ends it, once no other target has let it in
+either, unless ``on_refused`` knows better: it has, say, thrown away the token that has expired.
 """
 
 import asyncio
@@ -71,6 +71,7 @@ class Connector:
         self._tls, self._connect_timeout_s = tls, connect_timeout_s or usual_s
         self._backoff = Backoff(rng, longest_s=LONGEST_S if len(self._targets) == 1 else LONGEST_BETWEEN_SERVERS_S)
         self._link: StreamLink | None = None
+        self._was_up = False
         self._dialling: asyncio.Timeout | None = None
         self._closing = asyncio.Event()
         self._ended = asyncio.Event()
@@ -111,18 +112,25 @@ class Connector:
         """End the link, telling the server, and ``run``; return when that has returned. ``run`` must have begun."""
         self._closing.set()
         if self._dialling is not None:
-            self._dialling.reschedule(asyncio.get_running_loop().time())
+            with suppress(RuntimeError):  # its time is over at this very moment
+                self._dialling.reschedule(asyncio.get_running_loop().time())
         if self._link is not None:
             self._link.close_nowait(Unreachable(self._cell.fqcn, "it has left"))
         await self._ended.wait()
 
     async def _keep_up(self) -> None:
+        refused: tuple[HanseError, int] | None = None
         for number in itertools.count(1):
+            self._was_up = False
             error = await self._attempt(self._targets[(number - 1) % len(self._targets)])
             if self._closing.is_set():
                 return
             if not error.retryable and not (self._on_refused and self._on_refused(error)):
-                raise error
+                refused = refused or (error, number)
+            elif self._was_up:
+                refused = None
+            if refused is not None and number - refused[1] >= len(self._targets) - 1:
+                raise refused[0]
             self._last = error
             if number % len(self._targets) == 0:
                 await self._pause(error)
@@ -191,6 +199,7 @@ class Connector:
             link.close_nowait(Unreachable(self._cell.fqcn, "it has left"))
         elif not link.closed.done():
             self._cell.prove(link.peer, kind="server", credentials=None)
+            self._was_up = True
             self._up.set_result(None)
 
     def _transport_to(self, target: str) -> Transport:

@@ -16,7 +16,7 @@ from hanse.identity.kits import Kit
 from hanse.settings import AdminSettings
 
 PATIENCE_S: Final = 5.0
-"""How long a command waits for a server that does not answer; somebody sits before it."""
+"""How long a command waits for a server that does not answer; somebody sits before it. Of several, one may hang."""
 
 T = TypeVar("T")
 
@@ -46,8 +46,11 @@ def ask(
         raise ConfigError("--kit", got=None, expected="the folder of an administrator's kit (or set HANSE_KIT)")
     loaded = Kit.load(kit, AdminSettings)
 
+    servers = len(loaded.settings.servers)
+    patience_s = PATIENCE_S if servers == 1 else PATIENCE_S * (servers + 1)
+
     async def session() -> T:
-        async with AdminSession(loaded, patience_s=PATIENCE_S, on_waiting=on_waiting) as asked:
+        async with AdminSession(loaded, patience_s=patience_s, on_waiting=on_waiting) as asked:
             return await work(asked)
 
     return asyncio.run(session())

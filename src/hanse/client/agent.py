@@ -275,7 +275,7 @@ class ClientAgent:
                 continue
 
     async def _beat_once(self) -> None:
-        heartbeat = Heartbeat(self._jobs.running)
+        heartbeat = Heartbeat(self._jobs.running, self._settings.resources, self._release)
         reply = await self._uplink.ask(Channel.SERVER, "heartbeat", heartbeat, timeout_s=3 * self._heartbeat_s)
         answer = reply.payload
         if not isinstance(answer, HeartbeatReply):

@@ -71,7 +71,8 @@ ENDED: Final = frozenset(state for state, following in LEGAL.items() if not foll
 class Participant:
     """A client's part in a run: since when (monotonic seconds) it is in its state, and why, where that is bad news.
 
-    ``attempt`` counts the starts of its process; 0 is before the first.
+    ``attempt`` counts the starts of its process; 0 is before the first. ``deaths`` counts how often it has died since
+    the client's last accepted answer: a long job may outlive any number of restarts, and still not go round in circles.
     """
 
     name: ClientName
@@ -79,6 +80,7 @@ class Participant:
     since: float = 0.0
     attempt: int = 0
     reason: str = ""
+    deaths: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +151,9 @@ def after_death(
 ) -> Restart | GiveUp:
     """Return what to do about a job's process at *where* that ended unasked with *status* on its *attempt*-th start.
 
-    It is started at most *tries* times in all. One that ended with status 0 has ended of its own accord, and would
-    again. *cause* is the code of what ended it, where that is known.
+    Starts are counted since it last got on: a client by an accepted answer, a run by a committed round. It is started
+    at most *tries* times without. One that ended with status 0 has ended of its own accord, and would again. *cause* is
+    the code of what ended it, where that is known.
     """
     died = (OutOfMemory if cause == OutOfMemory.code else ProcessDied)(where, status, last_line)
     if status == 0:
@@ -345,6 +348,7 @@ class Run:
         if isinstance(reception, Accepted):
             del self._tasks[result.key]
             self._answers[result.key] = result
+            self._participants[sender] = replace(self._participants[sender], deaths=0)
         return reception
 
     def retract(self, tasks: Iterable[TaskAssignment]) -> tuple[TaskAssignment, ...]:
@@ -460,14 +464,15 @@ class Run:
         part = self.participant(client)
         if part.state in ENDED or attempt < max(part.attempt, 1):
             return None
+        self._participants[client] = part = replace(part, deaths=part.deaths + 1)
         verdict = after_death(
-            client, attempt=attempt, tries=self.process_tries, status=status, last_line=last_line, cause=cause
+            client, attempt=part.deaths, tries=self.process_tries, status=status, last_line=last_line, cause=cause
         )
-        if isinstance(verdict, Restart):
-            self._move(client, ClientState.STARTING, now=now, attempt=verdict.attempt)
-        else:
+        if isinstance(verdict, GiveUp):
             self._move(client, ClientState.FAILED, now=now, attempt=attempt, reason=verdict.reason)
-        return verdict
+            return verdict
+        self._move(client, ClientState.STARTING, now=now, attempt=attempt + 1)
+        return Restart(attempt + 1)
 
     def _move(
         self, client: ClientName, to: ClientState, *, now: float, attempt: int | None = None, reason: str = ""

@@ -1,9 +1,11 @@
 """One job while it runs, the server's side: it journals what the run decides, and hands tasks and answers across.
 
 The run's process (workflow, aggregation) and each client's process talk to their ``ActiveRun`` and never to each other.
-Whatever counts is written to the store before anybody acts on it: a task before its client hears of it, an answer
-before its sender is told that it was accepted, a round before the next one begins. ``coordination.runs.Run`` holds the
-decisions and mirrors the journal; this class owns the processes, the tensor files and the order of things.
+Whatever counts is in the store before anybody is told that it does: an answer before its sender hears that it was
+accepted, a round before the next one begins. Meanwhile work goes on: a task is on its way to its client, and an answer
+to the run's process, while they are being written, for whatever comes of them is written behind them, by one writer.
+``coordination.runs.Run`` holds the decisions and mirrors the journal; this class owns the processes, the tensor files
+and the order of things.
 
 Who is started when: clients' processes when the run begins, when one died and may be tried again, and when a client's
 agent comes back without one. The run's own process is started again when it dies, bounded in tries without progress.
@@ -13,9 +15,10 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
@@ -37,6 +40,7 @@ from hanse.errors import (
     HanseError,
     InternalError,
     NoSpace,
+    NotFound,
     OutOfMemory,
     ProcessDied,
     ProtocolError,
@@ -185,6 +189,9 @@ class ActiveRun:
         self._inboxes: dict[ClientName, Inbox] = {}
         self._arriving: Counter[Digest] = Counter()
         self._durable: set[Digest] = set()
+        self._unwritten: dict[TaskKey, TaskResult] = {}
+        self._writing: set[asyncio.Task[None]] = set()
+        self._refusals: dict[TaskKey, str] = {}
         self._clearing = asyncio.Lock()
         self._logged: dict[ClientName, tuple[int, int]] = {}
         self._progress = 0
@@ -202,16 +209,21 @@ class ActiveRun:
 
     # its life
 
-    async def live(self, *, resumed: bool = False) -> JobRecord:
+    async def live(
+        self, *, resumed: bool = False, heard: Mapping[ClientName, bool] = MappingProxyType({})
+    ) -> JobRecord:
         """Run the job to its end, and return it; cancelled, it is parked: its processes here end, its state stays.
 
         A resumed run does not start clients' processes by itself: they may be running, as their next heartbeats tell.
+        *heard* is what those have told that came already: whether the client runs the job.
         """
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 if resumed:
                     self._unstarted.update(self.run.clients)
+                    for client, reported in heard.items():
+                        self.heard(client, reported=reported, dead=False)
                 else:
                     for client in self.run.clients:
                         self._spawn(self._start_client(client), f"start {client} of {self.job_id}")
@@ -413,20 +425,33 @@ class ActiveRun:
         )
 
     async def issue(self, issue: IssueTasks) -> None:
-        """Journal the tasks, send those that are new, and hand over the answers of those that have one."""
+        """Journal the tasks, send those that are new, and hand over the answers of those that have one.
+
+        Tasks are on their way while they are being journalled; a server that dies in between issues them again.
+        """
         tasks = [TaskAssignment(key, issue.model, issue.config, issue.expects_model) for key in issue.keys]
-        with self._storing():
-            await self._keep(digests_of(issue.model) if issue.model is not None else ())
-            await self._services.store.issue_tasks(self._services.epoch, self.job_id, tasks)
         new = self.run.issue(tasks)
+        writing = asyncio.create_task(self._journal(issue, tasks), name=f"journal tasks of {self.job_id}")  # see below
         self._asks = with_issue(self._asks, issue, run=self.run, now=self._services.now())
         if new and self.run.round != self._round_announced:
             self._round_announced = self.run.round
             self._notify(EventType.ROUND_STARTED, round_number=self.run.round)
         for task in new:
-            await self._send(task)
+            if (reason := self._refusal_of(task)) is None:
+                self._hand_out(task)
+            else:
+                self._refusals[task.key] = reason
+        await writing
+        for key in issue.keys:
+            if (reason := self._refusals.pop(key, None)) is not None:
+                await self._accept(key.client, _refused(key, reason))
         asked = frozenset(issue.keys)
         await self._hand_over([answer for answer in self.run.answers if answer.key in asked])
+
+    async def _journal(self, issue: IssueTasks, tasks: Sequence[TaskAssignment]) -> None:
+        with self._storing():
+            await self._keep(digests_of(issue.model) if issue.model is not None else ())
+            await self._services.store.issue_tasks(self._services.epoch, self.job_id, tasks)
 
     async def _hand_over(self, answers: Sequence[TaskResult]) -> None:
         """Hand *answers* to the run's process, which may know them; asked and not told, as many would fill the link."""
@@ -455,6 +480,8 @@ class ActiveRun:
         missing = self.files.missing(needed)
         if missing:
             raise ProtocolError("state", got=f"digest {missing[0]} without a file", expected="tensors that are stored")
+        if self._writing:  # answers of this round, which end with it
+            await asyncio.wait(tuple(self._writing))
         with self._storing():
             await self._keep(needed | (kept - set(self.files.missing(kept))))
             await self._services.store.commit_round(
@@ -462,6 +489,7 @@ class ActiveRun:
             )
         self._progress += 1
         self._works()
+        self._unwritten = {key: answer for key, answer in self._unwritten.items() if key in carried}
         for key in self.run.committed(commit.state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
         await self._clear(needed)
@@ -539,6 +567,8 @@ class ActiveRun:
     async def _judged(self, sender: ClientName, result: TaskResult, message: Message) -> None:
         match self.run.judge(result, sender=sender):
             case Duplicate():
+                if (unwritten := self._unwritten.get(result.key)) is not None:
+                    await self._write_answer(unwritten)
                 return
             case Stale(reason=reason):
                 raise UpdateRejected(sender, f"a stale answer: {reason}")
@@ -632,37 +662,68 @@ class ActiveRun:
         return None
 
     async def _accept(self, sender: ClientName, result: TaskResult) -> None:
-        with self._storing():
-            if result.update is not None and result.update.model is not None:
-                await self._keep(digests_of(result.update.model))
-            # What counts may be an earlier attempt of this answer, of which the store could not tell how it went.
-            result = await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
+        """Take an answer that counts, and return when it is journalled.
+
+        The run's process has it at once, for whatever it makes of it is written behind it.
+        """
         if not isinstance(self.run.accept(result, sender=sender), Accepted):
             return
+        self._unwritten[result.key] = result
         self._inboxes.pop(sender, None)
-        self._works()
+        if self._process.phase is Phase.WORKING:
+            self._works()
         if result.fault is not None:
             self._troubles[sender] = Trouble(result.fault.code, result.fault.log_tail)
         elif sender in self._troubles:
             self._troubles[sender] = Trouble(log_tail=self.log_tail(sender))
         self._tell_run("answer", result)
-        metrics = result.update.metrics if result.update is not None else {}
+        await self._write_answer(result)
         self._notify(
             EventType.RESULT_ACCEPTED,
             round_number=result.key.round,
             peer=sender,
-            metrics=metrics,
+            metrics=result.update.metrics if result.update is not None else {},
             text=result.fault.reason if result.fault is not None else "",
         )
 
+    async def _write_answer(self, result: TaskResult) -> None:
+        """Return when the journal has the answer, or an earlier attempt of it, of which the store could not tell.
+
+        A commit that may delete its task waits for that, too.
+        """
+        writing = asyncio.create_task(
+            self._written(result), name=f"journal an answer of {self.job_id}"
+        )  # awaited below
+        self._writing.add(writing)
+        try:
+            await writing
+        finally:
+            self._writing.discard(writing)
+
+    async def _written(self, result: TaskResult) -> None:
+        model = None if result.update is None else result.update.model
+        with self._storing():
+            await self._keep(() if model is None else digests_of(model))
+            try:
+                await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
+            except NotFound as error:  # the store could not take it just now
+                raise StoreFailed("accepting an answer", "its task is not in the journal yet") from error
+        self._unwritten.pop(result.key, None)
+
     async def _send(self, task: TaskAssignment) -> None:
-        client = task.key.client
-        context = self._context(round_number=task.key.round, peer=client)
-        if (refused := self._services.handlers.ask(EventType.BEFORE_TASK_DATA, context)) is not None:
-            await self._accept(client, TaskResult(task.key, fault=TaskFault("task-refused", refused)))
-            return
-        if self._tell(self._cell_of(client), Channel.TASK, "task", task):
-            self._notify(EventType.TASK_SENT, round_number=task.key.round, peer=client)
+        if (reason := self._refusal_of(task)) is None:
+            self._hand_out(task)
+        else:
+            await self._accept(task.key.client, _refused(task.key, reason))
+
+    def _refusal_of(self, task: TaskAssignment) -> str | None:
+        """Return why a handler does not let the task go to its client, or ``None``."""
+        context = self._context(round_number=task.key.round, peer=task.key.client)
+        return self._services.handlers.ask(EventType.BEFORE_TASK_DATA, context)
+
+    def _hand_out(self, task: TaskAssignment) -> None:
+        if self._tell(self._cell_of(task.key.client), Channel.TASK, "task", task):
+            self._notify(EventType.TASK_SENT, round_number=task.key.round, peer=task.key.client)
 
     # clients come, go and fail
 
@@ -885,6 +946,10 @@ class ActiveRun:
 def code_of(error: HanseError) -> str:
     """Return the stable code of *error*: of one that a peer answered with, the code of what was raised there."""
     return (error.error_code if isinstance(error, RemoteError) else "") or error.code
+
+
+def _refused(key: TaskKey, reason: str) -> TaskResult:
+    return TaskResult(key, fault=TaskFault("task-refused", reason))
 
 
 def cause_of(error: Exception, *, doing: str) -> HanseError:

@@ -27,6 +27,7 @@ from hanse.messages import (
     Client,
     Credentials,
     Header,
+    Heartbeat,
     JobCredentials,
     Message,
     Register,
@@ -118,10 +119,7 @@ class Clients:
         """
         name = ClientName(register.client)
         token = self._new_token(CLIENT_SCOPE)
-        props: dict[str, object] = {
-            "resources": register.resources,
-            "release": shortened(register.release, MAX_RELEASE_CHARS),
-        }
+        props = _props_of(register)
         with self._lock:
             registration = self._registry.register(name, token, fqcn=Fqcn(name), now=self._clock(), props=props)
             self._left.discard(name)
@@ -170,7 +168,8 @@ class Clients:
             signature = request.get_header(Header.TOKEN_SIGNATURE) or ""
             if self._verified(Credentials(name, token, signature, self._session())).scope != CLIENT_SCOPE:
                 raise Unauthenticated("the token is not a client's")
-            client = self._registry.reactivate(name, token, fqcn=Fqcn(name), now=self._clock())
+            props = _props_of(request.payload) if isinstance(request.payload, Heartbeat) else None
+            client = self._registry.reactivate(name, token, fqcn=Fqcn(name), now=self._clock(), props=props)
             self._left.discard(name)
         _log.info("client re-activated", extra={"client": name})
         return client, True
@@ -316,6 +315,11 @@ class Clients:
 
     def _new_token(self, scope: str) -> Token:
         return new_token(now_s=self._wall(), lifetime_s=self.lifetimes.token_s, scope=scope)
+
+
+def _props_of(told: Register | Heartbeat) -> dict[str, object]:
+    """Return what a client has *told* of itself."""
+    return {"resources": told.resources, "release": shortened(told.release, MAX_RELEASE_CHARS)}
 
 
 def _claimed_role(register: Register) -> str:

@@ -487,11 +487,13 @@ class Jobs:
             for client in record.clients:  # those whose process went on while the server was away
                 if (peer := self._services.cell.peer(job_cell(client, record.job_id))) is not None:
                     await active.cell_up(client, peer)
-            ended = await active.live(resumed=resumed)
+            heard = {client: record.job_id in self._known[client] for client in record.clients if client in self._known}
+            ended = await active.live(resumed=resumed, heard=heard)
             await self._delete_tensors(folder)
             self._announce_end(ended)
         finally:
             del self._runs[record.job_id]
+            self._lives.pop(record.job_id, None)  # whoever asks from now on finds no job that is alive
 
     async def _fail(self, record: JobRecord, code: str, reason: str, *, client: str = "") -> None:
         await self._end_idle(record, JobState.FAILED, code=code, reason=reason, client=client)
@@ -527,7 +529,8 @@ class Jobs:
             task.add_done_callback(lambda _: self._has_lived(job_id))
 
     def _has_lived(self, job_id: JobId) -> None:
-        del self._lives[job_id], self._taking[job_id]
+        self._lives.pop(job_id, None)
+        del self._taking[job_id]
         self._taking_up.pop(job_id, None)
         self.wake()
 

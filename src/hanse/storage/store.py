@@ -62,6 +62,9 @@ __all__ = ["AuditEntry", "Lease", "RunState", "SqlStore", "Standby", "Store"]
 
 T = TypeVar("T")
 
+LOOKS: Final = 8
+"""How often a lease is looked at within its time to live, where nobody tells that it has moved."""
+
 ANSWERS_BITS: Final = 32
 """Answers are numbered as they are accepted, by the only server that has the epoch; so many bits are for the number."""
 
@@ -129,9 +132,9 @@ class SqlStore:
             lease, now = await self.lease(), loop.time()
             if has_moved(lease, seen) or now >= deadline:
                 return lease
-            # Where the database tells nobody, the next look is when the holder's next beat is due.
+            # A file tells nobody, so its lease is looked at in time for a handover to be quick; that costs a read.
             is_told = self._listener is not None or not seen.ttl_s
-            next_look = deadline if is_told else min(deadline, now + seen.ttl_s / 3)
+            next_look = deadline if is_told else min(deadline, now + seen.ttl_s / LOOKS)
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(next_look):
                     await moved.wait()
