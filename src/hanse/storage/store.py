@@ -6,6 +6,7 @@ function of a transaction, so that it is one transaction, or one savepoint of a 
 """
 
 import asyncio
+import logging
 import itertools
 import secrets
 from collections.abc import Callable, Collection, Sequence
@@ -392,6 +393,8 @@ class SqlStore:
         try:
             with self._database.migrating() as connection:
                 if (version := schema_version(connection)) != SCHEMA_VERSION:
+                    # What it tells at each start, from its import on, is of no use to an operator.
+                    logging.getLogger("alembic").setLevel(logging.WARNING)
                     from hanse.storage.migrations import migrate  # noqa: PLC0415 - only an upgrade pays for Alembic
 
                     migrate(connection, version=version, name=self._name)
