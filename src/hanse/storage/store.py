@@ -6,8 +6,8 @@ function of a transaction, so that it is one transaction, or one savepoint of a 
 """
 
 import asyncio
-import logging
 import itertools
+import logging
 import secrets
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
