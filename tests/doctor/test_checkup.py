@@ -19,7 +19,9 @@ from hanse.cell.rpc import ServerTls
 from hanse.cli.failures import failure_of
 from hanse.doctor.checkup import Surroundings, examine
 from hanse.doctor.findings import Check, Finding, Verdict, first_failure
+from hanse.storage.objects import objects_at
 from tests.postgres import Postgres
+from tests.s3 import S3
 
 from ..admin.world import Deployment, deployed, wait
 from ..cell.world import serving
@@ -519,6 +521,38 @@ def test_a_store_of_its_own_choice_is_looked_at_where_it_is(kits: Path, copy_of:
     assert not file.exists()
     file.write_text("something else")
     assert of(Check.STORE, findings(kit)).verdict is Verdict.FAIL
+
+
+def test_a_bucket_that_answers_is_good_and_nothing_is_put_there(
+    kits: Path, copy_of: Copy, bucket_url: str, s3: S3
+) -> None:
+    kit = copy_of(kits / "server", target=closed_target(), more=f'runs = "{bucket_url}"')
+    found = findings(kit)
+
+    assert of(Check.RUNS, found).text == f"{bucket_url} answers; whether it may be written to shows with the first job"
+    assert [finding.check for finding in found].count(Check.DISK) == 1, "where the workspace is"
+    assert exit_status(found) == 0
+    assert wait(objects_at(bucket_url).sizes()) == {}
+
+    s3.stop()
+    try:
+        found = findings(kit)
+    finally:
+        s3.start()
+    away = f"the store failed while looking into {bucket_url}: it cannot be reached (Connection refused)"
+    assert of(Check.RUNS, found).text.startswith(away)
+    assert exit_status(found) == 12
+
+
+def test_a_bucket_that_never_answers_is_given_up(
+    kits: Path, copy_of: Copy, bucket_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with silent() as target:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{target}")
+        kit = copy_of(kits / "server", target=closed_target(), more=f'runs = "{bucket_url}"')
+        found = findings(kit, patience_s=0.2)
+
+    assert of(Check.RUNS, found).text == f"{bucket_url} did not answer 'list' within 0.2 s"
 
 
 def test_a_database_that_answers_is_good_and_nothing_is_made_in_it(

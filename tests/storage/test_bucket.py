@@ -110,6 +110,12 @@ async def test_what_is_not_there_is_deleted_as_well(objects: Objects, files: Ten
     assert await objects.sizes() == {}
 
 
+async def test_an_empty_bucket_and_a_full_one_can_be_reached(objects: Objects, files: TensorFiles) -> None:
+    await objects.reach()
+    await objects.put("job/x", files.path(files.put(b"abc")))
+    await objects.reach()
+
+
 async def test_more_objects_than_one_request_takes_are_listed_and_deleted(objects: Objects, files: TensorFiles) -> None:
     path = files.path(files.put(b"abc"))
     keys = [f"job/{number}" for number in range(1100)]
@@ -234,6 +240,7 @@ def error(code: str) -> str:
             r"it refuses this server \(403 Forbidden, SignatureDoesNotMatch\); check",
         ),
         (403, "", r"it refuses this server \(403 Forbidden\); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"),
+        (403, error("RequestTimeTooSkewed"), "by its clock this machine's is wrong; set it by NTP"),
         (401, error("Unknown"), r"it refuses this server \(401 Unauthorized, Unknown\)"),
         (404, error("NoSuchBucket"), "there is no such bucket; check its name in the setting 'runs', and AWS_REGION"),
         (301, error("PermanentRedirect"), "it is in another region; set AWS_REGION"),
@@ -258,6 +265,7 @@ async def test_what_a_bucket_refuses_is_one_sentence_that_says_what_to_look_at(
             ("writing s3://hanse/demo/job/x", lambda: objects.put("job/x", path)),
             ("listing s3://hanse/demo/job", lambda: objects.sizes("job")),
             ("listing s3://hanse/demo", lambda: objects.sizes()),
+            ("looking into s3://hanse/demo", objects.reach),
             ("deleting s3://hanse/demo/job/x", lambda: objects.delete(["job/x", "job/y"])),
             ("copying s3://hanse/demo/job/x", lambda: objects.copy("job/x", "job/y")),
         ):

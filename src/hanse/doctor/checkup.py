@@ -49,6 +49,7 @@ from hanse.ids import Fqcn
 from hanse.messages import PROTOCOL_VERSIONS, Hello
 from hanse.server.listening import SOCKET_FILE
 from hanse.settings import AdminSettings, ClientSettings, ServerSettings
+from hanse.storage.objects import objects_at
 
 PATIENCE_S: Final = 10.0
 """How long all that is asked of one server may take together."""
@@ -200,8 +201,10 @@ async def _examine_server(facts: KitFacts, settings: ServerSettings, around: Sur
     for finding in _examine_workspace(workspace, around):
         yield finding
     yield judge_descriptors(descriptor_limit(), settings)
-    if settings.runs:
-        runs = look_at_folder((facts.folder / settings.runs).absolute())
+    if settings.bucket:
+        yield await _look_into_bucket(settings.bucket, around)
+    elif settings.runs_folder:
+        runs = look_at_folder((facts.folder / settings.runs_folder).absolute())
         yield judge_runs(runs)
         yield _disk_at(runs.nearest, around)
     async for finding in _examine_store(settings, workspace, around):
@@ -210,6 +213,17 @@ async def _examine_server(facts: KitFacts, settings: ServerSettings, around: Sur
     steps = _listening(settings, around) if process is None else _serving(facts, settings, process, around)
     for finding in await _until_failure(steps, _SERVING):
         yield finding
+
+
+async def _look_into_bucket(url: str, around: Surroundings) -> Finding:
+    try:
+        async with asyncio.timeout(around.patience_s):
+            await objects_at(url).reach()
+    except HanseError as error:
+        return fail(Check.RUNS, error)
+    except TimeoutError:
+        return fail(Check.RUNS, TimedOut(url, "list", around.patience_s))
+    return ok(Check.RUNS, f"{url} answers; whether it may be written to shows with the first job")
 
 
 async def _examine_store(settings: ServerSettings, workspace: Path, around: Surroundings) -> AsyncIterator[Finding]:

@@ -121,6 +121,13 @@ class Bucket:
                     for key in keys:
                         await self._delete_one(key)
 
+    async def reach(self) -> None:
+        """See ``Objects``."""
+        async with self._small:
+            with self._using("looking into", ""):
+                async for _ in obstore.list(self._store, chunk_size=1):
+                    return
+
     async def sizes(self, folder: str = "") -> dict[str, int]:
         """See ``Objects``."""
         async with self._small:
@@ -186,6 +193,8 @@ def _why(error: Exception) -> str:
         return "there is no such bucket; check its name in the setting 'runs', and AWS_REGION and AWS_ENDPOINT_URL"
     if "redirect without LOCATION" in text:
         return "it is in another region; set AWS_REGION to that"
+    if code == "RequestTimeTooSkewed":
+        return "by its clock this machine's is wrong; set it by NTP"
     if answer[:3] in ("401", "403") or code == "AccessDenied":
         return (
             f"it refuses this server ({answer}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do "

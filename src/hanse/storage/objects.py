@@ -55,6 +55,10 @@ class Objects(Protocol):
         """Return when the objects *keys* are gone; those that are not there are gone already."""
         ...
 
+    async def reach(self) -> None:
+        """Return when the place has answered; nothing changes there."""
+        ...
+
     async def sizes(self, folder: str = "") -> dict[str, int]:
         """Return the objects whose keys begin with *folder* and a slash, or all of them, each with its bytes."""
         ...
