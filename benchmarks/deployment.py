@@ -221,10 +221,17 @@ def deployment(*, clients: int = 2, **project: Any) -> Iterator[Deployment]:
 
 
 @contextmanager
-def two_servers(store: str = "", *, clients: int = 2) -> Iterator[Deployment]:
-    """Provision a project with two servers on the database *store* (a URL; by default a SQLite file of its own)."""
+def two_servers(store: str = "", runs: str = "", *, clients: int = 2) -> Iterator[Deployment]:
+    """Provision a project with two servers on the database *store* (a URL; by default a SQLite file of its own).
+
+    Their *runs* are in a bucket (a URL), by default in a folder that they share.
+    """
     shared = Path(tempfile.mkdtemp(prefix="hanse-shared-"))
-    settings = {"store": store or f"sqlite:///{shared}/store.db", "runs": f"{shared}/runs", "shutdown_period_s": 5.0}
+    settings = {
+        "store": store or f"sqlite:///{shared}/store.db",
+        "runs": runs or f"{shared}/runs",
+        "shutdown_period_s": 5.0,
+    }
     lines = ", ".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
     standby = f'[[standbys]]\nname = "standby"\nhosts = ["localhost"]\nlisten = "127.0.0.1"\nport = {free_port()}\n'
     try:

@@ -368,6 +368,37 @@ async def test_what_was_taken_over_is_kept(objects: Objects, others: TensorFiles
     assert await objects.tensors(2) == set(kept[:1])
 
 
+async def test_what_a_disk_has_lost_is_fetched_again(objects: Objects, files: TensorFiles) -> None:
+    mirror = RunMirror(objects, JOB, 1)
+    a, b = made(files, "a", "b")
+    await mirror.keep(files, [a, b])
+    for digest in (a, b):
+        files.path(digest).unlink()
+
+    assert await mirror.restore(files, [a]) == []
+
+    assert files.verify(a)
+    assert files.missing([b]) == [b]
+
+
+async def test_what_the_bucket_has_lost_too_is_put_there_when_it_is_here_again(
+    objects: Objects, files: TensorFiles, others: TensorFiles
+) -> None:
+    mirror = RunMirror(objects, JOB, 1)
+    (a,) = made(files, "a")
+    await mirror.keep(files, [a])
+    await objects.spoil(a, files)
+    files.path(a).unlink()
+
+    assert await mirror.restore(files, [a]) == [a]
+    made(files, "a")
+    await mirror.keep(files, [a])
+    await mirror.delete(mirror.set_aside([a]))
+
+    await RunMirror(objects, JOB, 2).take_over(others, [a])
+    assert others.verify(a)
+
+
 # package and result ---------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,17 @@ import pytest
 from hanse.errors import HanseError, StaleEpoch, StoreFailed
 from hanse.ids import Digest, JobId
 from hanse.job import JobRecord, JobState, WorkflowSpec
-from hanse.messages import Channel, Heartbeat, ModelRef, TaskAssignment, TaskResult, TensorRef, UpdateRef
+from hanse.messages import (
+    Channel,
+    Heartbeat,
+    JobCredentials,
+    ModelRef,
+    TaskAssignment,
+    TaskFault,
+    TaskResult,
+    TensorRef,
+    UpdateRef,
+)
 from hanse.model import Model
 from hanse.server import FederatedServer, jobs
 from hanse.storage.models import read_safetensors
@@ -21,7 +31,7 @@ from hanse.storage.tensors import TensorFiles, digest_of
 from tests.s3 import S3
 
 from .job_world import ScriptedLauncher, Site, Threads, outcome, submit
-from .world import WITHIN_S, Dialler, args, on_loop, settings, target_of, transferring, wait
+from .world import WITHIN_S, Dialler, Project, args, on_loop, settings, target_of, transferring, wait
 
 bucket = pytest.importorskip("hanse.storage.bucket", reason="obstore is not installed")
 
@@ -35,12 +45,17 @@ LARGE: dict[str, Any] = {
 
 
 @pytest.fixture
-def start(deployed: Callable[..., FederatedServer], bucket_url: str, tmp_path: Path) -> Start:
-    """``start(name)``: a server with a workspace of its own; all have one store and one bucket."""
+def start(make_server: Callable[..., FederatedServer], project: Project, bucket_url: str, tmp_path: Path) -> Start:
+    """``start(name)``: a server with a workspace of its own; all have one store, one bucket and one secret."""
+    secret = tmp_path / "servers.secret"
+    secret.touch(0o600)
+    secret.write_text("5e" * 32)
 
-    def starting(name: str, launcher: Any = None, **more: Any) -> FederatedServer:
+    def starting(name: str, launcher: Any = None) -> FederatedServer:
+        server = make_server(snapshot_persistor=SqlStore(tmp_path / "store.db"))
         arguments = args(tmp_path / name, launcher=launcher or Threads(), settings=settings(runs=bucket_url))
-        return deployed(arguments=arguments, snapshot_persistor=SqlStore(tmp_path / "store.db"), **more)
+        server.deploy(arguments, project.grpc_args(servers_secret=secret), secure_train=True)
+        return server
 
     return starting
 
@@ -173,6 +188,49 @@ def test_a_run_goes_on_at_a_server_that_has_nothing_of_it(
     assert kept() == [f"{job_id}/package", f"{job_id}/result"]
 
 
+def test_a_tensor_that_the_disk_has_lost_is_had_from_the_bucket(start: Start, dialler: Dialler, tmp_path: Path) -> None:
+    server = start("one")
+    sites = [Site(dialler, server, name) for name in ("site-1", "site-2")]
+    job_id = submit(server, tmp_path, **(LARGE | {"min_clients": 2}))
+    task, _ = (site.task() for site in sites)
+    (damaged,) = (tmp_path / "one" / "runs" / job_id).glob("tensors-*/*")
+    damaged.chmod(0o600)
+    damaged.write_bytes(b"!" * 40_000)
+
+    sites[0].send(TaskResult(task.key, fault=TaskFault("protocol", "other bytes than the digest names")))
+
+    assert damaged.read_bytes() == large(0)
+    assert not model_of(sites[1], server, job_id, task, tmp_path / "site-2").any()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_client_whose_process_goes_on_while_the_run_is_taken_up_is_given_no_other(
+    start: Start, dialler: Dialler, s3: S3, tmp_path: Path
+) -> None:
+    first = start("one")
+    site = Site(dialler, first, "site-1")
+    job_id = submit(first, tmp_path, **LARGE)
+    site.task()
+    before = site.job
+    assert before is not None
+    assert before.credentials is not None
+    first.close()
+    dialler.close()
+    s3.stop()
+    try:
+        second = start("two")
+        back = Site(dialler, second, "site-1")
+        aborted = back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat((job_id,))).payload.abort_jobs  # type: ignore[union-attr]
+    finally:
+        s3.start()
+    fqcn = f"site-1.{job_id}"
+    job = dialler.dial(dialler.job_wire(second, fqcn, JobCredentials(before.credentials), tls=before._tls))
+
+    assert aborted == ()
+    assert job.told(Channel.TASK, "task").key.round == 1
+    assert back.attempts == []
+
+
 def test_a_job_that_waited_is_started_by_the_other_server(start: Start, dialler: Dialler, tmp_path: Path) -> None:
     first = start("one")
     job_id = submit(first, tmp_path, min_clients=1)
@@ -260,8 +318,7 @@ def test_a_run_waits_for_the_bucket_and_says_so(start: Start, dialler: Dialler, 
     assert refused.retryable
     assert "while keeping" in refused.reason or "while writing s3://" in refused.reason
     assert waiting[0].startswith("the server's store, which fails (the store failed while writing s3://hanse-")
-    site.send(trained(task, 1))
-    following = site.task()
+    following = site.task()  # the run has the answer, and could not commit what follows from it
     assert not any("store" in each.what for each in wait(server.jobs.board.view(job_id)).waiting)
     upload(site, server, job_id, 2)
     site.send(trained(following, 2))

@@ -75,8 +75,12 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True)
 class TakingUp:
-    """A run of an earlier tenure is being taken up since POSIX time *since*; that fails because of *reason*, if any."""
+    """A run of an earlier tenure, with *clients*, is being taken up since POSIX time *since*.
 
+    That fails because of *reason*, if there is one.
+    """
+
+    clients: frozenset[ClientName]
     since: float
     reason: str = ""
 

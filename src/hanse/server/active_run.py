@@ -302,7 +302,7 @@ class ActiveRun:
             if self._hindrance is None:
                 await self._follow_death(attempt, status)
                 continue
-            if self._hindrance.code == TensorDamaged.code and await self._ask_for_lost():
+            if self._hindrance.code == TensorDamaged.code and await self._mend():
                 continue
             hindered_since = self._services.now() if hindered_since is None else hindered_since
             await self._wait_out(self._hindrance, attempt, since=hindered_since)
@@ -349,10 +349,21 @@ class ActiveRun:
         self._log.warning("the run's process died and is started again", extra={"status": status, "pause_s": pause_s})
         await self._is_over_within(pause_s)
 
-    async def _ask_for_lost(self) -> bool:
-        """Take back the answers whose tensors are lost, and ask for them again; end the job if it cannot be without.
+    async def _mend(self) -> bool:
+        """Do as ``_ask_for_lost``, as soon as the store lets it: a process that begins before that fails."""
+        while True:
+            try:
+                return await self._ask_for_lost()
+            except StoreFailed as failed:
+                self.store_failed(failed)
+            if await self._is_over_within(HINDERED_PAUSE_S):
+                return True
 
-        Return whether any tensor was lost.
+    async def _ask_for_lost(self) -> bool:
+        """Have the run go on without the tensors that are lost here; return whether any were.
+
+        What another place has kept is fetched from there. Answers whose tensors nobody has are taken back and asked for
+        again; the job ends if it cannot be without.
         """
         store, epoch = self._services.store, self._services.epoch
         state = await store.snapshot(self.job_id)
@@ -360,6 +371,10 @@ class ActiveRun:
         lost = [digest for digest in needed if not await asyncio.to_thread(self.files.verify, digest)]
         if not lost:
             return False
+        self._durable.difference_update(lost)
+        lost = await self.folder.restore_tensors(self.files, lost)
+        if not lost:
+            return True
         try:
             remaining = await without_lost(store, epoch, self.job_id, state, lost)
         except TensorsLost as error:

@@ -180,7 +180,7 @@ class Jobs:
             again = move(record, JobState.SUBMITTED, at=self._services.wall())
             await store.replace_job(epoch, again, was=record.state)
         for record in running:
-            self._taking_up[record.job_id] = TakingUp(self._services.wall())
+            self._taking_up[record.job_id] = TakingUp(frozenset(record.clients), self._services.wall())
             self._live(record, self._resume(record))
 
     async def _resume(self, record: JobRecord) -> None:
@@ -216,8 +216,7 @@ class Jobs:
                 return await without_lost(self._services.store, self._services.epoch, record.job_id, state, lost)
             except StoreFailed as failed:
                 _log.error("taking a run up waits", extra={"job": record.job_id, "reason": failed.reason})
-                since = self._taking_up[record.job_id].since
-                self._taking_up[record.job_id] = TakingUp(since, failed.reason)
+                self._taking_up[record.job_id] = replace(self._taking_up[record.job_id], reason=failed.reason)
             await asyncio.sleep(POSTPONED_S)  # a bucket, or a full disk, tells nobody when it is well again
 
     def _clear_leftovers(self, running: Collection[JobId]) -> None:
@@ -648,6 +647,7 @@ class Jobs:
     def heartbeat(self, client: ClientName, reported: Collection[JobId]) -> tuple[JobId, ...]:
         """Take note of the jobs that *client* reports, and return those that it should abort; from any thread."""
         expected = {job_id for job_id, run in list(self._runs.items()) if client in run.run.clients}
+        expected |= {job_id for job_id in list(self._taking_up) if client in self._taking_up[job_id].clients}
         sync = heartbeat_sync(reported, expected=expected, previously=self._known.get(client, frozenset()))
         self._known[client] = sync.known
         self._loop.call_soon_threadsafe(self._heard, client, sync, expected)

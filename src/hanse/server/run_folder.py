@@ -133,6 +133,14 @@ class RunFolder:
         if self.mirror is not None:
             await self.mirror.keep(files, digests)
 
+    async def restore_tensors(self, files: TensorFiles, lost: Collection[Digest]) -> list[Digest]:
+        """Have again what *files* has *lost* of the run's tensors, as far as it is kept elsewhere; return what is not.
+
+        Raises:
+            StoreFailed: where it is kept cannot be asked now.
+        """
+        return list(lost) if self.mirror is None else await self.mirror.restore(files, lost)
+
     async def delete_tensors(self) -> None:
         """Delete the tensors of this tenure and of all before it.
 

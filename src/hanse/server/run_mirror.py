@@ -101,9 +101,7 @@ class RunMirror:
                 Then it is not the one that the run's last server used, and must not be taken for a loss.
         """
         listed = await self._objects.sizes(self._job_id)
-        sources: dict[Digest, list[TensorObject]] = {}
-        for tensor in sorted(tensors_in(listed), reverse=True):
-            sources.setdefault(tensor.digest, []).append(tensor)
+        sources = _by_digest(listed)
         missing = await asyncio.to_thread(files.missing, needed)
         if missing and not listed:
             why = "nothing of the job is there, so another server used another one; check the setting 'runs' of both"
@@ -113,6 +111,18 @@ class RunMirror:
         here = dict.fromkeys(needed).keys() - set(gone) - self._kept.keys()
         await _all(self._bring(files, digest, sources.get(digest, [])) for digest in here)
         await self._delete_tensors(listed, until=self._epoch - 1)
+
+    async def restore(self, files: TensorFiles, lost: Collection[Digest]) -> list[Digest]:
+        """Fetch again what *files* has *lost* of this tenure's tensors; return what is not to be had, and give that up.
+
+        Raises:
+            StoreFailed: the bucket does not do what it is asked.
+        """
+        sources = _by_digest(await self._objects.sizes(self._key(f"tensors-{self._epoch}")))
+        await _all(self._fetch_tensor(files, digest, sources.get(digest, [])) for digest in lost)
+        gone = await asyncio.to_thread(files.missing, lost)
+        self._undeleted += [self._kept.pop(digest) for digest in gone if digest in self._kept]
+        return gone
 
     # package and result
 
@@ -247,6 +257,14 @@ def tensors_in(listed: dict[str, int]) -> Iterator[TensorObject]:
         if (match := _TENSOR.fullmatch(key)) is not None:
             job_id, digest = JobId(match["job"]), Digest(match["digest"])
             yield TensorObject(int(match["epoch"]), int(match["number"]), key, job_id, digest, size)
+
+
+def _by_digest(listed: dict[str, int]) -> dict[Digest, list[TensorObject]]:
+    """Return the tensors among the objects that are *listed*, of each digest the newest first."""
+    found: dict[Digest, list[TensorObject]] = {}
+    for tensor in sorted(tensors_in(listed), reverse=True):
+        found.setdefault(tensor.digest, []).append(tensor)
+    return found
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
