@@ -69,7 +69,7 @@ def test_a_run_goes_on_at_the_other_server_which_has_no_disk_in_common_with_the_
 
     # The one that was killed comes back with what it had, and hands out a result that it has never seen.
     running.start("server")
-    running.hanse("server", "promote", "server")
+    running.end("standby")
     model = tmp_path / "model.safetensors"
     running.hanse("job", "download", job, str(model))
     assert set(read_safetensors(model)) == {"small", "large"}

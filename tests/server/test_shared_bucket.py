@@ -228,7 +228,7 @@ def test_a_client_whose_process_goes_on_while_the_run_is_taken_up_is_given_no_ot
 
     assert aborted == ()
     assert job.told(Channel.TASK, "task").key.round == 1
-    assert back.attempts == []
+    assert back.wire.told_nothing(Channel.JOB, "deploy")
 
 
 def test_a_job_that_waited_is_started_by_the_other_server(start: Start, dialler: Dialler, tmp_path: Path) -> None:
