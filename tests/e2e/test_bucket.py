@@ -90,6 +90,7 @@ def test_a_run_waits_for_a_bucket_that_is_away_and_says_so(
     waiting = gate(tmp_path)
     job = running.hanse("job", "submit", str(JOB))["job_id"]
     with waiting.open("wb"):
+        environment = running.job_process("server").environ()
         s3.stop()
     try:
         said = ""
@@ -99,6 +100,7 @@ def test_a_run_waits_for_a_bucket_that_is_away_and_says_so(
         s3.start()
     ended = running.hanse("job", "wait", job)
 
+    assert environment.keys() & s3.environment.keys() == {"AWS_ENDPOINT_URL", "AWS_REGION"}, "a job has no keys"
     assert "it cannot be reached (Connection refused); check the network and AWS_ENDPOINT_URL" in said
     assert (ended["state"], ended["reason"]) == ("completed", "")
     assert ended["result"] == undisturbed

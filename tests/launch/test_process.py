@@ -111,6 +111,16 @@ async def test_environment_comes_on_top_and_the_working_directory_is_no_place_to
     assert process.log_tail() == f"there {HERE}"
 
 
+async def test_what_is_withheld_is_not_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "sesame")
+    log, env = tmp_path / "log", {"PYTHONPATH": str(HERE)}
+    launcher = ProcessLauncher(withheld={"SECRET", "NOT_THERE"})
+    process = await launcher.launch("children", spec=b"environment SECRET", log_path=log, env=env, name="child")
+    await process.wait()
+
+    assert process.log_tail() == f"None {HERE}"
+
+
 async def test_process_leads_a_session_of_its_own(tmp_path: Path) -> None:
     process = await launch("group", tmp_path / "log")
     await process.wait()

@@ -21,7 +21,7 @@ import signal
 import stat
 import struct
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
@@ -71,12 +71,16 @@ class Launcher(Protocol):
 class ProcessLauncher:
     """Starts processes with this interpreter, on this machine; each gets the descriptors *pass_fds*, by their numbers.
 
-    Descriptors are for one process: who passes some makes a launcher for it, and closes them here afterwards.
+    Descriptors are for one process: who passes some makes a launcher for it, and closes them here afterwards. The
+    variables *withheld* are not in the processes' environment.
     """
 
-    def __init__(self, python: str = sys.executable, *, pass_fds: Sequence[int] = ()) -> None:
+    def __init__(
+        self, python: str = sys.executable, *, pass_fds: Sequence[int] = (), withheld: Collection[str] = ()
+    ) -> None:
         self._python = python
         self._pass_fds = tuple(pass_fds)
+        self._withheld = frozenset(withheld)
 
     async def launch(
         self, module: str, *, spec: bytes, log_path: Path, env: Mapping[str, str], name: str
@@ -91,7 +95,14 @@ class ProcessLauncher:
             OSError: the interpreter or the log file cannot be opened.
         """
         return await start_process(
-            self._python, module, spec=spec, log_path=log_path, env=env, name=name, pass_fds=self._pass_fds
+            self._python,
+            module,
+            spec=spec,
+            log_path=log_path,
+            env=env,
+            name=name,
+            pass_fds=self._pass_fds,
+            withheld=self._withheld,
         )
 
 
@@ -104,6 +115,7 @@ async def start_process(
     env: Mapping[str, str],
     name: str,
     pass_fds: Sequence[int] = (),
+    withheld: Collection[str] = (),
     life_line: int | None = None,
     on_started: Callable[[int, int], None] = lambda pid, log_start: None,
 ) -> "RunningProcess":
@@ -113,6 +125,7 @@ async def start_process(
     is none. *on_started* hears of the process's number, and of where in the log it begins, before it gets its
     specification: what goes wrong until then ends the process, which has done nothing yet.
     """
+    inherited = {variable: value for variable, value in os.environ.items() if variable not in withheld}
     child_end, pipe = os.pipe()  # not asyncio's: its ``wait`` also waits for grandchildren that hold the pipe
     try:
         if len(spec) > MAX_SPEC_BYTES:
@@ -126,7 +139,7 @@ async def start_process(
                 stdin=child_end,
                 stdout=log,
                 stderr=asyncio.subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **env},
+                env={**inherited, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **env},
                 start_new_session=True,
                 pass_fds=pass_fds,
             )

@@ -78,6 +78,7 @@ from hanse.server.refused import RefusedPeers
 from hanse.server.run_desk import answer_not_in_service
 from hanse.server.run_host import RunHost
 from hanse.server.run_manager import RunManager
+from hanse.server.run_spec import WITHHELD
 from hanse.server.tenure import HeldLease, Tenure, boot_time
 from hanse.settings import ServerSettings
 from hanse.storage.objects import Objects, objects_at
@@ -423,7 +424,7 @@ class FederatedServer(BaseServer):
                 workspace=where.workspace,
                 runs=Path(self._settings.runs_folder or where.workspace / "runs"),
                 objects=objects_at(self._settings.bucket) if self._settings.bucket else None,
-                launcher=getattr(args, "launcher", None) or ProcessLauncher(),
+                launcher=getattr(args, "launcher", None) or ProcessLauncher(withheld=WITHHELD),
                 socket=stack.enter_context(_socket_of(where)),
             )
             stack.push_async_callback(self._primacy.park)

@@ -1,10 +1,29 @@
 """What a run's process is told on its standard input when it starts: no secret is ever on a command line."""
 
+from typing import Final
+
 import msgspec
 
 from hanse.ids import JobId
 from hanse.job import JobSpec
 from hanse.messages import Credentials
+
+
+WITHHELD: Final = frozenset(
+    {
+        "AWS_ACCESS_KEY_ID",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AWS_SSE_CUSTOMER_KEY_BASE64",
+        "AWS_TOKEN",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "PGPASSFILE",
+        "PGPASSWORD",
+    }
+)
+"""What of the server's environment is not in that of its runs' processes: the keys to its bucket and its database."""
 
 
 class RunProcessSpec(msgspec.Struct, frozen=True):
