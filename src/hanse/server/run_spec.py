@@ -8,7 +8,6 @@ from hanse.ids import JobId
 from hanse.job import JobSpec
 from hanse.messages import Credentials
 
-
 WITHHELD: Final = frozenset(
     {
         "AWS_ACCESS_KEY_ID",
