@@ -647,7 +647,7 @@ class Jobs:
     def heartbeat(self, client: ClientName, reported: Collection[JobId]) -> tuple[JobId, ...]:
         """Take note of the jobs that *client* reports, and return those that it should abort; from any thread."""
         expected = {job_id for job_id, run in list(self._runs.items()) if client in run.run.clients}
-        expected |= {job_id for job_id in list(self._taking_up) if client in self._taking_up[job_id].clients}
+        expected |= {job_id for job_id, coming in list(self._taking_up.items()) if client in coming.clients}
         sync = heartbeat_sync(reported, expected=expected, previously=self._known.get(client, frozenset()))
         self._known[client] = sync.known
         self._loop.call_soon_threadsafe(self._heard, client, sync, expected)
