@@ -3,8 +3,8 @@
 A round goes through the targets in order; after a round in which nobody answered comes a pause, longer each time and
 jittered. Whoever watches is told by one sentence what is waited for. The link counts as up when ``on_welcome`` has
 returned, which is where a client registers; until then it carries what is asked over it by name, and nothing else. An
-error that trying again cannot mend (another project's CA, a disabled client) ends it, once no other target has let it in
-either, unless ``on_refused`` knows better: it has, say, thrown away the token that has expired.
+error that trying again cannot mend (another project's CA, a disabled client) ends it, once no other target has let it
+in either, unless ``on_refused`` knows better: it has, say, thrown away the token that has expired.
 """
 
 import asyncio
