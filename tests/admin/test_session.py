@@ -536,6 +536,27 @@ def test_a_token_is_renewed_before_it_expires(kits: Path, tmp_path: Path) -> Non
         wait(scene(deployment))
 
 
+def test_a_session_whose_token_has_ended_proves_itself_anew(
+    kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a clock was set, or a machine has slept through its renewal."""
+    lifetime_s = 1.0
+
+    async def never(_: AdminSession) -> None:
+        await asyncio.Event().wait()
+
+    async def scene() -> None:
+        async with deployment.async_session() as session:
+            first = session._registered
+            await asyncio.sleep(lifetime_s + 1.0)  # the token's life, which ends with a full second
+            assert (await session.status()).state == "hot"
+            assert session._registered is not first
+
+    monkeypatch.setattr(AdminSession, "_keep_renewing", never)
+    with deployed(kits, tmp_path / "ws", token_lifetime_s=lifetime_s) as deployment:
+        wait(scene())
+
+
 def test_without_tls_an_administrator_is_believed(kits: Path, tmp_path: Path) -> None:
     with deployed(kits, tmp_path / "ws", tls=False) as deployment, deployment.session("anybody") as session:
         job_id = session.submit(package(tmp_path / "job")).job_id

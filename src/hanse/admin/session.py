@@ -32,7 +32,15 @@ from hanse.cell.rpc import ClientTls
 from hanse.cell.transfer import TensorTransfers, Transfers
 from hanse.client.registration import REGISTER_TIMEOUT_S, Registrant, registered_by
 from hanse.client.uplink import Uplink, may_help_later
-from hanse.errors import ConfigError, Conflict, HanseError, ProtocolError, TimedOut, Unreachable
+from hanse.errors import (
+    ConfigError,
+    Conflict,
+    HanseError,
+    ProtocolError,
+    TimedOut,
+    Unauthenticated,
+    Unreachable,
+)
 from hanse.events import EventType
 from hanse.identity.kits import Kit
 from hanse.ids import SERVER, Digest, Fqcn, JobId
@@ -390,7 +398,27 @@ class AdminSession:
 
     async def _request(self, topic: str, request: msgspec.Struct) -> Message:
         await self._ready()
+        try:
+            return await self._uplink.ask(Channel.ADMIN, topic, request, timeout_s=ANSWER_TIMEOUT_S)
+        except Unauthenticated as error:
+            await self._log_in_anew(error)
         return await self._uplink.ask(Channel.ADMIN, topic, request, timeout_s=ANSWER_TIMEOUT_S)
+
+    async def _log_in_anew(self, error: Unauthenticated) -> None:
+        """Prove oneself again over a new link: the token has ended before its time, as when a clock was set.
+
+        Raises:
+            HanseError: the server does not take the kit's identity any more either, or nobody answers in time.
+        """
+        self._is_registered.clear()
+        self._uplink.cell.drop(SERVER, Unreachable(SERVER, f"the token is not taken any more ({error.reason})"))
+        registered = asyncio.create_task(self._is_registered.wait(), name="login")  # ended below
+        try:
+            done = {registered, self._connection}
+            await asyncio.wait(done, timeout=self._patience_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            registered.cancel()
+        await self._ready()
 
     async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Return what *attempt* returns, made anew for as long as that may help; there is no last try."""
