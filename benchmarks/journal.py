@@ -13,8 +13,8 @@ from pathlib import Path
 from benchmarks.deployment import Deployment, deployment
 from benchmarks.figures import JOBS, Figure, figure, round_seconds, with_settings
 
-TURNS = 6
-KINDS = (("noop", 400, "< 5"), ("bulk", 8, "< 2"))
+TURNS = 12
+KINDS = (("noop", 250, "< 5"), ("bulk", 5, "< 2"))
 """Jobs, with their rounds and what journalling may cost."""
 
 
