@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 WIRE := src/hanse/cell/wire.proto
+# The files of slow tests that `make faults` runs; by default all.
+FAULTS :=
 
 # Stamps: an environment is made once, and again when what it is made from has changed.
 RUN := $(VENV)/.installed-run
@@ -37,7 +39,7 @@ check: $(DEVELOP)  ## Everything that a change must pass: format, lint, types, l
 	$(BIN)/coverage report --fail-under=85
 
 faults: $(DEVELOP)  ## Run the slow tests: processes killed and paused, servers lost, disks full, networks cut
-	$(BIN)/python -m pytest -m 'slow and not long'
+	$(BIN)/python -m pytest -m 'slow and not long' $(FAULTS)
 
 faults-long: $(DEVELOP)  ## The same, each process at each step and 200 random pairs; takes an hour or two
 	$(BIN)/python -m pytest -m slow

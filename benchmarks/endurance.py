@@ -1,8 +1,8 @@
 """Whether anything grows that should not: 20,000 rounds of one job, and 500 jobs one after the other.
 
 Samples are taken when a round, or a job, is done. What each of them costs more than the one before is the slope of the
-second half of the samples: in the first, caches fill. What is kept on purpose grows: a round's line in the store, and of
-a job its record, package, result and logs; it is a figure like the others, so that it can be seen to be what it is.
+second half of the samples: in the first, caches fill. What is kept on purpose grows: a round's line in the store, and
+of a job its record, package, result and logs; it is a figure like the others, so that it can be seen to be what it is.
 """
 
 import asyncio

@@ -39,6 +39,7 @@ STABLE = {
     "VersionMismatch": ("version-mismatch", 12, False),
     "StoreFailed": ("store-failed", 12, True),
     "NoSpace": ("no-space", 12, True),
+    "TensorDamaged": ("tensor-damaged", 12, True),
     "TensorsLost": ("tensors-lost", 12, False),
     "StaleEpoch": ("stale-epoch", 12, False),
 }
@@ -88,6 +89,9 @@ SENTENCES = {
     ),
     errors.NoSpace("writing x", disk="/data", folder="/data/ws", why="No space left on device"): (
         "writing x failed: the disk mounted at /data, which holds /data/ws, is full (No space left on device)"
+    ),
+    errors.TensorDamaged("ab12", folder="/data/tensors"): (
+        "tensor ab12 in /data/tensors is missing or damaged: its file holds not what was written; check that disk"
     ),
     errors.StoreFailed("committing", "disk full"): "the store failed while committing: disk full",
     errors.TensorsLost("tumour-1", 7, "ab12"): (

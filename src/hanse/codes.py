@@ -222,6 +222,11 @@ _ALL: Final = (
         "Make room there, or move the workspace to a larger disk. Logs and results of old jobs can be deleted.",
     ),
     Code(
+        "tensor-damaged",
+        "A tensor's file is missing, or holds other bytes than it was given; it was not used.",
+        "Check the disk that the sentence names. What a client has answered is asked for again by itself.",
+    ),
+    Code(
         "tensors-lost",
         "Tensors of a run's last committed state are missing or damaged on the server's disk.",
         "Check that disk, and submit the job again: its run cannot go on.",

@@ -30,7 +30,8 @@
         ├── ProtocolError        bytes that are not what was agreed
         ├── VersionMismatch      two sides that share no protocol
         ├── StoreFailed          the database or the disk
-        │   └── NoSpace          ... which is full
+        │   ├── NoSpace          ... which is full
+        │   └── TensorDamaged    ... which gives back other bytes than it was given
         ├── TensorsLost          a run's tensors are missing or damaged
         └── StaleEpoch           this server's tenure has ended; nothing was written
 
@@ -349,6 +350,18 @@ class NoSpace(StoreFailed):
             f"{doing} failed: the disk mounted at {disk}, which holds {folder}, is full ({why})"
         )
         self.doing, self.disk, self.folder, self.why = doing, disk, folder, why
+
+
+class TensorDamaged(StoreFailed):
+    """The file of tensor *digest* in *folder* is gone, or its bytes are not those that it was given."""
+
+    code = "tensor-damaged"
+
+    def __init__(self, digest: str, *, folder: str) -> None:
+        super(StoreFailed, self).__init__(
+            f"tensor {digest} in {folder} is missing or damaged: its file holds not what was written; check that disk"
+        )
+        self.digest, self.folder = digest, folder
 
 
 class TensorsLost(EnvironmentFault):

@@ -213,7 +213,7 @@ class Quit(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
-class Heartbeat(msgspec.Struct, frozen=True):
+class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
     """A client is alive, and runs these jobs.
 
     What it offers and its release are those that it registered with: a server that was started again, or took over,

@@ -528,6 +528,25 @@ async def test_token_is_renewed_and_used_from_then_on(tmp_path: Path) -> None:
         assert credentials.token == "token-1"
 
 
+async def test_a_model_that_the_disk_has_damaged_is_fetched_again(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server:
+        task = assignment(server, LARGE)
+        assert task.model is not None
+        digests = digests_of(task.model)
+        files = TensorFiles(tmp_path / "t")
+        for digest in digests:
+            files.put(server.files(SCOPE).map(digest))
+            files.path(digest).write_bytes(b"?" * files.size(digest))
+        async with job(server, tmp_path / "t", FakeTrainer(add_one)):
+            await server.up(CELL)
+            give(server, task)
+
+            update = (await server.next(TaskResult)).update
+            assert update is not None
+            assert update.model is not None
+            assert load_model(update.model, server.files(SCOPE))["w"][0] == np.float32(1)
+
+
 async def test_download_goes_on_after_a_broken_connection(tmp_path: Path) -> None:
     async with fake_server(tmp_path / "s") as server:
         downloads = 0

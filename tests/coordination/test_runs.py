@@ -313,6 +313,17 @@ def test_an_answer_is_accepted_once() -> None:
     assert run.task_for(TWO) == task(TWO)
 
 
+def test_an_answer_that_is_taken_back_is_waited_for_again() -> None:
+    run = run_in_round_1()
+    run.issue([task(ONE), task(TWO)])
+    run.accept(answer(key(ONE), examples=1), sender=ONE)
+
+    assert run.retract([task(ONE), task(TWO)]) == (task(ONE),)
+    assert run.answers == ()
+    assert run.tasks_for(ONE) == (task(ONE),)
+    assert run.accept(answer(key(ONE), examples=2), sender=ONE) == Accepted()
+
+
 def test_a_fault_is_an_answer_too() -> None:
     run = run_in_round_1()
     run.issue([task()])

@@ -129,17 +129,25 @@ class Bench:
                 f"job {told.job_id} has not ended within {within_s:g} s; the last that was heard of it is {reached}"
             ) from None
 
-    def check(self, view: JobView, *, may_be_asked_again: bool = False) -> None:
+    def check(self, view: JobView, *, may_be_asked_again: bool = False, may_be_answered_again: bool = False) -> None:
         """Assert that the job of *view* has ended as one without trouble, and has left nothing behind.
 
-        With *may_be_asked_again* a client may have been asked more than once in a round.
+        With *may_be_asked_again* a client may have been given more than one task in a round; with
+        *may_be_answered_again* an answer may have been taken back, and the task answered once more.
         """
         assert (view.state, view.code, view.reason) == ("completed", "", "")
         assert view.result == self.undisturbed, "the model has other bytes than that of an undisturbed run"
         assert [each.round for each in view.history] == list(range(ROUNDS + 1))
         assert all(each.answered == tuple(self.running.names) for each in view.history[1:])
         names = self.running.names
-        journal.check_completed(self.store, view.job_id, clients=names, rounds=ROUNDS, exactly=not may_be_asked_again)
+        journal.check_completed(
+            self.store,
+            view.job_id,
+            clients=names,
+            rounds=ROUNDS,
+            may_be_asked_again=may_be_asked_again,
+            may_be_answered_again=may_be_answered_again,
+        )
         self.check_processes()
         self.check_files(view.job_id)
 

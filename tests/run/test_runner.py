@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hanse.errors import StoreFailed, TooFewClients, WorkflowFailed
+from hanse.errors import StoreFailed, TensorDamaged, TooFewClients, WorkflowFailed
 from hanse.ids import ClientName, JobId
 from hanse.job import JobSpec, WorkflowSpec
 from hanse.learning.fedavg import FedAvg
@@ -98,6 +98,50 @@ async def test_a_run_goes_on_from_its_last_committed_state(files: TensorFiles) -
 
     assert (last.model, last.values, last.extra["first"]) == (expected.model, expected.values, model(5))
     assert [state.round for state, _ in journal.commits] == [2, 3]
+
+
+async def test_a_round_that_has_read_a_damaged_state_is_not_committed(files: TensorFiles) -> None:
+    class Unlucky(Counting):
+        async def round(self, state: State, federation: Federation) -> State:
+            for path in files.root.iterdir():
+                path.write_bytes(b"?" * path.stat().st_size)
+            return await super().round(state, federation)
+
+        def start(self, initial: Model) -> State:
+            return State(model(1, size=10_000), values={"seen": [0]})
+
+    journal = Journal(files)
+
+    with pytest.raises(TensorDamaged):
+        await driven(journal, Unlucky())
+    assert [state.round for state, _ in journal.commits] == [0]
+
+
+async def test_a_round_that_has_read_a_damaged_answer_is_not_committed(files: TensorFiles) -> None:
+    class Unlucky(Counting):
+        async def round(self, state: State, federation: Federation) -> State:
+            task = Task("train", model(1, size=10_000))
+            async with aclosing(federation.ask(task, federation.clients)) as answers:
+                async for answer in answers:
+                    assert answer.update is not None
+            for path in files.root.iterdir():
+                if path.read_bytes() == model(2, size=10_000)["w"].tobytes():
+                    path.unlink()
+            return await super().round(state, federation)
+
+    journal = Journal(files, {"a": lambda key, _: model(2, size=10_000)})
+
+    with pytest.raises(TensorDamaged):
+        await drive(
+            Unlucky(),
+            spec=SPEC,
+            snapshot=RunSnapshot(JobId("tiny-1"), SPEC, (), None),
+            initial=lambda: model(5),
+            link=journal,  # type: ignore[arg-type]
+            files=files,
+            federation=federation(journal, "a"),
+        )
+    assert [state.round for state, _ in journal.commits] == [0]
 
 
 async def test_a_run_that_was_over_commits_nothing_more(files: TensorFiles) -> None:

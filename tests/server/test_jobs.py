@@ -1253,6 +1253,37 @@ def test_what_befell_a_client_is_known_to_the_server_started_again(
     assert record.log_tail == "the end of the log"
 
 
+def test_a_run_whose_process_has_not_begun_again_waits_for_it_though_answers_come(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    first = start()
+    site = Site(dialler, first, "site-1")
+    job_id = submit(first, tmp_path, min_clients=1)
+    task = site.task()
+    credentials, job_wire = site.wire.credentials, site.job
+    assert job_wire is not None
+    assert job_wire.credentials is not None
+    first.close()
+    dialler.close()
+
+    launcher = on_loop(ScriptedLauncher)
+    second = start(launcher=launcher)
+    dialler.site(second, "site-1", credentials=credentials)
+    wire = dialler.job_wire(second, f"site-1.{job_id}", JobCredentials(job_wire.credentials), tls=job_wire._tls)
+    site.job = dialler.dial(wire)
+    launcher.next()
+    assert [waiting.what for waiting in wait(second.jobs.board.view(job_id)).waiting] == [
+        "the run's process at the server to begin (start 1)",
+        "answers to 'train' of round 1 from 1 of 1 client",
+    ]
+
+    site.send(answer(task, w(1)))
+
+    assert [waiting.what for waiting in wait(second.jobs.board.view(job_id)).waiting] == [
+        "the run's process at the server to begin (start 1)"
+    ]
+
+
 def test_a_client_without_its_process_is_given_one_by_the_server_started_again(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:

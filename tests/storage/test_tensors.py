@@ -13,7 +13,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hanse.errors import NoSpace, NotFound, ProtocolError, StoreFailed
+from hanse.errors import NoSpace, NotFound, ProtocolError, StoreFailed, TensorDamaged
 from hanse.ids import Digest
 from hanse.storage.tensors import TensorFiles, digest_of
 
@@ -129,6 +129,19 @@ def test_a_damaged_tensor_is_found_out_and_deleted(files: TensorFiles) -> None:
     assert files.verify(whole)
     assert not files.verify(damaged)
     assert not files.verify(ABSENT)
+    assert names(files) == {whole}
+
+
+def test_tensors_that_must_be_right_are_and_the_first_that_is_not_is_named(files: TensorFiles) -> None:
+    whole, damaged = files.put(b"whole"), files.put(CONTENT)
+    files.check([whole, damaged])
+    with files.path(damaged).open("r+b") as file:
+        file.write(b"?")
+
+    with pytest.raises(TensorDamaged, match=f"tensor {damaged} in .* is missing or damaged"):
+        files.check([whole, damaged])
+    with pytest.raises(TensorDamaged, match=str(ABSENT)):
+        files.check([ABSENT])
     assert names(files) == {whole}
 
 

@@ -45,6 +45,7 @@ RETURN_CODES: Final[Mapping[type[HanseError], ReturnCode]] = {
     errors.VersionMismatch: ReturnCode.INVALID_REQUEST,
     errors.StoreFailed: ReturnCode.INTERNAL,
     errors.NoSpace: ReturnCode.INTERNAL,
+    errors.TensorDamaged: ReturnCode.INTERNAL,
     errors.TensorsLost: ReturnCode.ABORT_RUN,
     errors.StaleEpoch: ReturnCode.COMM_ERROR,
 }

@@ -175,7 +175,8 @@ class ClientJob:
         """Return the model that *reference* names, its missing tensors fetched."""
         check_model_ref(reference, "the task's model")
         sizes = {tensor.digest: tensor.size_bytes for tensor in reference.tensors if tensor.inline is None}
-        missing = await asyncio.to_thread(self._files.missing, sizes)
+        # What is here has lain on the disk while others trained, and nobody but this site would notice.
+        missing = [digest for digest in sizes if not await asyncio.to_thread(self._files.verify, digest)]
         await _together({f"download {digest}": self._download(digest, sizes[digest]) for digest in missing})
         return await asyncio.to_thread(load_model, reference, self._files)
 

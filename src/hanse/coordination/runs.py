@@ -351,6 +351,12 @@ class Run:
             self._participants[sender] = replace(self._participants[sender], deaths=0)
         return reception
 
+    def retract(self, tasks: Iterable[TaskAssignment]) -> tuple[TaskAssignment, ...]:
+        """Take back the answers to *tasks*, and return those that had one: they are out again, to be sent again."""
+        retracted = tuple(task for task in tasks if self._answers.pop(task.key, None) is not None)
+        self._tasks.update((task.key, task) for task in retracted)
+        return retracted
+
     def cancel(self, keys: Iterable[TaskKey]) -> tuple[TaskKey, ...]:
         """Want the answers to *keys* no longer; return those that were out, whose clients are to be told."""
         out = tuple(dict.fromkeys(key for key in keys if key in self._tasks))

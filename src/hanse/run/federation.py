@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from hanse.errors import StoreFailed, TrainingFailed
-from hanse.ids import ClientName
+from hanse.ids import ClientName, Digest
 from hanse.learning.workflow import (
     CLIENT_FAILED,
     CLIENT_LOST,
@@ -35,7 +35,7 @@ from hanse.learning.workflow import (
 from hanse.messages import ClientChanged, IssueTasks, ModelRef, RunSnapshot, TaskFault, TaskKey, TaskResult
 from hanse.model import Model, ModelSpec, Update
 from hanse.run.server_link import ServerLink
-from hanse.storage.models import allocate, load_model, store_model
+from hanse.storage.models import allocate, digests_of, load_model, store_model
 from hanse.storage.tensors import TensorFiles
 
 RUNS_OWN: Final = frozenset({CLIENT_LOST, CLIENT_FAILED, DEADLINE})
@@ -45,7 +45,8 @@ RUNS_OWN: Final = frozenset({CLIENT_LOST, CLIENT_FAILED, DEADLINE})
 class RunFederation:
     """The clients of one run, as its workflow sees them; implements ``hanse.learning.workflow.Federation``.
 
-    It lives for the whole run; ``enter_round`` begins a round. *carried* are the tasks of earlier rounds that the last
+    It lives for the whole run; ``enter_round`` begins a round. ``answered_clients`` and ``tensors_read`` are whose
+    answers the round has got, and which tensors those were. *carried* are the tasks of earlier rounds that the last
     commit kept. An answer that comes before its task was asked, as after a crash, waits for that; one that comes for a
     task that nobody waits for any more is dropped.
     """
@@ -66,6 +67,7 @@ class RunFederation:
         self.seed = seed
         self.round = 0
         self.answered_clients: set[ClientName] = set()
+        self.tensors_read: set[Digest] = set()
         self.disk_failure: StoreFailed | None = None
         self._began = 0.0
         self._unavailable = {client: TaskFault(CLIENT_LOST, f"{client} was lost") for client in lost}
@@ -85,6 +87,7 @@ class RunFederation:
         """Begin round *round_number*: sequences and its time count from the start again."""
         self.round = round_number
         self.answered_clients = set()
+        self.tensors_read = set()
         self._began = asyncio.get_running_loop().time()
         self._sequence.clear()
         self._asked.clear()
@@ -262,8 +265,11 @@ class RunFederation:
                 fault = TaskFault(TrainingFailed.code, fault.reason, fault.retryable)
             return Answer(client, None, fault, staleness)
         reference = result.update
-        with self._disk():
-            model = None if reference.model is None else load_model(reference.model, self._files)
+        model = None
+        if reference.model is not None:
+            self.tensors_read |= digests_of(reference.model)
+            with self._disk():
+                model = load_model(reference.model, self._files)
         self.answered_clients.add(client)
         return Answer(client, Update(model, reference.num_examples, reference.metrics), None, staleness)
 

@@ -6,18 +6,18 @@ round that was interrupted is called again with the same state and finds the ans
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TypeVar
 
 from hanse.errors import HanseError, WorkflowFailed
-from hanse.ids import ClientName
+from hanse.ids import ClientName, Digest
 from hanse.job import JobSpec
 from hanse.learning.workflow import State, Workflow, check_next, is_over
 from hanse.messages import RunSnapshot, StateRef, TaskKey
 from hanse.model import Model
 from hanse.run.federation import RunFederation
 from hanse.run.server_link import ServerLink
-from hanse.storage.models import load_model, store_model
+from hanse.storage.models import load_model, state_digests, store_model
 from hanse.storage.tensors import TensorFiles
 
 T = TypeVar("T")
@@ -46,9 +46,10 @@ async def drive(
     if snapshot.state is None:
         began = time.monotonic()
         state = await _guarded(spec, 0, asyncio.to_thread(lambda: workflow.start(initial())))
-        state = await _commit(state, link, files, began=began)
+        reference = await _commit(state, link, files, began=began)
     else:
-        state = load_state(snapshot.state, files)
+        reference = snapshot.state
+    state = load_state(reference, files)
     while not is_over(workflow, state) and not is_stopping():
         number = state.round + 1
         federation.enter_round(number)
@@ -57,7 +58,9 @@ async def drive(
         state = check_next(state, following, workflow=spec.workflow.name)
         carried = () if is_over(workflow, state) else federation.carried
         answered = sorted(federation.answered_clients)
-        state = await _commit(state, link, files, began=began, answered=answered, carried=carried)
+        read = state_digests(reference) | federation.tensors_read
+        reference = await _commit(state, link, files, read=read, began=began, answered=answered, carried=carried)
+        state = load_state(reference, files)
     return state
 
 
@@ -67,13 +70,22 @@ async def _commit(
     files: TensorFiles,
     *,
     began: float,
+    read: Collection[Digest] = (),
     answered: Sequence[ClientName] = (),
     carried: Sequence[TaskKey] = (),
-) -> State:
-    """Commit *state*, and return it with its arrays mapped: what the workflow computed in memory is let go."""
-    reference = await asyncio.to_thread(store_state, state, files)
+) -> StateRef:
+    """Commit *state*, and return it by name: loaded from there it is mapped, and what was in memory is let go.
+
+    Raises:
+        TensorDamaged: one of the tensors *read* for it is not as it was, and may have been read so; nothing is
+            committed.
+    """
+    # Afterwards, for what is right now was right whenever it was read.
+    reference, _ = await asyncio.gather(
+        asyncio.to_thread(store_state, state, files), asyncio.to_thread(files.check, read)
+    )
     await link.commit(reference, took_s=time.monotonic() - began, answered=answered, carried=carried)
-    return load_state(reference, files)
+    return reference
 
 
 def store_state(state: State, files: TensorFiles) -> StateRef:

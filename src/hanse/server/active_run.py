@@ -46,6 +46,8 @@ from hanse.errors import (
     ProtocolError,
     SiteRefused,
     StoreFailed,
+    TensorDamaged,
+    TensorsLost,
     UpdateRejected,
     WorkflowFailed,
 )
@@ -73,7 +75,6 @@ from hanse.messages import (
     RunEnded,
     RunSnapshot,
     StartJob,
-    StateRef,
     TaskAssignment,
     TaskCancelled,
     TaskFault,
@@ -87,8 +88,9 @@ from hanse.server.inbox import Inbox
 from hanse.server.lifetime import start_in
 from hanse.server.run_folder import RunFolder
 from hanse.server.run_spec import RunProcessSpec
+from hanse.server.run_tensors import needed_tensors, without_lost
 from hanse.storage.disk import disk_failure
-from hanse.storage.models import check_ref, digests_of
+from hanse.storage.models import check_ref, digests_of, state_digests
 from hanse.storage.records import Store
 from hanse.storage.tensors import TensorFiles
 
@@ -300,6 +302,8 @@ class ActiveRun:
             if self._hindrance is None:
                 await self._follow_death(attempt, status)
                 continue
+            if self._hindrance.code == TensorDamaged.code and await self._ask_for_lost():
+                continue
             hindered_since = self._services.now() if hindered_since is None else hindered_since
             await self._wait_out(self._hindrance, attempt, since=hindered_since)
             attempt -= 1  # it was not this process's doing
@@ -344,6 +348,26 @@ class ActiveRun:
         self._process = RunProcess(Phase.PAUSING, now, verdict.attempt, until=now + pause_s, reason=died.reason)
         self._log.warning("the run's process died and is started again", extra={"status": status, "pause_s": pause_s})
         await self._is_over_within(pause_s)
+
+    async def _ask_for_lost(self) -> bool:
+        """Take back the answers whose tensors are lost, and ask for them again; end the job if it cannot be without.
+
+        Return whether any tensor was lost.
+        """
+        store, epoch = self._services.store, self._services.epoch
+        state = await store.snapshot(self.job_id)
+        needed = needed_tensors(state)
+        lost = [digest for digest in needed if not await asyncio.to_thread(self.files.verify, digest)]
+        if not lost:
+            return False
+        try:
+            remaining = await without_lost(store, epoch, self.job_id, state, lost)
+        except TensorsLost as error:
+            await self.end(JobState.FAILED, code=error.code, reason=error.reason)
+            return True
+        for task in self.run.retract(remaining.tasks):
+            await self._send(task)
+        return True
 
     async def _wait_out(self, hindrance: RunEnded, attempt: int, *, since: float) -> None:
         """Wait before the run's process, hindered *since* then, is tried again; end the job when that was for long."""
@@ -561,6 +585,9 @@ class ActiveRun:
             result = TaskResult(
                 result.key, fault=TaskFault(code, shortened(fault.reason), fault.retryable, log_tail=log_tail)
             )
+            # Whoever got other bytes than a digest names got what is on this disk, or what the network made of it.
+            if code == ProtocolError.code and await self._ask_for_lost() and self.has_ended:
+                return
         await self._accept(sender, result)
         if rejected is not None:
             raise rejected
@@ -930,11 +957,6 @@ def cause_of(error: Exception, *, doing: str) -> HanseError:
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error if isinstance(error, HanseError) else InternalError(doing)
-
-
-def state_digests(state: StateRef) -> set[Digest]:
-    """Return the tensors that *state* names."""
-    return digests_of(state.model).union(*(digests_of(model) for model in state.extra.values()))
 
 
 async def deploy(cell: Cell, record: JobRecord, client: ClientName) -> None:

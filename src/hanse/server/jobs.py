@@ -41,11 +41,10 @@ from hanse.errors import (
     NotInService,
     StaleEpoch,
     StoreFailed,
-    TensorsLost,
     Unauthorized,
 )
 from hanse.events import EventType, FLContext
-from hanse.ids import ClientName, Digest, Fqcn, JobId, job_cell, split_cell
+from hanse.ids import ClientName, Fqcn, JobId, job_cell, split_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.learning.workflow import WORKFLOWS, load_workflow
 from hanse.messages import (
@@ -53,7 +52,6 @@ from hanse.messages import (
     Channel,
     JobEvent,
     JobFailure,
-    TaskResult,
     Waiting,
 )
 from hanse.server.active_run import (
@@ -63,7 +61,6 @@ from hanse.server.active_run import (
     cause_of,
     code_of,
     deploy,
-    state_digests,
 )
 from hanse.server.bounds import MAX_CODE_CHARS, shortened
 from hanse.server.clients import Clients
@@ -72,7 +69,7 @@ from hanse.server.lifetime import start_in
 from hanse.server.run_desk import RunDesk
 from hanse.server.run_folder import RunFolder
 from hanse.server.run_mirror import RunMirror, tensors_in
-from hanse.storage.models import digests_of
+from hanse.server.run_tensors import needed_tensors, without_lost
 from hanse.storage.objects import Objects
 from hanse.storage.packages import unpack_package
 from hanse.storage.records import RunState
@@ -213,27 +210,15 @@ class Jobs:
             try:
                 await folder.have_package(record)
                 state = await self._services.store.snapshot(record.job_id)
-                missing = await folder.take_over(_digests_of(state))
-                return await self._without(record, state, missing) if missing else state
+                lost = await folder.take_over(needed_tensors(state))
+                if not lost:
+                    return state
+                return await without_lost(self._services.store, self._services.epoch, record.job_id, state, lost)
             except StoreFailed as failed:
                 _log.error("taking a run up waits", extra={"job": record.job_id, "reason": failed.reason})
                 since = self._taking_up[record.job_id].since
                 self._taking_up[record.job_id] = TakingUp(since, failed.reason)
             await asyncio.sleep(POSTPONED_S)  # a bucket, or a full disk, tells nobody when it is well again
-
-    async def _without(self, record: JobRecord, state: RunState, missing: Collection[Digest]) -> RunState:
-        """Return *state* without the answers whose tensors are *missing*, whose clients are to be asked again.
-
-        Raises:
-            TensorsLost: the run cannot go on without them.
-        """
-        _log.error("tensors are lost", extra={"job": record.job_id, "digests": missing})
-        gone = set(missing)
-        if state.state is not None and (lost := gone & state_digests(state.state)):
-            raise TensorsLost(record.job_id, state.state.round, min(lost))
-        spoilt = [answer.key for answer in state.answers if _answer_digests(answer) & gone]
-        await self._services.store.retract_answers(self._services.epoch, record.job_id, spoilt)
-        return await self._services.store.snapshot(record.job_id)
 
     def _clear_leftovers(self, running: Collection[JobId]) -> None:
         """Delete what earlier tenures have left: submissions that broke off, tensors of runs that are not *running*."""
@@ -830,19 +815,6 @@ class Jobs:
         context = FLContext("server", project=self._services.project, job_id=job_id, reason=reason)
         self._services.handlers.tell(notice, context)
         self.board.emit(JobEvent(job_id, notice.value, self._services.wall(), text=reason))
-
-
-def _answer_digests(answer: TaskResult) -> set[Digest]:
-    model = answer.update.model if answer.update is not None else None
-    return set() if model is None else digests_of(model)
-
-
-def _digests_of(state: RunState) -> set[Digest]:
-    """Return the tensors that a run which goes on from *state* needs."""
-    needed = set() if state.state is None else state_digests(state.state)
-    for task in state.tasks:
-        needed |= set() if task.model is None else digests_of(task.model)
-    return needed.union(*map(_answer_digests, state.answers))
 
 
 def said_of(client: ClientName, reason: str) -> str:

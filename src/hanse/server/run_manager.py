@@ -127,7 +127,13 @@ class LocalRun:
                         await self._link.given_up(end)
                 return end
             end = work.result()
-            await self._link.ended(end)
+            telling = asyncio.create_task(self._link.ended(end), name="tell of the end")  # awaited below
+            await asyncio.wait({telling, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if telling.done():
+                telling.result()
+            else:  # the server is not there to hear it, and has the run go on in another process
+                telling.cancel()
+                await asyncio.gather(telling, return_exceptions=True)
             return end
         finally:
             for task in (beating, stopping, work):

@@ -19,7 +19,7 @@ import numpy as np
 
 from hanse.errors import ProtocolError, StoreFailed
 from hanse.ids import Digest
-from hanse.messages import INLINE_LIMIT_BYTES, ITEM_BYTES, ModelRef, TensorRef
+from hanse.messages import INLINE_LIMIT_BYTES, ITEM_BYTES, ModelRef, StateRef, TensorRef
 from hanse.model import (
     MAX_METADATA_BYTES,
     Array,
@@ -102,6 +102,11 @@ def spec_of(ref: ModelRef) -> dict[str, TensorSpec]:
 def digests_of(ref: ModelRef) -> set[Digest]:
     """Return the tensors of *ref* that are files: those that do not ride along."""
     return {tensor.digest for tensor in ref.tensors if tensor.inline is None}
+
+
+def state_digests(state: StateRef) -> set[Digest]:
+    """Return the tensors of a workflow's *state* that are files."""
+    return digests_of(state.model).union(*(digests_of(model) for model in state.extra.values()))
 
 
 def check_ref(ref: ModelRef, expected: ModelRef | ModelSpec) -> None:

@@ -7,6 +7,7 @@ function of a transaction, so that it is one transaction, or one savepoint of a 
 
 import asyncio
 import itertools
+import logging
 import secrets
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -392,6 +393,8 @@ class SqlStore:
         try:
             with self._database.migrating() as connection:
                 if (version := schema_version(connection)) != SCHEMA_VERSION:
+                    # What it tells at each start, from its import on, is of no use to an operator.
+                    logging.getLogger("alembic").setLevel(logging.WARNING)
                     from hanse.storage.migrations import migrate  # noqa: PLC0415 - only an upgrade pays for Alembic
 
                     migrate(connection, version=version, name=self._name)

@@ -27,7 +27,7 @@ from typing import Final, Self, TypeVar
 
 from blake3 import blake3
 
-from hanse.errors import NotFound, ProtocolError
+from hanse.errors import NotFound, ProtocolError, TensorDamaged
 from hanse.ids import Digest, is_digest
 from hanse.storage.disk import disk_failure
 
@@ -103,6 +103,16 @@ class TensorFiles:
         with _disk(f"deleting tensor {digest}", self.root):
             self.path(digest).unlink(missing_ok=True)
         return False
+
+    def check(self, digests: Iterable[Digest]) -> None:
+        """Return if each of *digests* is here and holds what its name says.
+
+        Raises:
+            TensorDamaged: the first that is not, or does not; what does not is deleted.
+        """
+        for digest in dict.fromkeys(digests):
+            if not self.verify(digest):
+                raise TensorDamaged(digest, folder=str(self.root))
 
     def put(self, buffer: bytes | memoryview) -> Digest:
         """Return the digest of *buffer* (contiguous), having written it to its file unless that was there."""

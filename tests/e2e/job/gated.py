@@ -7,6 +7,7 @@ it. One that is a plain file holds the client up for as long as the test has it 
 
 import fcntl
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def train(model: hanse.Model, ctx: hanse.TaskContext) -> hanse.Update:
 
 def _pass_gate(gate: Path) -> None:
     with suppress(FileNotFoundError), gate.open("rb") as file:
-        if gate.is_fifo():
+        if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):  # the file's own word: a test may have unlinked it by now
             file.read()
         else:
             fcntl.flock(file, fcntl.LOCK_SH)

@@ -19,8 +19,6 @@ from hanse.storage.tables import FIRST_RELEASE
 
 _log = logging.getLogger(__name__)
 
-logging.getLogger("alembic").setLevel(logging.WARNING)  # what it tells at each start is of no use to an operator
-
 _one_at_a_time = threading.Lock()
 """Alembic tells a step its connection through module variables."""
 
