@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from datetime import UTC, datetime
 
 import pytest
 
@@ -19,6 +20,7 @@ STABLE = {
     "Conflict": ("conflict", 4, False),
     "AccessError": ("access", 5, False),
     "Unauthenticated": ("unauthenticated", 5, False),
+    "CertificateExpired": ("certificate-expired", 5, False),
     "Unauthorized": ("unauthorized", 5, False),
     "NotInService": ("not-in-service", 5, True),
     "SiteError": ("site", 10, False),
@@ -54,6 +56,9 @@ SENTENCES = {
     errors.NotFound("job", "j1"): "there is no job 'j1'",
     errors.Conflict("job j1", state="running", wanted="started"): "job j1 is running, so it cannot be started",
     errors.Unauthenticated("no certificate"): "no certificate",
+    errors.CertificateExpired("site-1", since=datetime(2025, 3, 4, 9, 30, tzinfo=UTC)): (
+        "the certificate of 'site-1' expired on 2025-03-04 09:30 UTC; ask the project for a new one"
+    ),
     errors.Unauthorized("ada", "stop it", needs="role admin"): "ada may not stop it; that needs role admin",
     errors.NotInService(): "Server not in service",
     errors.NotInService("restoring"): "restoring",

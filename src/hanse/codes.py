@@ -97,6 +97,12 @@ _ALL: Final = (
         "client registers again by itself.",
     ),
     Code(
+        "certificate-expired",
+        "The certificate of a participant has ended; it cannot connect until it has a new one.",
+        "Have the project's administrator provision that participant anew, and start it with the new kit. If the "
+        "certificate has not ended yet, a clock is wrong.",
+    ),
+    Code(
         "unauthorized",
         "Who asked is known, and may not do this.",
         "Ask with the role that the sentence names, or have somebody do it who has that role.",

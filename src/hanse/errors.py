@@ -11,6 +11,7 @@
     │   └── Conflict             the thing is not in a state that allows this
     ├── AccessError              someone who may not
     │   ├── Unauthenticated      who they are is not proven
+    │   │   └── CertificateExpired   ... by a certificate that has ended
     │   ├── Unauthorized         who they are may not do this
     │   └── NotInService         this server is not the one to ask now
     ├── SiteError                something at one client
@@ -42,6 +43,7 @@ with.
 """
 
 from collections.abc import Collection
+from datetime import UTC, datetime
 from typing import ClassVar, Final
 
 UNKNOWN_STATUS: Final = 256
@@ -136,6 +138,17 @@ class Unauthenticated(AccessError):
 
     def __init__(self, why: str) -> None:
         super().__init__(why)
+
+
+class CertificateExpired(Unauthenticated):
+    """The certificate of *holder* has ended, at *since* (aware)."""
+
+    code = "certificate-expired"
+
+    def __init__(self, holder: str, *, since: datetime) -> None:
+        when = f"{since.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+        super().__init__(f"the certificate of {holder!r} expired on {when}; ask the project for a new one")
+        self.holder, self.since = holder, since
 
 
 class Unauthorized(AccessError):

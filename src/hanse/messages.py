@@ -626,7 +626,11 @@ class ListClients(msgspec.Struct, frozen=True):
 
 
 class RegisteredClient(msgspec.Struct, frozen=True):
-    """A registered client, for people."""
+    """A registered client, for people.
+
+    ``certificate_ends_at`` is in POSIX seconds, 0 where the server has seen none; ``remark`` says what people should
+    know of that: that it has ended, or will soon.
+    """
 
     name: str
     state: str
@@ -634,6 +638,8 @@ class RegisteredClient(msgspec.Struct, frozen=True):
     jobs: tuple[JobId, ...] = ()
     resources: Resources = Resources()
     release: str = ""
+    certificate_ends_at: float = 0.0
+    remark: str = ""
 
 
 class RefusedClient(msgspec.Struct, frozen=True):
@@ -646,11 +652,16 @@ class RefusedClient(msgspec.Struct, frozen=True):
 
 
 class ClientList(msgspec.Struct, frozen=True):
-    """The registered clients, for people, those that are disabled, each with the reason, and who was refused lately."""
+    """The registered clients, for people, those that are disabled, each with the reason, and who was refused lately.
+
+    ``expired`` are clients that are not registered, and whose certificate, as it was shown last, has ended; each with
+    what is to be said of that.
+    """
 
     clients: tuple[RegisteredClient, ...]
     disabled: dict[str, str] = {}
     refused: tuple[RefusedClient, ...] = ()
+    expired: dict[str, str] = {}
 
 
 class DisableClient(msgspec.Struct, frozen=True):

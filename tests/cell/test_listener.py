@@ -114,7 +114,7 @@ async def test_behind_a_proxy_a_client_needs_no_certificate(authority: Authority
         await beat(client)
         peer = server.cell.peer(SITE)
         assert peer is not None
-        assert (peer.transport, peer.certificate_name) == ("tls", None)
+        assert (peer.transport, peer.certificate) == ("tls", None)
 
 
 async def test_a_certificate_for_another_name_is_refused_with_a_reason(authority: Authority) -> None:

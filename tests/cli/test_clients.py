@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from hanse.ids import JobId, Ssid
-from hanse.messages import RefusedClient, RegisteredClient, ServerStatus
+from hanse.messages import ClientList, RefusedClient, RegisteredClient, ServerStatus
 
 from .conftest import Hanse
 
@@ -24,15 +25,10 @@ class FakeSession:
         self.registered: tuple[RegisteredClient, ...] = (SITE,)
         self.refused: dict[str, str] = {}
         self.knocking: tuple[RefusedClient, ...] = ()
+        self.expired: dict[str, str] = {}
 
-    async def clients(self) -> tuple[RegisteredClient, ...]:
-        return self.registered
-
-    async def disabled_clients(self) -> dict[str, str]:
-        return self.refused
-
-    async def refused_clients(self) -> tuple[RefusedClient, ...]:
-        return self.knocking
+    async def client_list(self) -> ClientList:
+        return ClientList(self.registered, self.refused, self.knocking, self.expired)
 
     async def disable(self, client: str) -> None:
         self.registered, self.refused = (), {client: "disabled by ada@demo"}
@@ -69,7 +65,7 @@ def test_clients_are_listed_and_so_are_those_that_are_refused(hanse: Hanse, sess
     _, line = hanse("client", "list").out.splitlines()
     assert line.split() == ["site-1", "disabled", "-", "disabled", "by", "ada@demo"]
     listed = json.loads(hanse("client", "list", "--format", "json").out)
-    assert listed == {"clients": [], "disabled": {"site-1": "disabled by ada@demo"}, "refused": []}
+    assert listed == {"clients": [], "disabled": {"site-1": "disabled by ada@demo"}, "refused": [], "expired": {}}
 
     enabled = json.loads(hanse("client", "enable", "site-1", "--format", "json").out)
     assert enabled == {"client": "site-1", "disabled": False}
@@ -82,6 +78,16 @@ def test_who_is_refused_is_listed_with_what_it_was_told(hanse: Hanse, session: F
     _, line = hanse("client", "list").out.splitlines()
     assert line.rstrip().endswith("its certificate has expired [unauthenticated]")
     assert line.split()[:5] == ["site-2", "refused", "3.00", "s", "ago"]
+
+
+def test_a_certificate_that_ends_is_told_of_clients_that_are_there_and_of_those_that_are_not(
+    hanse: Hanse, session: FakeSession
+) -> None:
+    session.registered = (msgspec.structs.replace(SITE, remark="its certificate expires soon"),)
+    session.expired = {"site-2": "its certificate expired"}
+    _, first, second = hanse("client", "list").out.splitlines()
+    assert first.rstrip().endswith("  digits-1; its certificate expires soon")
+    assert second.split(maxsplit=3) == ["site-2", "expired", "-", "its certificate expired"]
 
 
 def test_the_servers_state_is_shown(hanse: Hanse, session: FakeSession) -> None:

@@ -198,7 +198,7 @@ def test_a_certificate_that_is_not_valid_now_is_said_to_be_that(kits: Path, tmp_
     early = certified_anew(kits / "site-1", authority, tmp_path / "early", now + timedelta(days=40))
     with running("server", "start", kits / "server", log=tmp_path / "server.log"):
         ended = hanse("client", "start", old, status=5)["error"]
-        assert ended["code"] == "unauthenticated"
+        assert ended["code"] == "certificate-expired"
         since = f"{now - timedelta(days=40):%Y-%m-%d %H:%M} UTC"
         assert ended["reason"] == f"the certificate of 'site-1' expired on {since}; ask the project for a new one"
         ended = hanse("client", "start", early, status=5)["error"]
@@ -218,7 +218,7 @@ def test_a_certificate_that_expires_while_a_client_runs_ends_it_when_it_has_to_c
         server.process.kill()
         assert client.process.wait(WITHIN_S) == 5
     told = json.loads((tmp_path / "client.log").read_text().splitlines()[-1])["error"]
-    assert told["code"] == "unauthenticated"
+    assert told["code"] == "certificate-expired"
     assert told["reason"].startswith("the certificate of 'site-1' expired on")
 
 

@@ -1,10 +1,13 @@
 """What becomes of submitted jobs, as values: who starts with whom, who waits for what and until when."""
 
+from collections.abc import Mapping
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hanse.coordination.certificates import NOBODY
 from hanse.coordination.schedule import (
     Candidate,
     Decision,
@@ -40,6 +43,7 @@ def decision(
     max_running_jobs: int = 4,
     min_registered: int = 1,
     now_s: float = 1000.0,
+    expired: Mapping[ClientName, float] = NOBODY,
 ) -> Decision:
     return decide(
         record,
@@ -48,6 +52,7 @@ def decision(
         max_running_jobs=max_running_jobs,
         min_registered=min_registered,
         now_s=now_s,
+        expired=expired,
     )
 
 
@@ -267,3 +272,38 @@ def test_no_plan_promises_more_than_there_is(jobs: list[JobRecord], clients: lis
 @given(jobs_waiting, sites)
 def test_the_order_in_which_clients_are_listed_decides_nothing(jobs: list[JobRecord], clients: list[Candidate]) -> None:
     assert planned(*jobs, clients=clients) == planned(*jobs, clients=clients[::-1])
+
+
+EXPIRED = {ClientName("site-1"): 86_400.0}
+BECAUSE = "its certificate expired on 1970-01-02 00:00 UTC, and it cannot connect until it has a new one"
+
+
+@pytest.mark.parametrize(
+    ("needs", "clients", "told"),
+    [
+        ({"min_clients": 2}, [site(1, connected=False), site(2)], f"site-1 is not connected: {BECAUSE}"),
+        ({"min_clients": 2}, [site(2)], f"site-1 is not registered: {BECAUSE}"),
+        ({"required_clients": ("site-1",)}, [site(2)], f"site-1 is not registered: {BECAUSE}"),
+        ({"min_clients": 2, "clients": ("site-1", "site-2")}, [site(2)], f"site-1 is not registered: {BECAUSE}"),
+        ({}, [], f"0 clients are registered, and the server waits for 1 (site-1: {BECAUSE})"),
+    ],
+    ids=["away", "gone", "required", "named", "too few registered"],
+)
+def test_a_job_that_waits_says_whose_certificate_has_expired(
+    needs: dict[str, object], clients: list[Candidate], told: str
+) -> None:
+    record = job(**needs)  # type: ignore[arg-type]  # the fields of a specification, as a case has them
+    decided = decision(record, *clients, now_s=1001.0, expired=EXPIRED)
+    assert isinstance(decided, Wait)
+    assert decided.reason.endswith(told)
+
+
+def test_an_expired_certificate_of_who_is_not_meant_or_is_only_short_of_something_is_not_told() -> None:
+    only_two = decision(job(min_clients=1, clients=("site-2",)), site(3), expired=EXPIRED)
+    assert reason(only_two) == "0 of the 1 clients that the job needs can take it: site-2 is not registered"
+    short = decision(job(min_clients=1, resources=Resources(cpus=2)), site(1, cpus=1), expired=EXPIRED)
+    assert reason(short).endswith("site-1 has 1 of 2 CPUs free")
+
+
+def test_a_client_with_a_new_certificate_takes_its_job() -> None:
+    assert decision(job(min_clients=1), site(1)) == Start((ClientName("site-1"),))

@@ -284,3 +284,27 @@ def test_clients_are_shown_as_they_stand_since_when() -> None:
         ClientView(ONE, "running", since=posix(20)),
         ClientView(TWO, "failed", "it refused", posix(30)),
     )
+
+
+def test_a_client_that_is_away_and_whose_certificate_has_expired_is_shown_as_that() -> None:
+    run = run_in_round_1()
+    asks = issued(run, key(ONE), key(TWO), key(THREE))
+    run.stream_up(THREE, now=50.0)
+    for client in (ONE, TWO):
+        run.stream_up(client, now=50.0)
+        run.stream_down(client, now=60.0)
+    assert run.lost(75.0, 15.0) == [ONE, TWO]
+    run.stream_up(TWO, now=80.0)
+    run.stream_down(TWO, now=90.0)
+    expired = {ONE: 0.0, TWO: 0.0, THREE: 0.0}
+
+    (waiting,) = waiting_of_running(run, asks=asks, process=WORKING, expired=expired, now=NOW, wall=WALL)
+
+    because = "its certificate expired on 1970-01-01 00:00 UTC, and it cannot connect until it has a new one"
+    shown = [(view.name, view.state, view.reason) for view in waiting.whom]
+    assert shown == [
+        (ONE, "lost", f"not connected for 15 s: {because}"),
+        (TWO, "suspect", because),
+        (THREE, "running", ""),  # its process goes on, with a certificate of its own
+    ]
+    assert [view.reason for view in views_of(run, expired=expired, now=NOW, wall=WALL)] == [each[2] for each in shown]

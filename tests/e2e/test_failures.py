@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 from benchmarks.deployment import ADMIN, HANSE, Deployment, deployment
 
 from hanse.codes import CODES
+from hanse.identity.authorities import Authority
+from hanse.identity.certificates import Identity
 
 JOB = Path(__file__).parent / "failing"
 BROKEN = "site-2"
@@ -88,6 +91,48 @@ def test_failure_at_one_client_is_told_at_once_with_code_client_log_and_advice(b
     assert f"at         {BROKEN}{f' ({cause})' if cause else ''}\n" in shown
     assert f"(hanse explain {cause or code})" in shown
     assert f"log        its last lines at {BROKEN}:\n" in shown
+
+
+@pytest.mark.slow
+def test_certificate_that_expires_at_one_client_is_told_at_the_server_and_there() -> None:
+    with deployment(settings="settings = { heartbeat_s = 1.0 }") as running:
+        certify_for(running, BROKEN, timedelta(seconds=25))  # time enough to register on a busy machine
+        gate = running.root / "gate"
+        os.mkfifo(gate)
+        running.start("server", "site-1")
+        job = submitted(running, "wait", HANSE_TEST_GATE=str(gate))
+        with gate.open("wb"):  # from here on the client is in the middle of its training
+            assert running.processes[BROKEN].wait(60) == 5
+            ended = json.loads(hanse(running, "job", "wait", job, "--format", "json").stdout)
+        listed = hanse(running, "client", "list").stdout
+        next_job = running.hanse("job", "submit", str(JOB))["job_id"]
+        (waiting,) = running.hanse("job", "show", next_job)["waiting"]
+        told = running.log(BROKEN).read_text().splitlines()[-1]
+
+    because = "its certificate expired on "
+    assert (ended["state"], ended["code"], ended["client"]) == ("failed", "too-few-clients", BROKEN)
+    assert ended["cause"] == "certificate-expired"
+    assert f"{BROKEN} was not connected for 3 s: {because}" in ended["reason"]
+    assert ended["advice"] == CODES["certificate-expired"].advice
+    assert any(line.startswith(BROKEN) and because in line for line in listed.splitlines())
+    assert f"{BROKEN} is not connected: {because}" in waiting["what"]
+    assert told.startswith("hanse: the certificate of 'site-2' expired on ")
+    assert told.endswith(" [certificate-expired]")
+
+
+def certify_for(running: Deployment, name: str, lifetime: timedelta) -> None:
+    """Give a client another certificate for the key that it has, which lasts for *lifetime* from now."""
+    kit = running.kit(name)
+    identity = Identity.load(kit / "cert.pem", kit / "key.pem")
+    certificate = Authority.load(running.kit("authority")).issue(
+        name=name,
+        organisation=identity.organisation,
+        role=identity.role,
+        public_key=identity.key.public_key(),
+        now=datetime.now(UTC),
+        lifetime=lifetime,
+    )
+    (kit / "cert.pem").write_bytes(certificate)
 
 
 def test_running_job_says_for_whom_it_waits_until_when_and_what_then(broken: Deployment, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import msgspec
 
 from hanse.cell.cell import Cell, Handler
 from hanse.cell.frames import MAX_PAYLOAD_BYTES
+from hanse.coordination.certificates import expired_text
 from hanse.coordination.policy import demand_abort
 from hanse.errors import HanseError, NotFound, ProtocolError, Unauthenticated
 from hanse.ids import NAME_RULE, ClientName, Fqcn, JobId, is_name
@@ -185,6 +186,7 @@ class _Desk:
         clients = []
         for client in sorted(self._server.get_all_clients().values(), key=lambda each: each.name):
             resources, release = client.props.get("resources"), client.props.get("release")
+            ends_at, remark = self._server.clients.certificate_of(client.name)
             clients.append(
                 RegisteredClient(
                     name=client.name,
@@ -193,11 +195,19 @@ class _Desk:
                     jobs=tuple(job.job_id for job in running if client.name in job.clients),
                     resources=resources if isinstance(resources, Resources) else Resources(),
                     release=release if isinstance(release, str) else "",
+                    certificate_ends_at=ends_at,
+                    remark=remark,
                 )
             )
         disabled = await self._server.jobs.services.store.disabled_clients()
         refused = tuple(each for each in self._server.refused.views() if each.name not in disabled)
-        return ok(ClientList(tuple(clients), disabled, refused))
+        registered = {client.name for client in clients}
+        expired = {
+            str(name): expired_text(ended_at)
+            for name, ended_at in self._server.clients.expired().items()
+            if name not in registered and name not in disabled
+        }
+        return ok(ClientList(tuple(clients), disabled, refused, expired))
 
     async def _disable(self, message: Message) -> None:
         request, who = expect(message, DisableClient), _asker(message)

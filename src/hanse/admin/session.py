@@ -241,17 +241,21 @@ class AdminSession:
 
     # clients and the server
 
+    async def client_list(self) -> ClientList:
+        """Return all that the server says of its clients: who is registered, and who cannot be, and why."""
+        return await self._ask("client.list", ListClients(), ClientList)
+
     async def clients(self) -> tuple[RegisteredClient, ...]:
         """Return the registered clients, by name."""
-        return (await self._ask("client.list", ListClients(), ClientList)).clients
+        return (await self.client_list()).clients
 
     async def disabled_clients(self) -> dict[str, str]:
         """Return the names of the clients that are refused, each with the reason."""
-        return (await self._ask("client.list", ListClients(), ClientList)).disabled
+        return (await self.client_list()).disabled
 
     async def refused_clients(self) -> tuple[RefusedClient, ...]:
         """Return who was refused lately, by the names that they gave, and why; none that is disabled."""
-        return (await self._ask("client.list", ListClients(), ClientList)).refused
+        return (await self.client_list()).refused
 
     async def disable(self, client: str) -> None:
         """Refuse *client* from now on."""
@@ -520,6 +524,10 @@ class BlockingAdminSession:
     def download(self, job_id: str, path: Path) -> JobView:
         """Write the model that the job resulted in to *path*."""
         return run(self._session.download(job_id, path))
+
+    def client_list(self) -> ClientList:
+        """Return all that the server says of its clients: who is registered, and who cannot be, and why."""
+        return run(self._session.client_list())
 
     def clients(self) -> tuple[RegisteredClient, ...]:
         """Return the registered clients."""

@@ -29,32 +29,32 @@ FAREWELL_S: Final = 1.0
 Transport: TypeAlias = Literal["mtls", "tls", "plain", "unix", "memory"]
 
 
-@dataclass(slots=True, eq=False)
-class Peer:
-    """Who is at the other end of a link, as far as it is known.
-
-    ``kind`` and ``role`` are what whoever authorized the peer says it is (``hanse.coordination.policy``);
-    ``certificate_name`` is the name in the certificate that TLS verified. ``proven`` says whether it has shown that it
-    is ``fqcn``: until then it can be answered, but what is addressed to ``fqcn`` does not go to it. ``routes`` marks
-    the one peer that may pass on others' frames: the server, as its clients see it.
-    """
-
-    fqcn: Fqcn
-    kind: str
-    transport: Transport
-    certificate_name: str | None = None
-    credentials: Credentials | None = None
-    role: str = ""
-    proven: bool = True
-    routes: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class PeerCertificate:
     """The certificate that a peer showed and TLS verified."""
 
     common_name: str
     pem: bytes
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """Who is at the other end of a link, as far as it is known.
+
+    ``kind`` and ``role`` are what whoever authorized the peer says it is (``hanse.coordination.policy``);
+    ``certificate`` is the one that TLS verified. ``proven`` says whether it has shown that it is ``fqcn``: until then
+    it can be answered, but what is addressed to ``fqcn`` does not go to it. ``routes`` marks the one peer that may pass
+    on others' frames: the server, as its clients see it.
+    """
+
+    fqcn: Fqcn
+    kind: str
+    transport: Transport
+    certificate: PeerCertificate | None = None
+    credentials: Credentials | None = None
+    role: str = ""
+    proven: bool = True
+    routes: bool = False
 
 
 class Pipe(Protocol):

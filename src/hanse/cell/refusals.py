@@ -25,6 +25,7 @@ RETURN_CODES: Final[Mapping[type[HanseError], ReturnCode]] = {
     errors.Conflict: ReturnCode.CONFLICT,
     errors.AccessError: ReturnCode.UNAUTHORIZED,
     errors.Unauthenticated: ReturnCode.UNAUTHENTICATED,
+    errors.CertificateExpired: ReturnCode.UNAUTHENTICATED,
     errors.Unauthorized: ReturnCode.UNAUTHORIZED,
     errors.NotInService: ReturnCode.COMM_ERROR,
     errors.SiteError: ReturnCode.REFUSED,

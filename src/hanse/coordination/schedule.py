@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
+from hanse.coordination.certificates import NOBODY, with_expired
 from hanse.errors import Conflict
 from hanse.ids import ClientName, JobId
 from hanse.job import JobRecord, JobSpec, JobState, Resources
@@ -19,6 +20,9 @@ from hanse.job import JobRecord, JobSpec, JobState, Resources
 NAMES_SHOWN: Final = 5
 # Shares of a CPU are decimal fractions: 0.3 less two jobs of 0.1 must leave enough for a third.
 _ROUNDING: Final = 1e-9
+_NOT_REGISTERED: Final = "is not registered"
+_NOT_CONNECTED: Final = "is not connected"
+_ABSENCES: Final = (_NOT_REGISTERED, _NOT_CONNECTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +68,23 @@ def decide(
     max_running_jobs: int,
     min_registered: int,
     now_s: float,
+    expired: Mapping[ClientName, float] = NOBODY,
 ) -> Decision:
-    """Return what becomes of the submitted *job* at POSIX time *now_s*.
+    """Return what becomes of the submitted *job* at POSIX time *now_s*; some clients' certificates have *expired*.
 
     Raises:
         Conflict: the job is not submitted, but scheduled, running or ended.
     """
     if job.state is not JobState.SUBMITTED:
         raise Conflict(f"job {job.job_id}", state=job.state.value, wanted=JobState.SCHEDULED.value)
-    reason = _crowded(running_jobs, max_running_jobs) or _too_few_registered(len(clients), min_registered)
+    reason = _crowded(running_jobs, max_running_jobs) or _too_few_registered(clients, min_registered, expired)
     if not reason:
-        obstacles = {c.name: _obstacle(c, job.spec) for c in clients if _is_meant(c.name, job.spec)}
+        obstacles = dict.fromkeys(expired, _NOT_REGISTERED) | {c.name: _obstacle(c, job.spec) for c in clients}
+        obstacles = {
+            name: with_expired(obstacle, name, expired) if obstacle in _ABSENCES else obstacle
+            for name, obstacle in obstacles.items()
+            if _is_meant(name, job.spec)
+        }
         able = sorted(name for name, obstacle in obstacles.items() if not obstacle)
         reason = _required_missing(job.spec, obstacles) or _too_few_able(job.spec, able, obstacles)
         if not reason:
@@ -93,6 +103,7 @@ def plan(
     max_running_jobs: int,
     min_registered: int,
     now_s: float,
+    expired: Mapping[ClientName, float] = NOBODY,
 ) -> dict[JobId, Decision]:
     """Return what becomes of each of the submitted *jobs*, in the order in which they were submitted.
 
@@ -110,6 +121,7 @@ def plan(
             max_running_jobs=max_running_jobs,
             min_registered=min_registered,
             now_s=now_s,
+            expired=expired,
         )
         decisions[job.job_id] = decision
         if isinstance(decision, Start):
@@ -147,15 +159,17 @@ def _crowded(running_jobs: int, max_running_jobs: int) -> str:
     return f"{_count(running_jobs, 'job')} running, and the server runs at most {max_running_jobs} at a time"
 
 
-def _too_few_registered(registered: int, min_registered: int) -> str:
-    if registered >= min_registered:
+def _too_few_registered(clients: Sequence[Candidate], min_registered: int, expired: Mapping[ClientName, float]) -> str:
+    if len(clients) >= min_registered:
         return ""
-    return f"{_count(registered, 'client')} registered, and the server waits for {min_registered}"
+    missing = sorted(expired.keys() - {client.name for client in clients})
+    because = f" ({_listed([with_expired(name, name, expired) for name in missing])})" if missing else ""
+    return f"{_count(len(clients), 'client')} registered, and the server waits for {min_registered}{because}"
 
 
 def _required_missing(spec: JobSpec, obstacles: Mapping[ClientName, str]) -> str:
     missing = [
-        f"{name} {obstacles.get(name, 'is not registered')}"
+        f"{name} {obstacles.get(name, _NOT_REGISTERED)}"
         for name in sorted(spec.required_clients)
         if obstacles.get(name, "missing")
     ]
@@ -166,7 +180,7 @@ def _too_few_able(spec: JobSpec, able: Sequence[ClientName], obstacles: Mapping[
     if len(able) >= spec.min_clients:
         return ""
     reasons = [f"{name} {obstacle}" for name, obstacle in sorted(obstacles.items()) if obstacle]
-    reasons += [f"{name} is not registered" for name in sorted(set(spec.clients) - set(obstacles))]
+    reasons += [f"{name} {_NOT_REGISTERED}" for name in sorted(set(spec.clients) - set(obstacles))]
     because = f": {_listed(reasons)}" if reasons else ""
     return f"{len(able)} of the {spec.min_clients} clients that the job needs can take it{because}"
 
@@ -177,7 +191,7 @@ def _is_meant(name: ClientName, spec: JobSpec) -> bool:
 
 def _obstacle(client: Candidate, spec: JobSpec) -> str:
     if not client.connected:
-        return "is not connected"
+        return _NOT_CONNECTED
     asked, free = spec.resources, client.free
     short = [
         f"{has:g} of {wants:g} {unit} free"

@@ -5,12 +5,13 @@ in as the owner has them, POSIX seconds for what is stored and monotonic seconds
 go out as POSIX seconds.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from hanse.coordination.runs import Run
+from hanse.coordination.certificates import NOBODY, with_expired
+from hanse.coordination.runs import ClientState, Run
 from hanse.coordination.schedule import Wait
 from hanse.ids import ClientName
 from hanse.job import JobRecord
@@ -136,9 +137,14 @@ def waiting_of_taking_up(taking_up: TakingUp) -> tuple[Waiting, ...]:
     return (Waiting(what, since=taking_up.since, then="the run goes on from its last committed round"),)
 
 
-def views_of(run: Run, *, now: float, wall: float) -> tuple[ClientView, ...]:
-    """Return the clients of *run* as they stand at monotonic time *now*, which is POSIX time *wall*."""
-    return tuple(_view(run, client, lambda at: wall - (now - at)) for client in run.clients)
+def views_of(
+    run: Run, *, expired: Mapping[ClientName, float] = NOBODY, now: float, wall: float
+) -> tuple[ClientView, ...]:
+    """Return the clients of *run* as they stand at monotonic time *now*, which is POSIX time *wall*.
+
+    Of one that is not there and whose certificate has *expired*, that is why.
+    """
+    return tuple(_view(run, client, expired, lambda at: wall - (now - at)) for client in run.clients)
 
 
 def waiting_of_running(
@@ -147,6 +153,7 @@ def waiting_of_running(
     asks: Sequence[Ask],
     process: RunProcess,
     store: StoreTrouble | None = None,
+    expired: Mapping[ClientName, float] = NOBODY,
     now: float,
     wall: float,
 ) -> tuple[Waiting, ...]:
@@ -154,7 +161,8 @@ def waiting_of_running(
 
     That is the store while it fails, its own process while that is started, and for each kind of task that is out those
     clients that have not answered. Where nothing is out, its own process works. Tasks that were asked one by one are
-    told together: since the first of them was issued, until the first of them is given up.
+    told together: since the first of them was issued, until the first of them is given up. The certificates of some
+    clients have *expired*.
     """
     if run.has_ended:
         return ()
@@ -166,7 +174,7 @@ def waiting_of_running(
     if store is not None:
         what = f"the server's store, which fails ({store.reason})"
         found.append(Waiting(what, since=posix(store.since), then="the run goes on as soon as the store does"))
-    tasks = _waiting_for_answers(run, asks, posix)
+    tasks = _waiting_for_answers(run, asks, expired, posix)
     if process.phase is not Phase.WORKING or not tasks:
         found.append(_waiting_for_process(run, process, posix))
     return (*found, *tasks)
@@ -197,15 +205,19 @@ def _doing(run: Run) -> str:
     return f"prepares round {run.round}" if run.round else "makes the initial model"
 
 
-def _waiting_for_answers(run: Run, asks: Sequence[Ask], posix: Callable[[float], float]) -> tuple[Waiting, ...]:
+def _waiting_for_answers(
+    run: Run, asks: Sequence[Ask], expired: Mapping[ClientName, float], posix: Callable[[float], float]
+) -> tuple[Waiting, ...]:
     groups: dict[tuple[int, str, str], list[Ask]] = {}
     for ask in asks:
         if open_keys := _open_keys(ask, run):
             groups.setdefault((open_keys[0].round, open_keys[0].name, ask.then), []).append(ask)
-    return tuple(_waiting_for_tasks(run, group, posix) for _, group in sorted(groups.items()))
+    return tuple(_waiting_for_tasks(run, group, expired, posix) for _, group in sorted(groups.items()))
 
 
-def _waiting_for_tasks(run: Run, group: Collection[Ask], posix: Callable[[float], float]) -> Waiting:
+def _waiting_for_tasks(
+    run: Run, group: Collection[Ask], expired: Mapping[ClientName, float], posix: Callable[[float], float]
+) -> Waiting:
     asked = {key.client for ask in group for key in ask.keys}
     missing = sorted({key.client for ask in group for key in _open_keys(ask, run)})
     first = min(group, key=lambda ask: ask.since)
@@ -213,16 +225,20 @@ def _waiting_for_tasks(run: Run, group: Collection[Ask], posix: Callable[[float]
     clients = f"{len(missing)} of {len(asked)} client{'s' if len(asked) > 1 else ''}"
     return Waiting(
         what=f"answers to {key.name!r} of round {key.round} from {clients}",
-        whom=tuple(_view(run, client, posix) for client in missing),
+        whom=tuple(_view(run, client, expired, posix) for client in missing),
         since=posix(first.since),
         until=min((posix(ask.until) for ask in group if ask.until is not None), default=0.0),
         then=first.then,
     )
 
 
-def _view(run: Run, client: ClientName, posix: Callable[[float], float]) -> ClientView:
+def _view(
+    run: Run, client: ClientName, expired: Mapping[ClientName, float], posix: Callable[[float], float]
+) -> ClientView:
     part = run.participant(client)
-    return ClientView(part.name, part.state.value, part.reason, posix(part.since), part.attempt)
+    is_away = part.state in (ClientState.SUSPECT, ClientState.LOST)
+    reason = with_expired(part.reason, client, expired) if is_away else part.reason
+    return ClientView(part.name, part.state.value, reason, posix(part.since), part.attempt)
 
 
 def _open_keys(ask: Ask, run: Run) -> tuple[TaskKey, ...]:

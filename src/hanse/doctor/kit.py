@@ -9,6 +9,7 @@ from typing import Final, TypeVar
 
 from cryptography import x509
 
+from hanse.coordination.certificates import ENDS_SOON_S
 from hanse.doctor.findings import Check, Finding, fail, ok, skip, warn
 from hanse.errors import ConfigError, HanseError, Unauthenticated
 from hanse.identity.certificates import Subject, parse_certificate, read_key, require_valid_at
@@ -17,7 +18,7 @@ from hanse.identity.private_files import read_file, require_private
 from hanse.identity.project import AnySettings
 from hanse.settings import SETTINGS_FILE, AdminSettings, ClientSettings, ServerSettings, read
 
-EXPIRES_SOON: Final = timedelta(days=30)
+EXPIRES_SOON: Final = timedelta(seconds=ENDS_SOON_S)
 """How long before its end a certificate is warned of."""
 
 _WHAT: Final = {ServerSettings: "the server", ClientSettings: "a client", AdminSettings: "an administrator"}

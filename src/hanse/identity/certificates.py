@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from hanse.errors import ConfigError, Unauthenticated
+from hanse.errors import CertificateExpired, ConfigError, Unauthenticated
 from hanse.identity.private_files import read_file
 from hanse.ids import NAME_RULE, is_name
 
@@ -193,8 +193,9 @@ class Identity:
 class CertifiedName:
     """What a verified certificate proves of its holder.
 
-    ``fingerprint`` is SHA-256 of the certificate in hex, for people and logs. It is no handle to block somebody by: an
-    ECDSA signature can be written in more ways than one, so the same certificate can have another fingerprint.
+    ``expires`` is aware. ``fingerprint`` is SHA-256 of the certificate in hex, for people and logs. It is no handle to
+    block somebody by: an ECDSA signature can be written in more ways than one, so the same certificate can have another
+    fingerprint.
     """
 
     name: str
@@ -202,6 +203,7 @@ class CertifiedName:
     role: str
     public_key: PublicKey
     fingerprint: str
+    expires: datetime
 
 
 def verify_certificate(
@@ -236,6 +238,7 @@ def verify_certificate(
         role=holder.role,
         public_key=public_key,
         fingerprint=certificate.fingerprint(hashes.SHA256()).hex(),
+        expires=certificate.not_valid_after_utc,
     )
 
 
@@ -332,11 +335,11 @@ def require_valid_at(certificate: x509.Certificate, now: datetime, *, holder: st
     """Return if *certificate* is valid at *now*; *holder* is whom the error names.
 
     Raises:
-        Unauthenticated: it has expired, or is not valid yet.
+        CertificateExpired: it has expired.
+        Unauthenticated: it is not valid yet.
     """
     if now > certificate.not_valid_after_utc:
-        when = f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
-        raise Unauthenticated(f"the certificate of {holder!r} expired on {when}; ask the project for a new one")
+        raise CertificateExpired(holder, since=certificate.not_valid_after_utc)
     if now < certificate.not_valid_before_utc:
         when = f"{certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
         raise Unauthenticated(f"the certificate of {holder!r} is not valid before {when}; compare the clocks")

@@ -24,6 +24,7 @@ from typing import Any, Final
 import msgspec
 
 from hanse.cell.cell import Cell, RemoteError
+from hanse.coordination.certificates import with_expired
 from hanse.coordination.runs import Accepted, ClientState, Duplicate, GiveUp, Restart, Run, Stale, after_death
 from hanse.coordination.waiting import (
     Ask,
@@ -36,6 +37,7 @@ from hanse.coordination.waiting import (
     with_issue,
 )
 from hanse.errors import (
+    CertificateExpired,
     Conflict,
     HanseError,
     InternalError,
@@ -124,7 +126,10 @@ PROCESS_MODULE: Final = "hanse.server.job_process"
 
 @dataclass(frozen=True, slots=True)
 class RunServices:
-    """What a run uses of its server; ``credentials`` makes those of one job's cell."""
+    """What a run uses of its server.
+
+    ``credentials`` makes those of one job's cell; ``expired`` tells the clients whose certificate has ended, and when.
+    """
 
     project: str
     epoch: int
@@ -137,6 +142,7 @@ class RunServices:
     wall: Callable[[], float]
     run_url: str
     check_frequency_s: float = 3.0
+    expired: Callable[[], Mapping[ClientName, float]] = dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -765,10 +771,13 @@ class ActiveRun:
 
     def lose(self, lost_after_s: float) -> None:
         """Tell the run of the clients that are lost by now."""
+        expired = self._services.expired()
         for client in self.run.lost(self._services.now(), lost_after_s):
-            self._log.warning("client lost", extra={"client": client})
-            self._troubles[client] = Trouble(CLIENT_LOST, self.log_tail(client))
-            self._changed(client, "lost", reason=f"{client} was not connected for {lost_after_s:g} s")
+            reason = with_expired(f"{client} was not connected for {lost_after_s:g} s", client, expired)
+            self._log.warning("client lost", extra={"client": client, "reason": reason})
+            code = CertificateExpired.code if client in expired else CLIENT_LOST
+            self._troubles[client] = Trouble(code, self.log_tail(client))
+            self._changed(client, "lost", reason=reason)
 
     def heard(self, client: ClientName, *, reported: bool, dead: bool) -> None:
         """Take note of *client*'s heartbeat: whether it *reported* this job, or has lost it since (*dead*)."""
@@ -862,13 +871,15 @@ class ActiveRun:
             asks=self._asks,
             process=self._process,
             store=self._store_trouble,
+            expired=self._services.expired(),
             now=self._services.now(),
             wall=self._services.wall(),
         )
 
     def views(self) -> tuple[ClientView, ...]:
         """Return the run's clients as they stand now, for people."""
-        return views_of(self.run, now=self._services.now(), wall=self._services.wall())
+        services = self._services
+        return views_of(self.run, expired=services.expired(), now=services.now(), wall=services.wall())
 
     def store_failed(self, failed: StoreFailed) -> None:
         """Take note that the store, or the disk with the tensors, did not do what this run needs; from any thread."""

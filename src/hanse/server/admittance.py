@@ -64,6 +64,8 @@ class Admittance:
     disabled: Callable[[ClientName], str | None]
     revoked: Callable[[Token], bool]
     left: Callable[[ClientName], bool]
+    certified: Callable[[Peer], None]
+    """Raises ``CertificateExpired`` for a client or an administrator whose certificate has ended since it came."""
     alive: Callable[[JobId], None]
     """Raises ``NotFound`` for a job that is known not to run."""
     job_cell_of: Callable[[bytes], Fqcn] | None = None
@@ -82,13 +84,14 @@ class Admittance:
         if hello.project != self.project:
             raise Unauthenticated(wrong_project(hello.project, self.project))
         participant, job_id = split_cell(hello.fqcn)
-        name = None if certificate is None else self._certified(certificate, hello.fqcn, participant)
+        if certificate is not None:
+            self._demand_certified(certificate, hello.fqcn, participant)
         if hello.credentials is None:
             if participant == SERVER:
                 raise Unauthenticated(f"{hello.fqcn!r} is the server's own name; a client needs another")
-            return Peer(hello.fqcn, PeerKind.ANONYMOUS.value, transport, certificate_name=name, proven=False)
+            return Peer(hello.fqcn, PeerKind.ANONYMOUS.value, transport, certificate=certificate, proven=False)
         info = self._verified(hello.credentials)
-        peer = Peer(hello.fqcn, "", transport, certificate_name=name, credentials=hello.credentials)
+        peer = Peer(hello.fqcn, "", transport, certificate=certificate, credentials=hello.credentials)
         if info.job_id is not None:
             return self._job_peer(peer, info.job_id, participant, transport)
         if hello.credentials.name != participant:
@@ -108,7 +111,7 @@ class Admittance:
         Raises:
             NotInService: this server serves nobody now.
             Unauthorized: a peer of that kind, or an administrator of that role, may not ask this.
-            Unauthenticated: its token has expired or was revoked, or its client has quit.
+            Unauthenticated: its certificate or its token has expired, the token was revoked, or its client has quit.
         """
         del message
         self.serving()
@@ -122,6 +125,8 @@ class Admittance:
         if is_process and job_id is not None and topic == (Channel.SERVER, "renew"):
             self.alive(job_id)  # a token is for its job, and must not outlive it
         if peer.credentials is not None and peer.transport != "unix" and topic not in UNEXPIRING:
+            if peer.kind in (PeerKind.CLIENT, PeerKind.ADMIN):
+                self.certified(peer)  # before the token, which has ended with it, and would be the lesser reason
             refuse_expired(parse_token(peer.credentials.token), now_s=self.wall())
             refuse_revoked(peer.credentials.token, self.revoked)
 
@@ -169,15 +174,14 @@ class Admittance:
                 doing = f"{'write' if write else 'read'} tensors of {scope!r:.80}"
                 raise Unauthorized(peer.fqcn, doing, needs="to take part in that job, or a role that may see it")
 
-    def _certified(self, certificate: PeerCertificate, fqcn: Fqcn, participant: str) -> str:
-        """Return the name that TLS proved: the participant's, or that of its job's process."""
+    def _demand_certified(self, certificate: PeerCertificate, fqcn: Fqcn, participant: str) -> None:
+        """Let *fqcn* pass if TLS proved that name: the participant's, or that of its job's process."""
         name = certificate.common_name
         if name not in (participant, fqcn) and self.job_cell_of is not None:
             with suppress(Unauthenticated):  # then it is a participant's, and the refusal below says whose
                 name = self.job_cell_of(certificate.pem)
         if name not in (participant, fqcn):
             raise Unauthenticated(f"the certificate is for {name!r}, not for {fqcn!r}")
-        return name
 
     def _verified(self, credentials: Credentials) -> TokenInfo:
         return verified_token(self.signer, credentials, now_s=self.wall(), is_revoked=self.revoked)

@@ -53,6 +53,8 @@ class BaseServer(ABC):
 
     clock: Callable[[], float] = staticmethod(time.monotonic)
     """The monotonic clock, in seconds; a test may set its own before anything registers."""
+    wall: Callable[[], float] = staticmethod(time.time)
+    """The time of day in POSIX seconds, by which tokens and certificates end; a test may set its own."""
 
     def __init__(
         self,

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from hanse.cell.link import Peer
-from hanse.coordination.policy import ROLE_RIGHTS
+from hanse.coordination.certificates import CertificateEnds, remark_on
+from hanse.coordination.policy import ROLE_RIGHTS, PeerKind
 from hanse.coordination.registry import Presence, Registry
 from hanse.coordination.schedule import Candidate, free_resources
 from hanse.errors import Unauthenticated
 from hanse.identity.authorities import JobAuthority
+from hanse.identity.certificates import one_certificate
 from hanse.identity.tokens import CLIENT_SCOPE, TokenInfo, TokenSigner, admin_scope, job_scope, new_token
 from hanse.ids import NAME_RULE, SERVER, ClientName, Fqcn, JobId, Ssid, Token, is_name, split_cell
 from hanse.job import JobRecord, Resources
@@ -79,6 +81,8 @@ class Clients:
         self.identities = Identities(TokenSigner.from_secret(secrets.token_bytes(32)))
         self.lifetimes = Lifetimes()
         self._left: set[ClientName] = set()
+        # A name may be a client's and an administrator's.
+        self._certificates, self._admins_certificates = CertificateEnds(), CertificateEnds()
 
     # identification
 
@@ -107,7 +111,9 @@ class Clients:
             return _claimed_role(register)
         wall = datetime.fromtimestamp(self._wall(), UTC)
         with self._lock:
-            return identification.identify(origin, register, now=self._clock(), wall=wall).role
+            certified = identification.identify(origin, register, now=self._clock(), wall=wall)
+            self._note_end(self._ends_of(certified.role), certified.name, certified.expires)
+        return certified.role
 
     # who comes and goes
 
@@ -118,34 +124,41 @@ class Clients:
             Unauthenticated: full, disabled, or no client's name.
         """
         name = ClientName(register.client)
-        token = self._new_token(CLIENT_SCOPE)
         props = _props_of(register)
         with self._lock:
+            lifetime_s = self._lifetime_s(self._certificates, name)
+            token = self._new_token(CLIENT_SCOPE, lifetime_s)
             registration = self._registry.register(name, token, fqcn=Fqcn(name), now=self._clock(), props=props)
             self._left.discard(name)
         _log.info("client registered", extra={"client": name})
-        return self._given(token, name, "client"), registration.replaced
+        return self._given(token, name, "client", lifetime_s), registration.replaced
 
     def log_in(self, register: Register, role: str) -> Registered:
         """Return an identified administrator's token; *role* is ``admin:<role>``."""
         _log.info("administrator logged in", extra={"admin": register.client, "role": role})
-        return self._given(self._new_token(admin_scope(role.partition(":")[2] or "member")), register.client, role)
+        with self._lock:
+            lifetime_s = self._lifetime_s(self._admins_certificates, register.client)
+        token = self._new_token(admin_scope(role.partition(":")[2] or "member"), lifetime_s)
+        return self._given(token, register.client, role, lifetime_s)
 
     def renew(self, peer: Peer) -> Registered:
         """Return a fresh token for *peer*, of the same scope, and bind it to its stream.
 
         Raises:
-            Unauthenticated: it has no token, or none that still counts.
+            Unauthenticated: it has no token, none that still counts, or a certificate that has ended.
         """
         old = peer.credentials
         if old is None:
             raise Unauthenticated("only who has a token can renew it")
-        info = self._verified(old)
-        token = self._new_token(info.scope)
-        if info.scope == CLIENT_SCOPE:
-            with self._lock:
+        lifetime_s = self.lifetimes.token_s
+        with self._lock:
+            if peer.kind in (PeerKind.CLIENT, PeerKind.ADMIN):  # a job's process has a certificate of the server's
+                lifetime_s = self._lifetime_s(self._ends_of(peer.kind), old.name)
+            info = self._verified(old)
+            token = self._new_token(info.scope, lifetime_s)
+            if info.scope == CLIENT_SCOPE:
                 self._registry.renew(old.token, token, now=self._clock())
-        given = self._given(token, old.name, peer.role)
+        given = self._given(token, old.name, peer.role, lifetime_s)
         peer.credentials = Credentials(old.name, token, given.token_signature, given.ssid)
         return given
 
@@ -244,6 +257,34 @@ class Clients:
 
     # who is there
 
+    def shown(self, peer: Peer) -> None:
+        """Note when the certificate ends that a client's or administrator's stream was opened with, if it was."""
+        if peer.certificate is None:
+            return
+        expires = one_certificate(peer.certificate.pem).not_valid_after_utc
+        with self._lock:
+            self._note_end(self._ends_of(peer.kind), split_cell(peer.fqcn)[0], expires)
+
+    def demand_certified(self, peer: Peer) -> None:
+        """Let a client or an administrator pass whose certificate has not ended.
+
+        Raises:
+            CertificateExpired: it has.
+        """
+        with self._lock:
+            self._ends_of(peer.kind).demand_valid(split_cell(peer.fqcn)[0], self._wall())
+
+    def expired(self) -> dict[ClientName, float]:
+        """Return the clients, registered or not, whose certificate has ended, each with when (POSIX seconds)."""
+        with self._lock:
+            return self._certificates.ended(self._wall())
+
+    def certificate_of(self, name: ClientName) -> tuple[float, str]:
+        """Return when *name*'s certificate ends (POSIX seconds, 0: not known), and what people should know of that."""
+        with self._lock:
+            ends_at = self._certificates.of(name)
+        return ends_at or 0.0, remark_on(ends_at, self._wall())
+
     def stream_up(self, peer: Peer) -> bool:
         """Note that the client's stream is up; return whether it had been away."""
         with self._lock:
@@ -259,7 +300,12 @@ class Clients:
         """Return the clients as the schedule sees them; *taken* tells the jobs that run at one."""
         with self._lock:
             clients = list(self._registry.snapshot().values())
-            connected = {c.name for c in clients if self._registry.presence(c.name) is Presence.CONNECTED}
+            expired = self._certificates.ended(self._wall())
+            connected = {
+                client.name
+                for client in clients
+                if self._registry.presence(client.name) is Presence.CONNECTED and client.name not in expired
+            }
         found = []
         for client in clients:
             jobs = taken(client.name)
@@ -279,7 +325,7 @@ class Clients:
 
     def job_credentials(self, fqcn: Fqcn, job_id: JobId) -> JobCredentials:
         """Return what a job's process needs to be the cell *fqcn*; with TLS, a client's has its own certificate."""
-        token = self._new_token(job_scope(job_id))
+        token = self._new_token(job_scope(job_id), self.lifetimes.token_s)
         credentials = Credentials(fqcn, token, self.identities.signer.sign(fqcn, token), self._session())
         authority = self.identities.job_authority
         if authority is None or split_cell(fqcn)[0] == SERVER:
@@ -298,12 +344,23 @@ class Clients:
             raise Unauthenticated("this server has issued no certificates for jobs")
         return authority.verify(certificate, now=datetime.fromtimestamp(self._wall(), UTC))
 
-    def _given(self, token: Token, name: str, role: str) -> Registered:
+    def _ends_of(self, role: str) -> CertificateEnds:
+        return self._admins_certificates if role.partition(":")[0] == PeerKind.ADMIN else self._certificates
+
+    def _note_end(self, ends: CertificateEnds, name: str, expires: datetime) -> None:
+        is_new = ends.note(name, expires.timestamp())
+        if is_new and (remark := remark_on(expires.timestamp(), self._wall())):
+            _log.warning("a participant needs a new certificate", extra={"participant": name, "reason": remark})
+
+    def _lifetime_s(self, ends: CertificateEnds, name: str) -> float:
+        return ends.token_lifetime_s(name, longest_s=self.lifetimes.token_s, now_s=self._wall())
+
+    def _given(self, token: Token, name: str, role: str, lifetime_s: float) -> Registered:
         return Registered(
             token=token,
             token_signature=self.identities.signer.sign(name, token),
             ssid=self._session(),
-            expires_in_s=self.lifetimes.token_s,
+            expires_in_s=lifetime_s,
             heartbeat_s=self.lifetimes.heartbeat_s,
             role=role,
         )
@@ -313,8 +370,8 @@ class Clients:
             self.identities.signer, credentials, now_s=self._wall(), is_revoked=self._registry.is_revoked
         )
 
-    def _new_token(self, scope: str) -> Token:
-        return new_token(now_s=self._wall(), lifetime_s=self.lifetimes.token_s, scope=scope)
+    def _new_token(self, scope: str, lifetime_s: float) -> Token:
+        return new_token(now_s=self._wall(), lifetime_s=lifetime_s, scope=scope)
 
 
 def _props_of(told: Register | Heartbeat) -> dict[str, object]:

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import logging
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +34,16 @@ from hanse.coordination.service import (
     Verdict,
     refusal,
 )
-from hanse.errors import ConfigError, Conflict, HanseError, InternalError, NotInService, Unauthenticated, Unauthorized
+from hanse.errors import (
+    CertificateExpired,
+    ConfigError,
+    Conflict,
+    HanseError,
+    InternalError,
+    NotInService,
+    Unauthenticated,
+    Unauthorized,
+)
 from hanse.events import EventType, FLComponent, FLContext
 from hanse.identity.private_files import make_private_folder
 from hanse.ids import SERVER, ClientName, Fqcn, JobId, Ssid, split_cell
@@ -165,6 +173,7 @@ class FederatedServer(BaseServer):
             project=self.project_name,
             session=lambda: self._primacy.service.ssid,
             clock=lambda: self.clock(),
+            wall=lambda: self.wall(),
         )
         self._refused = RefusedPeers(lambda: self.clock())
         self._is_leaving = False
@@ -458,11 +467,12 @@ class FederatedServer(BaseServer):
         return Admittance(
             project=self.project_name,
             signer=self._clients.identities.signer,
-            wall=time.time,
+            wall=lambda: self.wall(),
             serving=self._primacy.demand_serving,
             admitting=self._demand_admitting,
             disabled=self._clients.disabled_because,
             revoked=self._clients.is_revoked,
+            certified=self._clients.demand_certified,
             left=self._clients.has_left,
             alive=self._demand_alive,
             job_cell_of=self._clients.job_cell_of,
@@ -474,7 +484,12 @@ class FederatedServer(BaseServer):
 
     def _gate(self, admittance: Admittance, peer: Peer, topic: Topic, message: Message) -> None:
         """Let *peer*'s message pass: who it is, what it may ask, and whether this service takes a contribution now."""
-        admittance.gate(peer, topic, message)
+        try:
+            admittance.gate(peer, topic, message)
+        except CertificateExpired as expired:
+            # Nothing more is to go to it either. Over TLS it cannot come back as it is, and is not heard of again.
+            self._drop_cell(peer.fqcn, expired)
+            raise
         if topic != (Channel.TASK, "result"):
             return
         verdict = self._primacy.service.verdict(RequestKind.SUBMIT)
@@ -516,9 +531,10 @@ class FederatedServer(BaseServer):
             cell=deployed.cell,
             launcher=deployed.launcher,
             credentials=self._clients.job_credentials,
+            expired=self._clients.expired,
             handlers=self._handlers,
             now=asyncio.get_running_loop().time,
-            wall=time.time,
+            wall=lambda: self.wall(),
             run_url=f"unix:{deployed.socket}",
             check_frequency_s=self.check_engine_frequency,
         )
@@ -634,6 +650,11 @@ class FederatedServer(BaseServer):
         self.jobs.failed_at(self._clients.named(participant).name, failure)
         return None
 
+    def _drop_cell(self, fqcn: Fqcn, error: HanseError) -> None:
+        """End the stream of *fqcn*, once what has just come on it is answered; from any thread."""
+        if self._deployed is not None:
+            background_loop().call_soon_threadsafe(self._deployed.cell.drop, fqcn, error)
+
     def _drop_cells_of(self, name: ClientName, error: HanseError, *, jobs_only: bool = False) -> None:
         """End the streams of client *name* and of its jobs' processes; from any thread."""
         if self._deployed is None:
@@ -674,6 +695,8 @@ class FederatedServer(BaseServer):
     # streams
 
     def _link_up(self, peer: Peer) -> None:
+        if peer.kind in (PeerKind.CLIENT, PeerKind.ADMIN):
+            self._clients.shown(peer)
         if peer.kind == PeerKind.CLIENT:
             self._refused.forget(peer.fqcn)
             self._note_stream(peer.fqcn)

@@ -290,6 +290,7 @@ class Jobs:
             max_running_jobs=self._limits.max_running_jobs,
             min_registered=self._limits.min_registered,
             now_s=now_s,
+            expired=self._clients.expired(),
         )
         self._waiting = postponed | {job_id: wait for job_id, wait in decisions.items() if isinstance(wait, Wait)}
         for record in submitted:

@@ -1,0 +1,88 @@
+"""When participants' certificates end, and what that means for whoever holds one.
+
+The server has seen each certificate: at registration, or when TLS verified it for a stream. TLS looks at the end of a
+certificate only when a connection opens, and of a peer that it refuses then the server hears nothing, not even the
+name; so what is known here is all that can be said of it. What is kept is when the last certificate of each name ends.
+Times are POSIX seconds.
+"""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Final
+
+from hanse.errors import CertificateExpired
+from hanse.ids import ClientName
+
+ENDS_SOON_S: Final = 30 * 86_400.0
+"""How long before its end a certificate is warned of."""
+
+NOBODY: Final[Mapping[ClientName, float]] = MappingProxyType({})
+"""No client's certificate has ended."""
+
+
+class CertificateEnds:
+    """When the certificates of some participants end, as far as they have been seen."""
+
+    def __init__(self) -> None:
+        self._ends: dict[str, float] = {}
+
+    def note(self, name: str, ends_at: float) -> bool:
+        """Remember that *name*'s present certificate ends at *ends_at*; return whether that is new."""
+        is_new = self._ends.get(name) != ends_at
+        self._ends[name] = ends_at
+        return is_new
+
+    def of(self, name: str) -> float | None:
+        """Return when *name*'s certificate ends; ``None`` when it has shown none."""
+        return self._ends.get(name)
+
+    def ended(self, now_s: float) -> dict[ClientName, float]:
+        """Return the names whose certificate has ended, each with when."""
+        return {ClientName(name): end for name, end in self._ends.items() if end <= now_s}
+
+    def token_lifetime_s(self, name: str, *, longest_s: float, now_s: float) -> float:
+        """Return how long a token of *name* may last: at most *longest_s*, and never beyond its certificate.
+
+        Raises:
+            CertificateExpired: that has ended.
+        """
+        self.demand_valid(name, now_s)
+        end = self._ends.get(name)
+        return longest_s if end is None else min(longest_s, end - now_s)
+
+    def demand_valid(self, name: str, now_s: float) -> None:
+        """Let *name* pass, unless its certificate has ended.
+
+        Raises:
+            CertificateExpired: it has.
+        """
+        end = self._ends.get(name)
+        if end is not None and end <= now_s:
+            raise CertificateExpired(name, since=datetime.fromtimestamp(end, UTC))
+
+
+def remark_on(ends_at: float | None, now_s: float) -> str:
+    """Return what people should know of a certificate that ends at *ends_at*; empty when it lasts for a while yet."""
+    if ends_at is None or ends_at - now_s > ENDS_SOON_S:
+        return ""
+    if ends_at <= now_s:
+        return expired_text(ends_at)
+    days = int((ends_at - now_s) // 86_400)
+    return f"its certificate expires on {_when(ends_at)}, in {days} days; ask the project for a new one"
+
+
+def expired_text(ended_at: float) -> str:
+    """Return what is said of a client whose certificate ended at *ended_at*."""
+    return f"its certificate expired on {_when(ended_at)}, and it cannot connect until it has a new one"
+
+
+def with_expired(reason: str, name: ClientName, expired: Mapping[ClientName, float]) -> str:
+    """Return *reason*, why *name* is not there, with that its certificate has *expired*, if it has."""
+    if name not in expired:
+        return reason
+    return f"{reason}: {expired_text(expired[name])}" if reason else expired_text(expired[name])
+
+
+def _when(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"

@@ -1,0 +1,85 @@
+"""When certificates end: what a token's life is bounded by, and what is said of one that has ended or will soon."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hanse.coordination.certificates import (
+    ENDS_SOON_S,
+    NOBODY,
+    CertificateEnds,
+    expired_text,
+    remark_on,
+    with_expired,
+)
+from hanse.errors import CertificateExpired
+from hanse.ids import ClientName
+
+END = 1_741_080_600.0  # 2025-03-04 09:30 UTC
+DAY = 86_400.0
+SITE = ClientName("site-1")
+
+
+def seen(*ends: tuple[str, float]) -> CertificateEnds:
+    certificates = CertificateEnds()
+    for name, end in ends:
+        certificates.note(name, end)
+    return certificates
+
+
+def test_a_name_passes_until_its_certificate_ends_and_not_from_then_on() -> None:
+    certificates = seen((SITE, END))
+    certificates.demand_valid(SITE, END - 0.001)
+    assert certificates.ended(END - 0.001) == {}
+
+    with pytest.raises(CertificateExpired, match=r"^the certificate of 'site-1' expired on 2025-03-04 09:30 UTC"):
+        certificates.demand_valid(SITE, END)
+    assert certificates.ended(END) == {SITE: END}
+
+
+def test_a_name_that_has_shown_no_certificate_passes() -> None:
+    certificates = seen(("site-2", END))
+    certificates.demand_valid(SITE, END + DAY)
+    assert certificates.of(SITE) is None
+    assert certificates.token_lifetime_s(SITE, longest_s=3600.0, now_s=END + DAY) == 3600.0
+
+
+def test_the_certificate_that_was_shown_last_counts() -> None:
+    certificates = seen((SITE, END))
+    assert not certificates.note(SITE, END)
+    assert certificates.note(SITE, END + DAY)
+    certificates.demand_valid(SITE, END)
+    assert certificates.of(SITE) == END + DAY
+
+
+@given(now_s=st.floats(END - 10 * DAY, END - 1e-3), longest_s=st.floats(1e-3, 20 * DAY))
+def test_no_token_outlives_its_certificate(now_s: float, longest_s: float) -> None:
+    lifetime_s = seen((SITE, END)).token_lifetime_s(SITE, longest_s=longest_s, now_s=now_s)
+    assert 0 < lifetime_s <= longest_s
+    assert now_s + lifetime_s <= END + 1e-6  # which is what a float of that size can tell
+
+
+def test_no_token_is_given_once_the_certificate_has_ended() -> None:
+    with pytest.raises(CertificateExpired):
+        seen((SITE, END)).token_lifetime_s(SITE, longest_s=3600.0, now_s=END)
+
+
+@pytest.mark.parametrize(
+    ("ends_at", "remark"),
+    [
+        (None, ""),
+        (END + ENDS_SOON_S + 1.0, ""),
+        (END + 9.5 * DAY, "its certificate expires on 2025-03-13 21:30 UTC, in 9 days; ask the project for a new one"),
+        (END, "its certificate expired on 2025-03-04 09:30 UTC, and it cannot connect until it has a new one"),
+    ],
+)
+def test_people_are_told_of_a_certificate_that_has_ended_or_will_soon(ends_at: float | None, remark: str) -> None:
+    assert remark_on(ends_at, END) == remark
+
+
+def test_why_a_client_is_away_names_its_certificate_if_that_has_ended() -> None:
+    expired = {SITE: END}
+    assert with_expired("not connected", SITE, expired) == f"not connected: {expired_text(END)}"
+    assert with_expired("", SITE, expired) == expired_text(END)
+    assert with_expired("not connected", ClientName("site-2"), expired) == "not connected"
+    assert with_expired("not connected", SITE, NOBODY) == "not connected"
