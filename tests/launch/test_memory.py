@@ -1,14 +1,13 @@
 import os
-import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hanse.launch.memory import OUT_OF_MEMORY, KillCounter, cause_of
+from hanse.launch.memory import OUT_OF_MEMORY, KillCounter, cause_of, first_to_go
+from tests.faults.small_memory import small_memory
 
 EVENTS = "low 0\nhigh 0\nmax 9\noom 3\noom_kill {}\noom_group_kill 0\n"
 CONTROL = "oom_kill_disable 0\nunder_oom 0\noom_kill {}\n"
@@ -107,37 +106,31 @@ def test_group_that_is_gone_counts_no_more(tmp_path: Path) -> None:
     assert (counter.before, counter.read()) == (2, None)
 
 
-@pytest.fixture
-def small_group() -> Iterator[Path]:
-    """Make a control group of version 2 in which 64 MiB may be used."""
-    own = next((line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "")
-    parent = Path("/sys/fs/cgroup", own.lstrip("/"))
-    try:
-        if "memory" not in (parent / "cgroup.subtree_control").read_text().split():
-            pytest.skip(f"the control group {parent} gives its children no limit of memory")
-        group = parent / f"hanse-test-{secrets.token_hex(4)}"
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control group can be made in {parent}: {error.strerror}")
-    try:
-        (group / "memory.max").write_text(str(64 << 20))
-        if (group / "memory.swap.max").exists():
-            (group / "memory.swap.max").write_text("0")
-        yield group
-    finally:
-        group.rmdir()
+@pytest.mark.parametrize(("inherited", "then"), [(0, 500), (-900, -400), (700, 1000), (1000, 1000)])
+def test_a_process_is_made_likelier_to_be_killed_than_it_would_be(tmp_path: Path, inherited: int, then: int) -> None:
+    score = tmp_path / "41" / "oom_score_adj"
+    score.parent.mkdir()
+    score.write_text(f"{inherited}\n")
+    first_to_go(41, proc=tmp_path)
+    assert int(score.read_text()) == then
 
 
-def test_process_that_uses_more_memory_than_its_group_may_is_told_from_one_that_is_killed(small_group: Path) -> None:
+def test_where_the_system_weighs_nothing_nothing_is_changed(tmp_path: Path) -> None:
+    first_to_go(41, proc=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_process_that_uses_more_memory_than_its_group_may_is_told_from_one_that_is_killed() -> None:
     program = "import sys; sys.stdin.readline(); print(len(b'x' * (1 << 30)))"
-    for line, cause in (("go\n", OUT_OF_MEMORY), (None, "")):
-        with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, text=True) as process:
-            (small_group / "cgroup.procs").write_text(str(process.pid))
-            counter = KillCounter(process.pid)
-            if line is None:
-                os.kill(process.pid, signal.SIGKILL)
-                status = process.wait()
-            else:
-                process.communicate(line)
-                status = process.returncode
-        assert cause_of(status, kills_before=counter.before, kills_after=counter.read()) == cause
+    with small_memory(megabytes=64) as group:
+        for line, cause in (("go\n", OUT_OF_MEMORY), (None, "")):
+            with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, text=True) as process:
+                group.add(process.pid)
+                counter = KillCounter(process.pid)
+                if line is None:
+                    os.kill(process.pid, signal.SIGKILL)
+                    status = process.wait()
+                else:
+                    process.communicate(line)
+                    status = process.returncode
+            assert cause_of(status, kills_before=counter.before, kills_after=counter.read()) == cause

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from hanse.errors import ProtocolError
+from hanse.launch.memory import MADE_LIKELIER, MOST_LIKELY
 from hanse.launch.process import MAX_LOG_BYTES, MAX_SPEC_BYTES, ProcessLauncher, RunningProcess, read_spec
 
 HERE = Path(__file__).parent
@@ -126,6 +127,18 @@ async def test_process_leads_a_session_of_its_own(tmp_path: Path) -> None:
     await process.wait()
 
     assert process.log_tail() == "True True"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such a score")
+async def test_process_is_killed_rather_than_its_parent_when_memory_runs_out(tmp_path: Path) -> None:
+    process = await launch_until_ready("polite", tmp_path / "log")
+    ours, its = score_of(os.getpid()), score_of(process.pid)
+    await process.stop()
+    assert its == min(ours + MADE_LIKELIER, MOST_LIKELY)
+
+
+def score_of(pid: int) -> int:
+    return int(Path("/proc", str(pid), "oom_score_adj").read_text())
 
 
 async def test_large_specification_arrives_whole(tmp_path: Path) -> None:

@@ -1,15 +1,22 @@
-"""Whether a process was killed because memory ran out: it ends by signal 9 and says nothing, but the system counts.
+"""Which process the system kills when memory runs out, and whether it has killed one.
 
-The count is of its control group, version 2 or 1; without one that counts, of the whole machine. It is read before the
-process does anything, and when it has ended: if it has grown, and nobody of us sent the signal, memory is why.
+A process that it kills ends by signal 9 and says nothing, but the system counts. The count is of its control group,
+version 2 or 1; without one that counts, of the whole machine. It is read before the process does anything, and when it
+has ended: if it has grown, and nobody of us sent the signal, memory is why.
 """
 
+import contextlib
 import signal
 from pathlib import Path
 from typing import Final
 
 OUT_OF_MEMORY: Final = "out-of-memory"
 """The code of this cause."""
+
+MADE_LIKELIER: Final = 500
+"""How much likelier a job's process is killed than it would be, as if it used half of the memory that there is more."""
+
+MOST_LIKELY: Final = 1000
 
 _PROC: Final = Path("/proc")
 _GROUPS: Final = Path("/sys/fs/cgroup")
@@ -30,6 +37,17 @@ class KillCounter:
     def read(self) -> int | None:
         """Return the count now; ``None`` where nothing counts, or not any more."""
         return _count(self._file)
+
+
+def first_to_go(pid: int, *, proc: Path = _PROC) -> None:
+    """Have the system kill process *pid*, and what it starts, rather than others when memory runs out.
+
+    A job's process can be started again, and its agent tells why; what else is on the machine cannot know. Where the
+    system does not take it, nothing is changed.
+    """
+    score = proc / str(pid) / "oom_score_adj"
+    with contextlib.suppress(OSError, ValueError):
+        score.write_text(str(min(int(score.read_text()) + MADE_LIKELIER, MOST_LIKELY)))
 
 
 def cause_of(status: int, *, kills_before: int | None, kills_after: int | None) -> str:

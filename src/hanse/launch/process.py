@@ -6,6 +6,8 @@ parent dies (``surviving`` has processes that may outlive their parent). The pro
 Ctrl-C in a terminal reaches only its parent, who decides; and what it started in turn (data loaders, say) is killed
 with it.
 
+When memory runs out, the system kills it rather than its parent (``memory``).
+
 Output and errors go straight to the log file, so that nothing limits what one process writes. At each start a log
 beyond ``MAX_LOG_BYTES`` is set aside, in place of the one that was set aside before: what a job that restarts leaves
 behind is at most twice that, and what two of its processes wrote.
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
 from hanse.errors import ProtocolError
+from hanse.launch.memory import first_to_go
 
 MAX_SPEC_BYTES: Final = 64 * 1024 * 1024
 _LENGTH: Final = struct.Struct(">I")
@@ -151,6 +154,7 @@ async def start_process(
     finally:
         os.close(child_end)
     ends_with_it = pipe if life_line is None else life_line
+    first_to_go(process.pid)
     running = RunningProcess(process, life_line=ends_with_it, log_path=log_path, log_start=log_start, name=name)
     try:
         on_started(running.pid, log_start)

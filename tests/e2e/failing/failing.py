@@ -33,6 +33,8 @@ def train(model: hanse.Model, ctx: hanse.TaskContext) -> hanse.Update:
             raise KeyError("label")
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "memory" if Path(os.environ["HANSE_TEST_GREEDY"]).exists():
+            print(f"{len(b'x' * (1 << 30))} bytes were to be had")  # noqa: T201 - it goes to the log
         case "wait":
             Path(os.environ["HANSE_TEST_GATE"]).read_bytes()  # a pipe, which a test opens and closes
     return hanse.Update(model, num_examples=1)
