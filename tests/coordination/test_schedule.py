@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hanse.coordination.certificates import NOBODY
 from hanse.coordination.schedule import (
+    NOBODY,
     Candidate,
     Decision,
     GiveUp,
@@ -43,7 +43,7 @@ def decision(
     max_running_jobs: int = 4,
     min_registered: int = 1,
     now_s: float = 1000.0,
-    expired: Mapping[ClientName, float] = NOBODY,
+    absent: Mapping[ClientName, str] = NOBODY,
 ) -> Decision:
     return decide(
         record,
@@ -52,7 +52,7 @@ def decision(
         max_running_jobs=max_running_jobs,
         min_registered=min_registered,
         now_s=now_s,
-        expired=expired,
+        absent=absent,
     )
 
 
@@ -274,36 +274,20 @@ def test_the_order_in_which_clients_are_listed_decides_nothing(jobs: list[JobRec
     assert planned(*jobs, clients=clients) == planned(*jobs, clients=clients[::-1])
 
 
-EXPIRED = {ClientName("site-1"): 86_400.0}
-BECAUSE = "its certificate expired on 1970-01-02 00:00 UTC, and it cannot connect until it has a new one"
-
-
 @pytest.mark.parametrize(
-    ("needs", "clients", "told"),
+    ("fields", "because"),
     [
-        ({"min_clients": 2}, [site(1, connected=False), site(2)], f"site-1 is not connected: {BECAUSE}"),
-        ({"min_clients": 2}, [site(2)], f"site-1 is not registered: {BECAUSE}"),
-        ({"required_clients": ("site-1",)}, [site(2)], f"site-1 is not registered: {BECAUSE}"),
-        ({"min_clients": 2, "clients": ("site-1", "site-2")}, [site(2)], f"site-1 is not registered: {BECAUSE}"),
-        ({}, [], f"0 clients are registered, and the server waits for 1 (site-1: {BECAUSE})"),
+        ({"min_clients": 2}, " (site-1: its certificate expired, site-2: too old)"),
+        ({"min_clients": 2, "clients": ("site-2", "site-3")}, " (site-2: too old)"),
+        ({"min_clients": 1, "clients": ("site-3",)}, ""),
     ],
-    ids=["away", "gone", "required", "named", "too few registered"],
 )
-def test_a_job_that_waits_says_whose_certificate_has_expired(
-    needs: dict[str, object], clients: list[Candidate], told: str
+def test_a_job_that_is_given_up_says_why_those_are_absent_that_might_have_taken_it(
+    fields: dict[str, object], because: str
 ) -> None:
-    record = job(**needs)  # type: ignore[arg-type]  # the fields of a specification, as a case has them
-    decided = decision(record, *clients, now_s=1001.0, expired=EXPIRED)
-    assert isinstance(decided, Wait)
-    assert decided.reason.endswith(told)
-
-
-def test_an_expired_certificate_of_who_is_not_meant_or_is_only_short_of_something_is_not_told() -> None:
-    only_two = decision(job(min_clients=1, clients=("site-2",)), site(3), expired=EXPIRED)
-    assert reason(only_two) == "0 of the 1 clients that the job needs can take it: site-2 is not registered"
-    short = decision(job(min_clients=1, resources=Resources(cpus=2)), site(1, cpus=1), expired=EXPIRED)
-    assert reason(short).endswith("site-1 has 1 of 2 CPUs free")
-
-
-def test_a_client_with_a_new_certificate_takes_its_job() -> None:
-    assert decision(job(min_clients=1), site(1)) == Start((ClientName("site-1"),))
+    absent = {ClientName("site-2"): "too old", ClientName("site-1"): "its certificate expired"}
+    given_up = decision(job(**fields), site(4), now_s=1060.0, absent=absent)  # type: ignore[arg-type]  # as a case has them
+    assert isinstance(given_up, GiveUp)
+    without = decision(job(**fields), site(4), now_s=1060.0)  # type: ignore[arg-type]  # as a case has them
+    assert given_up.reason == f"{reason(without)}{because}"
+    assert decision(job(**fields), site(4), absent=absent) == decision(job(**fields), site(4))  # type: ignore[arg-type]

@@ -76,6 +76,16 @@ def test_a_submitted_job_waits_for_what_the_schedule_says_and_is_given_up() -> N
     )
 
 
+def test_a_submitted_job_names_those_that_are_absent_and_might_take_it() -> None:
+    spec = JobSpec("digits", WorkflowSpec("fedavg"), "job:app", "job:model", min_clients=1, clients=(ONE, TWO))
+    record = JobRecord(JOB, spec, "ada", 5.0, Digest(""), 0)
+    absent = {THREE: "too old", TWO: "too old", ONE: "its certificate expired"}
+
+    (waiting,) = waiting_of_submitted(record, Wait("1 of the 2 clients", 65.0), absent=absent)
+
+    assert waiting.whom == (ClientView(ONE, "absent", "its certificate expired"), ClientView(TWO, "absent", "too old"))
+
+
 def test_a_scheduled_job_waits_for_the_clients_that_have_not_taken_it() -> None:
     (waiting,) = waiting_of_scheduled(Deployment(frozenset({TWO, ONE}), since=5.0, until=125.0))
 

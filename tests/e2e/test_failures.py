@@ -6,6 +6,7 @@ Heartbeats are ten minutes apart here, so whatever is told was told at once.
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -93,6 +94,41 @@ def test_failure_at_one_client_is_told_at_once_with_code_client_log_and_advice(b
     assert f"log        its last lines at {BROKEN}:\n" in shown
 
 
+OTHER_PROTOCOL = """
+import sys
+import hanse.client.agent
+from hanse.cli import main
+
+hanse.client.agent.PROTOCOL_VERSIONS = (99,)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_client_of_another_protocol_is_told_at_the_server_and_there_until_it_is_of_the_same(broken: Deployment) -> None:
+    job = broken.hanse("job", "submit", str(JOB))["job_id"]
+
+    command = [sys.executable, "-c", OTHER_PROTOCOL, "client", "start", str(broken.kit(BROKEN)), "--format", "json"]
+    agent = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+    told = json.loads(agent.stderr.splitlines()[-1])["error"]
+    assert (agent.returncode, told["code"]) == (12, "version-mismatch")
+    assert told["advice"] == CODES["version-mismatch"].advice
+    (refused,) = broken.hanse("client", "list")["refused"]
+    assert (refused["name"], refused["code"]) == (BROKEN, "version-mismatch")
+    assert f"{BROKEN} runs Hanse " in refused["reason"]
+    assert "protocol 99" in refused["reason"]
+    (waiting,) = broken.hanse("job", "show", job)["waiting"]
+    (absent,) = waiting["whom"]
+    assert (absent["name"], absent["state"]) == (BROKEN, "absent")
+    assert absent["reason"] == f"{refused['reason']} [version-mismatch]"
+    assert f"           {BROKEN}: cannot come: {BROKEN} runs Hanse " in hanse(broken, "job", "show", job).stdout
+
+    broken.environments.pop(BROKEN, None)
+    broken.start(BROKEN)
+    assert broken.hanse("job", "wait", job)["state"] == "completed"
+    assert broken.hanse("client", "list")["refused"] == []
+
+
 @pytest.mark.slow
 def test_certificate_that_expires_at_one_client_is_told_at_the_server_and_there() -> None:
     with deployment(settings="settings = { heartbeat_s = 1.0 }") as running:
@@ -115,7 +151,8 @@ def test_certificate_that_expires_at_one_client_is_told_at_the_server_and_there(
     assert f"{BROKEN} was not connected for 3 s: {because}" in ended["reason"]
     assert ended["advice"] == CODES["certificate-expired"].advice
     assert any(line.startswith(BROKEN) and because in line for line in listed.splitlines())
-    assert f"{BROKEN} is not connected: {because}" in waiting["what"]
+    assert [(each["name"], each["state"]) for each in waiting["whom"]] == [(BROKEN, "absent")]
+    assert waiting["whom"][0]["reason"].startswith(because)
     assert told.startswith("hanse: the certificate of 'site-2' expired on ")
     assert told.endswith(" [certificate-expired]")
 

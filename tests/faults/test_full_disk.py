@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hanse.cell.loop import run
+from hanse.codes import CODES
 from hanse.messages import JobView
 from tests.faults.bench import RUN_WITHIN_S, Bench, Disturbance, Told, job_like, provisioned
 from tests.faults.changes import wait_line, wait_none
@@ -129,6 +130,7 @@ def test_client_whose_disk_is_full(at_client: tuple[Bench, SmallDisk], retries: 
     assert view.reason.startswith("only 1 of the 2 answers that the round needs can come: site-1 (receiving tensor ")
     assert FULL in view.reason
     assert str(disk.folder) in view.reason
-    assert view.advice
+    assert view.advice == CODES["no-space"].advice
+    assert any(FULL in line for line in view.log_tail.splitlines())
     made.check_processes()
     made.check_files(view.job_id)

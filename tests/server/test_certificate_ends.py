@@ -41,9 +41,11 @@ class Short:
         """Have it be *moment* at the server, from now on for ever."""
         self.server.wall = lambda: moment
 
-    def waits_for(self, job_id: JobId) -> str:
+    def absent(self, job_id: JobId) -> list[tuple[str, str]]:
+        """Return whom the job waits for of whom it is known why they are not there, and why."""
         (waiting,) = wait(self.server.jobs.board.view(job_id)).waiting
-        return waiting.what
+        assert waiting.what == "1 of the 2 clients that the job needs can take it: site-1 is not connected"
+        return [(each.name, each.reason) for each in waiting.whom]
 
     def listed(self, dialler: Dialler) -> ClientList:
         told = dialler.site(self.server, "ada@demo").ask(Channel.ADMIN, "client.list", ListClients()).payload
@@ -205,8 +207,7 @@ def test_a_job_that_waits_for_a_client_says_that_its_certificate_has_ended(
     wait(site.ended())
 
     job_id = submit(short.server, tmp_path)
-    waits_for = f"1 of the 2 clients that the job needs can take it: site-1 is not connected: {short.because}"
-    assert short.waits_for(job_id) == waits_for
+    assert short.absent(job_id) == [("site-1", short.because)]
 
 
 def test_a_client_whose_certificate_has_ended_gets_no_job_before_its_next_heartbeat(
@@ -217,7 +218,23 @@ def test_a_client_whose_certificate_has_ended_gets_no_job_before_its_next_heartb
     short.stand_at(short.end)
 
     job_id = submit(short.server, tmp_path)
-    assert short.waits_for(job_id).endswith(f"site-1 is not connected: {short.because}")
+    assert short.absent(job_id) == [("site-1", short.because)]
+
+
+def test_a_job_that_waits_already_says_so_as_soon_as_the_certificate_of_who_is_away_has_ended(
+    short: Short, dialler: Dialler, tmp_path: Path
+) -> None:
+    site = dialler.site(short.server, identity=short.identity)
+    dialler.site(short.server, "site-2")
+    gone = threading.Event()
+    on_loop(lambda: short.server.jobs.services.cell.on_link_down(lambda peer, reason: gone.set()))
+    wait(site.close())
+    assert gone.wait(WITHIN_S)
+    job_id = submit(short.server, tmp_path)
+    assert short.absent(job_id) == []
+
+    short.stand_at(short.end)
+    assert short.absent(job_id) == [("site-1", short.because)]
 
 
 def test_a_run_says_of_a_client_that_is_away_that_its_certificate_has_ended(

@@ -20,6 +20,7 @@ SHOWN_CLIENTS: Final = 20
 """How many of the clients that a job waits for are shown; ``--format json`` has them all."""
 
 STANDINGS: Final = {
+    "absent": "cannot come",
     "deploying": "has not taken the job yet",
     "deployed": "has the job, and is not started yet",
     "starting": "its process is being started",

@@ -10,9 +10,9 @@ still cannot start when its time is over is given up, and the reason is what it 
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Final, TypeAlias
 
-from hanse.coordination.certificates import NOBODY, with_expired
 from hanse.errors import Conflict
 from hanse.ids import ClientName, JobId
 from hanse.job import JobRecord, JobSpec, JobState, Resources
@@ -20,9 +20,8 @@ from hanse.job import JobRecord, JobSpec, JobState, Resources
 NAMES_SHOWN: Final = 5
 # Shares of a CPU are decimal fractions: 0.3 less two jobs of 0.1 must leave enough for a third.
 _ROUNDING: Final = 1e-9
-_NOT_REGISTERED: Final = "is not registered"
-_NOT_CONNECTED: Final = "is not connected"
-_ABSENCES: Final = (_NOT_REGISTERED, _NOT_CONNECTED)
+NOBODY: Final[Mapping[ClientName, str]] = MappingProxyType({})
+"""There is no client of which it is known why it is absent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +67,20 @@ def decide(
     max_running_jobs: int,
     min_registered: int,
     now_s: float,
-    expired: Mapping[ClientName, float] = NOBODY,
+    absent: Mapping[ClientName, str] = NOBODY,
 ) -> Decision:
-    """Return what becomes of the submitted *job* at POSIX time *now_s*; some clients' certificates have *expired*.
+    """Return what becomes of the submitted *job* at POSIX time *now_s*.
+
+    Of clients that are *absent* it is known why; a job that is given up says so.
 
     Raises:
         Conflict: the job is not submitted, but scheduled, running or ended.
     """
     if job.state is not JobState.SUBMITTED:
         raise Conflict(f"job {job.job_id}", state=job.state.value, wanted=JobState.SCHEDULED.value)
-    reason = _crowded(running_jobs, max_running_jobs) or _too_few_registered(clients, min_registered, expired)
+    reason = _crowded(running_jobs, max_running_jobs) or _too_few_registered(len(clients), min_registered)
     if not reason:
-        obstacles = dict.fromkeys(expired, _NOT_REGISTERED) | {c.name: _obstacle(c, job.spec) for c in clients}
-        obstacles = {
-            name: with_expired(obstacle, name, expired) if obstacle in _ABSENCES else obstacle
-            for name, obstacle in obstacles.items()
-            if _is_meant(name, job.spec)
-        }
+        obstacles = {c.name: _obstacle(c, job.spec) for c in clients if is_meant(c.name, job.spec)}
         able = sorted(name for name, obstacle in obstacles.items() if not obstacle)
         reason = _required_missing(job.spec, obstacles) or _too_few_able(job.spec, able, obstacles)
         if not reason:
@@ -92,7 +88,9 @@ def decide(
     until = job.submitted_at + job.spec.start_within_s
     if now_s < until:
         return Wait(reason, until)
-    return GiveUp(f"the job could not start within {job.spec.start_within_s:g} s: {reason}")
+    known = [f"{name}: {why}" for name, why in sorted(absent.items()) if is_meant(name, job.spec)]
+    because = f" ({_listed(known)})" if known else ""
+    return GiveUp(f"the job could not start within {job.spec.start_within_s:g} s: {reason}{because}")
 
 
 def plan(
@@ -103,7 +101,7 @@ def plan(
     max_running_jobs: int,
     min_registered: int,
     now_s: float,
-    expired: Mapping[ClientName, float] = NOBODY,
+    absent: Mapping[ClientName, str] = NOBODY,
 ) -> dict[JobId, Decision]:
     """Return what becomes of each of the submitted *jobs*, in the order in which they were submitted.
 
@@ -121,7 +119,7 @@ def plan(
             max_running_jobs=max_running_jobs,
             min_registered=min_registered,
             now_s=now_s,
-            expired=expired,
+            absent=absent,
         )
         decisions[job.job_id] = decision
         if isinstance(decision, Start):
@@ -159,17 +157,15 @@ def _crowded(running_jobs: int, max_running_jobs: int) -> str:
     return f"{_count(running_jobs, 'job')} running, and the server runs at most {max_running_jobs} at a time"
 
 
-def _too_few_registered(clients: Sequence[Candidate], min_registered: int, expired: Mapping[ClientName, float]) -> str:
-    if len(clients) >= min_registered:
+def _too_few_registered(registered: int, min_registered: int) -> str:
+    if registered >= min_registered:
         return ""
-    missing = sorted(expired.keys() - {client.name for client in clients})
-    because = f" ({_listed([with_expired(name, name, expired) for name in missing])})" if missing else ""
-    return f"{_count(len(clients), 'client')} registered, and the server waits for {min_registered}{because}"
+    return f"{_count(registered, 'client')} registered, and the server waits for {min_registered}"
 
 
 def _required_missing(spec: JobSpec, obstacles: Mapping[ClientName, str]) -> str:
     missing = [
-        f"{name} {obstacles.get(name, _NOT_REGISTERED)}"
+        f"{name} {obstacles.get(name, 'is not registered')}"
         for name in sorted(spec.required_clients)
         if obstacles.get(name, "missing")
     ]
@@ -180,18 +176,19 @@ def _too_few_able(spec: JobSpec, able: Sequence[ClientName], obstacles: Mapping[
     if len(able) >= spec.min_clients:
         return ""
     reasons = [f"{name} {obstacle}" for name, obstacle in sorted(obstacles.items()) if obstacle]
-    reasons += [f"{name} {_NOT_REGISTERED}" for name in sorted(set(spec.clients) - set(obstacles))]
+    reasons += [f"{name} is not registered" for name in sorted(set(spec.clients) - set(obstacles))]
     because = f": {_listed(reasons)}" if reasons else ""
     return f"{len(able)} of the {spec.min_clients} clients that the job needs can take it{because}"
 
 
-def _is_meant(name: ClientName, spec: JobSpec) -> bool:
+def is_meant(name: ClientName, spec: JobSpec) -> bool:
+    """Return whether the job *spec* may run at the client *name*."""
     return not spec.clients or name in spec.clients
 
 
 def _obstacle(client: Candidate, spec: JobSpec) -> str:
     if not client.connected:
-        return _NOT_CONNECTED
+        return "is not connected"
     asked, free = spec.resources, client.free
     short = [
         f"{has:g} of {wants:g} {unit} free"

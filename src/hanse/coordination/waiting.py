@@ -12,7 +12,8 @@ from typing import Final
 
 from hanse.coordination.certificates import NOBODY, with_expired
 from hanse.coordination.runs import ClientState, Run
-from hanse.coordination.schedule import Wait
+from hanse.coordination.schedule import NOBODY as ABSENT_NOBODY
+from hanse.coordination.schedule import Wait, is_meant
 from hanse.ids import ClientName
 from hanse.job import JobRecord
 from hanse.messages import ClientView, IssueTasks, TaskKey, Waiting
@@ -115,9 +116,15 @@ def asks_taken_up(run: Run, *, now: float) -> tuple[Ask, ...]:
     return tuple(Ask(tuple(keys), now, None) for keys in groups.values())
 
 
-def waiting_of_submitted(job: JobRecord, wait: Wait) -> tuple[Waiting, ...]:
-    """Return what a submitted *job* waits for, by the schedule's word."""
-    return (Waiting(wait.reason, since=job.submitted_at, until=wait.until, then=GIVEN_UP),)
+def waiting_of_submitted(
+    job: JobRecord, wait: Wait, *, absent: Mapping[ClientName, str] = ABSENT_NOBODY
+) -> tuple[Waiting, ...]:
+    """Return what a submitted *job* waits for, by the schedule's word.
+
+    Clients that are *absent*, and might take it, are named, each with what is known of why.
+    """
+    whom = tuple(ClientView(name, "absent", why) for name, why in sorted(absent.items()) if is_meant(name, job.spec))
+    return (Waiting(wait.reason, whom, since=job.submitted_at, until=wait.until, then=GIVEN_UP),)
 
 
 def waiting_of_scheduled(deployment: Deployment) -> tuple[Waiting, ...]:

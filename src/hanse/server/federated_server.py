@@ -27,7 +27,9 @@ from hanse.cell.link import Peer
 from hanse.cell.listener import Listener
 from hanse.cell.loop import background_loop, run
 from hanse.cell.refusals import RemoteError, refuse
+from hanse.coordination.certificates import expired_text
 from hanse.coordination.policy import PeerKind
+from hanse.coordination.registry import Presence
 from hanse.coordination.service import (
     RequestKind,
     Service,
@@ -546,6 +548,7 @@ class FederatedServer(BaseServer):
             objects=deployed.objects,
             clients=self._clients,
             limits=limits,
+            absent=self._absent,
         )
         return Tenure(lease, jobs, on_lost=on_lost)
 
@@ -675,6 +678,16 @@ class FederatedServer(BaseServer):
             raise Unauthenticated(refused)
 
     # who is refused
+
+    def _absent(self) -> dict[ClientName, str]:
+        """Return the clients that cannot come, as far as that is known, each with why.
+
+        Who is refused has proven nothing, so of a client that is there it says nothing.
+        """
+        expired = {name: expired_text(ended_at) for name, ended_at in self._clients.expired().items()}
+        refused = {ClientName(each.name): f"{each.reason} [{each.code}]" for each in self._refused.views()}
+        away = {name: why for name, why in refused.items() if self._clients.presence(name) != Presence.CONNECTED}
+        return away | expired
 
     def _noting_refusal(self, request: Message, reply: Message) -> Message:
         """Return *reply*, having noted whom it lets in or refuses for good."""
