@@ -145,7 +145,12 @@ def test_an_error_says_what_happened_in_one_sentence(error: HanseError, sentence
 def test_every_class_that_is_raised_has_its_sentence_tested() -> None:
     drawn = {each for each in tree(HanseError) if each.__module__ == errors.__name__}
     leaves = drawn - {above for each in drawn for above in each.__mro__[1:]}
-    raised_beside_their_children = {errors.TrainingFailed, errors.ProcessDied, errors.StoreFailed}
+    raised_beside_their_children = {
+        errors.Unauthenticated,
+        errors.TrainingFailed,
+        errors.ProcessDied,
+        errors.StoreFailed,
+    }
 
     assert {type(error) for error in SENTENCES} == leaves | raised_beside_their_children
 

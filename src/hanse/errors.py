@@ -148,7 +148,13 @@ class CertificateExpired(Unauthenticated):
     def __init__(self, holder: str, *, since: datetime) -> None:
         when = f"{since.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
         super().__init__(f"the certificate of {holder!r} expired on {when}; ask the project for a new one")
-        self.holder, self.since = holder, since
+
+    @classmethod
+    def told(cls, why: str) -> "CertificateExpired":
+        """Return the error of which another side has told with the sentence *why*."""
+        error = cls.__new__(cls)
+        Unauthenticated.__init__(error, why)
+        return error
 
 
 class Unauthorized(AccessError):

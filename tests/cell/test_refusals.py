@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import grpc
 import grpc.aio
@@ -38,6 +39,7 @@ def test_a_class_of_another_module_has_the_code_of_the_nearest_above_it() -> Non
     ("error", "kind", "retryable"),
     [
         (errors.Unauthenticated("who are you"), errors.Unauthenticated, False),
+        (errors.CertificateExpired("site-1", since=datetime.now(UTC)), errors.CertificateExpired, False),
         (errors.NotInService(), errors.NotInService, True),
         (errors.NotFound("job", "j"), RemoteError, False),
         (errors.StoreFailed("committing", "disk full"), RemoteFault, True),

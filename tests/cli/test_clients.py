@@ -87,7 +87,7 @@ def test_a_certificate_that_ends_is_told_of_clients_that_are_there_and_of_those_
     session.expired = {"site-2": "its certificate expired"}
     _, first, second = hanse("client", "list").out.splitlines()
     assert first.rstrip().endswith("  digits-1; its certificate expires soon")
-    assert second.split(maxsplit=3) == ["site-2", "expired", "-", "its certificate expired"]
+    assert second.rstrip().split(maxsplit=3) == ["site-2", "expired", "-", "its certificate expired"]
 
 
 def test_the_servers_state_is_shown(hanse: Hanse, session: FakeSession) -> None:

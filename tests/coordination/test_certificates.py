@@ -6,11 +6,8 @@ from hypothesis import strategies as st
 
 from hanse.coordination.certificates import (
     ENDS_SOON_S,
-    NOBODY,
     CertificateEnds,
-    expired_text,
     remark_on,
-    with_expired,
 )
 from hanse.errors import CertificateExpired
 from hanse.ids import ClientName
@@ -75,11 +72,3 @@ def test_no_token_is_given_once_the_certificate_has_ended() -> None:
 )
 def test_people_are_told_of_a_certificate_that_has_ended_or_will_soon(ends_at: float | None, remark: str) -> None:
     assert remark_on(ends_at, END) == remark
-
-
-def test_why_a_client_is_away_names_its_certificate_if_that_has_ended() -> None:
-    expired = {SITE: END}
-    assert with_expired("not connected", SITE, expired) == f"not connected: {expired_text(END)}"
-    assert with_expired("", SITE, expired) == expired_text(END)
-    assert with_expired("not connected", ClientName("site-2"), expired) == "not connected"
-    assert with_expired("not connected", SITE, NOBODY) == "not connected"

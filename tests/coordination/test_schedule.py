@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hanse.coordination.absence import NOBODY, Absence
 from hanse.coordination.schedule import (
-    NOBODY,
     Candidate,
     Decision,
     GiveUp,
@@ -43,7 +43,7 @@ def decision(
     max_running_jobs: int = 4,
     min_registered: int = 1,
     now_s: float = 1000.0,
-    absent: Mapping[ClientName, str] = NOBODY,
+    absent: Mapping[ClientName, Absence] = NOBODY,
 ) -> Decision:
     return decide(
         record,
@@ -285,7 +285,10 @@ def test_the_order_in_which_clients_are_listed_decides_nothing(jobs: list[JobRec
 def test_a_job_that_is_given_up_says_why_those_are_absent_that_might_have_taken_it(
     fields: dict[str, object], because: str
 ) -> None:
-    absent = {ClientName("site-2"): "too old", ClientName("site-1"): "its certificate expired"}
+    absent = {
+        ClientName("site-2"): Absence("version-mismatch", "too old"),
+        ClientName("site-1"): Absence("certificate-expired", "its certificate expired"),
+    }
     given_up = decision(job(**fields), site(4), now_s=1060.0, absent=absent)  # type: ignore[arg-type]  # as a case has them
     assert isinstance(given_up, GiveUp)
     without = decision(job(**fields), site(4), now_s=1060.0)  # type: ignore[arg-type]  # as a case has them

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hanse.coordination.absence import Absence
 from hanse.coordination.runs import Run
 from hanse.coordination.schedule import Wait
 from hanse.coordination.waiting import (
@@ -79,7 +80,8 @@ def test_a_submitted_job_waits_for_what_the_schedule_says_and_is_given_up() -> N
 def test_a_submitted_job_names_those_that_are_absent_and_might_take_it() -> None:
     spec = JobSpec("digits", WorkflowSpec("fedavg"), "job:app", "job:model", min_clients=1, clients=(ONE, TWO))
     record = JobRecord(JOB, spec, "ada", 5.0, Digest(""), 0)
-    absent = {THREE: "too old", TWO: "too old", ONE: "its certificate expired"}
+    old, expired = Absence("version-mismatch", "too old"), Absence("certificate-expired", "its certificate expired")
+    absent = {THREE: old, TWO: old, ONE: expired}
 
     (waiting,) = waiting_of_submitted(record, Wait("1 of the 2 clients", 65.0), absent=absent)
 
@@ -296,7 +298,7 @@ def test_clients_are_shown_as_they_stand_since_when() -> None:
     )
 
 
-def test_a_client_that_is_away_and_whose_certificate_has_expired_is_shown_as_that() -> None:
+def test_of_a_client_that_is_away_it_is_said_why_where_that_is_known() -> None:
     run = run_in_round_1()
     asks = issued(run, key(ONE), key(TWO), key(THREE))
     run.stream_up(THREE, now=50.0)
@@ -306,15 +308,15 @@ def test_a_client_that_is_away_and_whose_certificate_has_expired_is_shown_as_tha
     assert run.lost(75.0, 15.0) == [ONE, TWO]
     run.stream_up(TWO, now=80.0)
     run.stream_down(TWO, now=90.0)
-    expired = {ONE: 0.0, TWO: 0.0, THREE: 0.0}
+    because = "its certificate expired"
+    absent = dict.fromkeys((ONE, TWO, THREE), Absence("certificate-expired", because))
 
-    (waiting,) = waiting_of_running(run, asks=asks, process=WORKING, expired=expired, now=NOW, wall=WALL)
+    (waiting,) = waiting_of_running(run, asks=asks, process=WORKING, absent=absent, now=NOW, wall=WALL)
 
-    because = "its certificate expired on 1970-01-01 00:00 UTC, and it cannot connect until it has a new one"
     shown = [(view.name, view.state, view.reason) for view in waiting.whom]
     assert shown == [
         (ONE, "lost", f"not connected for 15 s: {because}"),
         (TWO, "suspect", because),
         (THREE, "running", ""),  # its process goes on, with a certificate of its own
     ]
-    assert [view.reason for view in views_of(run, expired=expired, now=NOW, wall=WALL)] == [each[2] for each in shown]
+    assert [view.reason for view in views_of(run, absent=absent, now=NOW, wall=WALL)] == [each[2] for each in shown]

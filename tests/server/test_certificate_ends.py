@@ -237,6 +237,20 @@ def test_a_job_that_waits_already_says_so_as_soon_as_the_certificate_of_who_is_a
     assert short.absent(job_id) == [("site-1", short.because)]
 
 
+def test_a_refusal_says_why_a_client_is_absent_and_nothing_of_one_that_is_there(
+    short: Short, dialler: Dialler, tmp_path: Path
+) -> None:
+    dialler.site(short.server, "site-2")
+    for name in ("site-2", "site-3"):  # whoever calls itself that has proven nothing
+        short.server.refused.note(name, code="version-mismatch", reason=f"{name} is too old")
+    job_id = submit(short.server, tmp_path)
+
+    (waiting,) = wait(short.server.jobs.board.view(job_id)).waiting
+    assert [(each.name, each.state, each.reason) for each in waiting.whom] == [
+        ("site-3", "absent", "site-3 is too old [version-mismatch]")
+    ]
+
+
 def test_a_run_says_of_a_client_that_is_away_that_its_certificate_has_ended(
     deployed: MakeServer, project: Project, dialler: Dialler, tmp_path: Path
 ) -> None:

@@ -306,7 +306,7 @@ def test_an_expired_certificate_is_refused(server: FederatedServer, project: Pro
 
     assert "expired on" in unauthenticated(register_secure(server, old))
     (refused,) = server.refused.views()
-    assert (refused.name, refused.code) == ("site-1", "unauthenticated")
+    assert (refused.name, refused.code) == ("site-1", "certificate-expired")
     assert "expired on" in refused.reason
 
     register_secure(server, project.site("site-1"))

@@ -96,7 +96,8 @@ def error_from(headers: Mapping[str, str]) -> HanseError:
     reason = headers.get(Header.REASON, "")[:MAX_REASON_CHARS] or f"the peer gave no reason ({code.value})"
     error_code = headers.get(Header.ERROR_CODE, "")[:MAX_CODE_CHARS]
     if code is ReturnCode.UNAUTHENTICATED:
-        return errors.Unauthenticated(reason)
+        is_expired = error_code == errors.CertificateExpired.code
+        return errors.CertificateExpired.told(reason) if is_expired else errors.Unauthenticated(reason)
     if error_code == errors.NotInService.code:
         return errors.NotInService(reason)
     kind = RemoteFault if error_code in _RETRYABLE else RemoteError

@@ -6,9 +6,7 @@ name; so what is known here is all that can be said of it. What is kept is when 
 Times are POSIX seconds.
 """
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
-from types import MappingProxyType
 from typing import Final
 
 from hanse.errors import CertificateExpired
@@ -16,9 +14,6 @@ from hanse.ids import ClientName
 
 ENDS_SOON_S: Final = 30 * 86_400.0
 """How long before its end a certificate is warned of."""
-
-NOBODY: Final[Mapping[ClientName, float]] = MappingProxyType({})
-"""No client's certificate has ended."""
 
 
 class CertificateEnds:
@@ -75,13 +70,6 @@ def remark_on(ends_at: float | None, now_s: float) -> str:
 def expired_text(ended_at: float) -> str:
     """Return what is said of a client whose certificate ended at *ended_at*."""
     return f"its certificate expired on {_when(ended_at)}, and it cannot connect until it has a new one"
-
-
-def with_expired(reason: str, name: ClientName, expired: Mapping[ClientName, float]) -> str:
-    """Return *reason*, why *name* is not there, with that its certificate has *expired*, if it has."""
-    if name not in expired:
-        return reason
-    return f"{reason}: {expired_text(expired[name])}" if reason else expired_text(expired[name])
 
 
 def _when(at: float) -> str:

@@ -10,9 +10,9 @@ still cannot start when its time is over is given up, and the reason is what it 
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Final, TypeAlias
 
+from hanse.coordination.absence import NOBODY, Absence
 from hanse.errors import Conflict
 from hanse.ids import ClientName, JobId
 from hanse.job import JobRecord, JobSpec, JobState, Resources
@@ -20,8 +20,6 @@ from hanse.job import JobRecord, JobSpec, JobState, Resources
 NAMES_SHOWN: Final = 5
 # Shares of a CPU are decimal fractions: 0.3 less two jobs of 0.1 must leave enough for a third.
 _ROUNDING: Final = 1e-9
-NOBODY: Final[Mapping[ClientName, str]] = MappingProxyType({})
-"""There is no client of which it is known why it is absent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,7 @@ def decide(
     max_running_jobs: int,
     min_registered: int,
     now_s: float,
-    absent: Mapping[ClientName, str] = NOBODY,
+    absent: Mapping[ClientName, Absence] = NOBODY,
 ) -> Decision:
     """Return what becomes of the submitted *job* at POSIX time *now_s*.
 
@@ -88,7 +86,7 @@ def decide(
     until = job.submitted_at + job.spec.start_within_s
     if now_s < until:
         return Wait(reason, until)
-    known = [f"{name}: {why}" for name, why in sorted(absent.items()) if is_meant(name, job.spec)]
+    known = [f"{name}: {absent[name].why}" for name in sorted(absent) if is_meant(name, job.spec)]
     because = f" ({_listed(known)})" if known else ""
     return GiveUp(f"the job could not start within {job.spec.start_within_s:g} s: {reason}{because}")
 
@@ -101,7 +99,7 @@ def plan(
     max_running_jobs: int,
     min_registered: int,
     now_s: float,
-    absent: Mapping[ClientName, str] = NOBODY,
+    absent: Mapping[ClientName, Absence] = NOBODY,
 ) -> dict[JobId, Decision]:
     """Return what becomes of each of the submitted *jobs*, in the order in which they were submitted.
 

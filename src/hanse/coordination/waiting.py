@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from hanse.coordination.certificates import NOBODY, with_expired
+from hanse.coordination.absence import NOBODY, Absence, with_absence
 from hanse.coordination.runs import ClientState, Run
-from hanse.coordination.schedule import NOBODY as ABSENT_NOBODY
 from hanse.coordination.schedule import Wait, is_meant
 from hanse.ids import ClientName
 from hanse.job import JobRecord
@@ -117,13 +116,13 @@ def asks_taken_up(run: Run, *, now: float) -> tuple[Ask, ...]:
 
 
 def waiting_of_submitted(
-    job: JobRecord, wait: Wait, *, absent: Mapping[ClientName, str] = ABSENT_NOBODY
+    job: JobRecord, wait: Wait, *, absent: Mapping[ClientName, Absence] = NOBODY
 ) -> tuple[Waiting, ...]:
     """Return what a submitted *job* waits for, by the schedule's word.
 
     Clients that are *absent*, and might take it, are named, each with what is known of why.
     """
-    whom = tuple(ClientView(name, "absent", why) for name, why in sorted(absent.items()) if is_meant(name, job.spec))
+    whom = tuple(ClientView(name, "absent", absent[name].why) for name in sorted(absent) if is_meant(name, job.spec))
     return (Waiting(wait.reason, whom, since=job.submitted_at, until=wait.until, then=GIVEN_UP),)
 
 
@@ -145,13 +144,13 @@ def waiting_of_taking_up(taking_up: TakingUp) -> tuple[Waiting, ...]:
 
 
 def views_of(
-    run: Run, *, expired: Mapping[ClientName, float] = NOBODY, now: float, wall: float
+    run: Run, *, absent: Mapping[ClientName, Absence] = NOBODY, now: float, wall: float
 ) -> tuple[ClientView, ...]:
     """Return the clients of *run* as they stand at monotonic time *now*, which is POSIX time *wall*.
 
-    Of one that is not there and whose certificate has *expired*, that is why.
+    Of one that is *absent* it is said why.
     """
-    return tuple(_view(run, client, expired, lambda at: wall - (now - at)) for client in run.clients)
+    return tuple(_view(run, client, absent, lambda at: wall - (now - at)) for client in run.clients)
 
 
 def waiting_of_running(
@@ -160,7 +159,7 @@ def waiting_of_running(
     asks: Sequence[Ask],
     process: RunProcess,
     store: StoreTrouble | None = None,
-    expired: Mapping[ClientName, float] = NOBODY,
+    absent: Mapping[ClientName, Absence] = NOBODY,
     now: float,
     wall: float,
 ) -> tuple[Waiting, ...]:
@@ -168,8 +167,8 @@ def waiting_of_running(
 
     That is the store while it fails, its own process while that is started, and for each kind of task that is out those
     clients that have not answered. Where nothing is out, its own process works. Tasks that were asked one by one are
-    told together: since the first of them was issued, until the first of them is given up. The certificates of some
-    clients have *expired*.
+    told together: since the first of them was issued, until the first of them is given up. Of clients
+    that are *absent* it is said why.
     """
     if run.has_ended:
         return ()
@@ -181,7 +180,7 @@ def waiting_of_running(
     if store is not None:
         what = f"the server's store, which fails ({store.reason})"
         found.append(Waiting(what, since=posix(store.since), then="the run goes on as soon as the store does"))
-    tasks = _waiting_for_answers(run, asks, expired, posix)
+    tasks = _waiting_for_answers(run, asks, absent, posix)
     if process.phase is not Phase.WORKING or not tasks:
         found.append(_waiting_for_process(run, process, posix))
     return (*found, *tasks)
@@ -213,17 +212,17 @@ def _doing(run: Run) -> str:
 
 
 def _waiting_for_answers(
-    run: Run, asks: Sequence[Ask], expired: Mapping[ClientName, float], posix: Callable[[float], float]
+    run: Run, asks: Sequence[Ask], absent: Mapping[ClientName, Absence], posix: Callable[[float], float]
 ) -> tuple[Waiting, ...]:
     groups: dict[tuple[int, str, str], list[Ask]] = {}
     for ask in asks:
         if open_keys := _open_keys(ask, run):
             groups.setdefault((open_keys[0].round, open_keys[0].name, ask.then), []).append(ask)
-    return tuple(_waiting_for_tasks(run, group, expired, posix) for _, group in sorted(groups.items()))
+    return tuple(_waiting_for_tasks(run, group, absent, posix) for _, group in sorted(groups.items()))
 
 
 def _waiting_for_tasks(
-    run: Run, group: Collection[Ask], expired: Mapping[ClientName, float], posix: Callable[[float], float]
+    run: Run, group: Collection[Ask], absent: Mapping[ClientName, Absence], posix: Callable[[float], float]
 ) -> Waiting:
     asked = {key.client for ask in group for key in ask.keys}
     missing = sorted({key.client for ask in group for key in _open_keys(ask, run)})
@@ -232,7 +231,7 @@ def _waiting_for_tasks(
     clients = f"{len(missing)} of {len(asked)} client{'s' if len(asked) > 1 else ''}"
     return Waiting(
         what=f"answers to {key.name!r} of round {key.round} from {clients}",
-        whom=tuple(_view(run, client, expired, posix) for client in missing),
+        whom=tuple(_view(run, client, absent, posix) for client in missing),
         since=posix(first.since),
         until=min((posix(ask.until) for ask in group if ask.until is not None), default=0.0),
         then=first.then,
@@ -240,11 +239,11 @@ def _waiting_for_tasks(
 
 
 def _view(
-    run: Run, client: ClientName, expired: Mapping[ClientName, float], posix: Callable[[float], float]
+    run: Run, client: ClientName, absent: Mapping[ClientName, Absence], posix: Callable[[float], float]
 ) -> ClientView:
     part = run.participant(client)
     is_away = part.state in (ClientState.SUSPECT, ClientState.LOST)
-    reason = with_expired(part.reason, client, expired) if is_away else part.reason
+    reason = with_absence(part.reason, client, absent) if is_away else part.reason
     return ClientView(part.name, part.state.value, reason, posix(part.since), part.attempt)
 
 

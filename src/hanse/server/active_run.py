@@ -24,7 +24,7 @@ from typing import Any, Final
 import msgspec
 
 from hanse.cell.cell import Cell, RemoteError
-from hanse.coordination.certificates import with_expired
+from hanse.coordination.absence import Absence, with_absence
 from hanse.coordination.runs import Accepted, ClientState, Duplicate, GiveUp, Restart, Run, Stale, after_death
 from hanse.coordination.waiting import (
     Ask,
@@ -37,7 +37,6 @@ from hanse.coordination.waiting import (
     with_issue,
 )
 from hanse.errors import (
-    CertificateExpired,
     Conflict,
     HanseError,
     InternalError,
@@ -128,7 +127,8 @@ PROCESS_MODULE: Final = "hanse.server.job_process"
 class RunServices:
     """What a run uses of its server.
 
-    ``credentials`` makes those of one job's cell; ``expired`` tells the clients whose certificate has ended, and when.
+    ``credentials`` makes those of one job's cell; ``absent`` tells of clients that are not
+    there why, as far as it is known.
     """
 
     project: str
@@ -142,7 +142,7 @@ class RunServices:
     wall: Callable[[], float]
     run_url: str
     check_frequency_s: float = 3.0
-    expired: Callable[[], Mapping[ClientName, float]] = dict
+    absent: Callable[[], Mapping[ClientName, Absence]] = dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -771,11 +771,11 @@ class ActiveRun:
 
     def lose(self, lost_after_s: float) -> None:
         """Tell the run of the clients that are lost by now."""
-        expired = self._services.expired()
+        absent = self._services.absent()
         for client in self.run.lost(self._services.now(), lost_after_s):
-            reason = with_expired(f"{client} was not connected for {lost_after_s:g} s", client, expired)
+            reason = with_absence(f"{client} was not connected for {lost_after_s:g} s", client, absent)
             self._log.warning("client lost", extra={"client": client, "reason": reason})
-            code = CertificateExpired.code if client in expired else CLIENT_LOST
+            code = absent[client].code if client in absent else CLIENT_LOST
             self._troubles[client] = Trouble(code, self.log_tail(client))
             self._changed(client, "lost", reason=reason)
 
@@ -871,7 +871,7 @@ class ActiveRun:
             asks=self._asks,
             process=self._process,
             store=self._store_trouble,
-            expired=self._services.expired(),
+            absent=self._services.absent(),
             now=self._services.now(),
             wall=self._services.wall(),
         )
@@ -879,7 +879,7 @@ class ActiveRun:
     def views(self) -> tuple[ClientView, ...]:
         """Return the run's clients as they stand now, for people."""
         services = self._services
-        return views_of(self.run, expired=services.expired(), now=services.now(), wall=services.wall())
+        return views_of(self.run, absent=services.absent(), now=services.now(), wall=services.wall())
 
     def store_failed(self, failed: StoreFailed) -> None:
         """Take note that the store, or the disk with the tensors, did not do what this run needs; from any thread."""

@@ -27,6 +27,7 @@ from hanse.cell.link import Peer
 from hanse.cell.listener import Listener
 from hanse.cell.loop import background_loop, run
 from hanse.cell.refusals import RemoteError, refuse
+from hanse.coordination.absence import Absence
 from hanse.coordination.certificates import expired_text
 from hanse.coordination.policy import PeerKind
 from hanse.coordination.registry import Presence
@@ -533,7 +534,7 @@ class FederatedServer(BaseServer):
             cell=deployed.cell,
             launcher=deployed.launcher,
             credentials=self._clients.job_credentials,
-            expired=self._clients.expired,
+            absent=self._absent,
             handlers=self._handlers,
             now=asyncio.get_running_loop().time,
             wall=lambda: self.wall(),
@@ -548,7 +549,6 @@ class FederatedServer(BaseServer):
             objects=deployed.objects,
             clients=self._clients,
             limits=limits,
-            absent=self._absent,
         )
         return Tenure(lease, jobs, on_lost=on_lost)
 
@@ -679,13 +679,18 @@ class FederatedServer(BaseServer):
 
     # who is refused
 
-    def _absent(self) -> dict[ClientName, str]:
+    def _absent(self) -> dict[ClientName, Absence]:
         """Return the clients that cannot come, as far as that is known, each with why.
 
         Who is refused has proven nothing, so of a client that is there it says nothing.
         """
-        expired = {name: expired_text(ended_at) for name, ended_at in self._clients.expired().items()}
-        refused = {ClientName(each.name): f"{each.reason} [{each.code}]" for each in self._refused.views()}
+        refused = {
+            ClientName(each.name): Absence(each.code, f"{each.reason} [{each.code}]") for each in self._refused.views()
+        }
+        expired = {
+            name: Absence(CertificateExpired.code, expired_text(ended_at))
+            for name, ended_at in self._clients.expired().items()
+        }
         away = {name: why for name, why in refused.items() if self._clients.presence(name) != Presence.CONNECTED}
         return away | expired
 

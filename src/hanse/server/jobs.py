@@ -105,8 +105,7 @@ class Jobs:
     """The jobs of one server during one tenure; ``serve`` is its life.
 
     What belongs to a run is in the folder *runs*, which a project's servers share; or they share *objects*, with which
-    each can go on with what another has begun. *workspace* is this server's alone. *absent* tells of which clients that
-    are not there it is known why.
+    each can go on with what another has begun. *workspace* is this server's alone.
     """
 
     def __init__(
@@ -118,7 +117,6 @@ class Jobs:
         objects: Objects | None = None,
         clients: Clients,
         limits: JobLimits,
-        absent: Callable[[], Mapping[ClientName, str]] = dict,
     ) -> None:
         self._services = services
         self._workspace = workspace
@@ -126,7 +124,6 @@ class Jobs:
         self._objects = objects
         self._clients = clients
         self._limits = limits
-        self._absent = absent
         self._runs: dict[JobId, ActiveRun] = {}
         self._lives: dict[JobId, asyncio.Task[None]] = {}
         self._taking: dict[JobId, JobRecord] = {}
@@ -293,7 +290,7 @@ class Jobs:
             max_running_jobs=self._limits.max_running_jobs,
             min_registered=self._limits.min_registered,
             now_s=now_s,
-            absent=self._absent(),
+            absent=self._services.absent(),
         )
         self._waiting = postponed | {job_id: wait for job_id, wait in decisions.items() if isinstance(wait, Wait)}
         for record in submitted:
@@ -801,7 +798,7 @@ class Jobs:
         if (taking_up := self._taking_up.get(record.job_id)) is not None:
             return waiting_of_taking_up(taking_up)
         wait = self._waiting.get(record.job_id)
-        return waiting_of_submitted(record, wait, absent=self._absent()) if wait is not None else ()
+        return waiting_of_submitted(record, wait, absent=self._services.absent()) if wait is not None else ()
 
     def _run_of(self, job_id: JobId) -> ActiveRun:
         if (run := self._runs.get(job_id)) is None:
