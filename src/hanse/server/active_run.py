@@ -75,6 +75,7 @@ from hanse.messages import (
     RunEnded,
     RunSnapshot,
     StartJob,
+    StateRef,
     TaskAssignment,
     TaskCancelled,
     TaskFault,
@@ -193,9 +194,11 @@ class ActiveRun:
         self._writing: set[asyncio.Task[None]] = set()
         self._refusals: dict[TaskKey, str] = {}
         self._clearing = asyncio.Lock()
+        self._committing = asyncio.Lock()
         self._logged: dict[ClientName, tuple[int, int]] = {}
         self._progress = 0
         self._round_announced = -1
+        self._round_done = run.committed_round
 
     @property
     def job_id(self) -> JobId:
@@ -424,10 +427,18 @@ class ActiveRun:
     # what the run's process asks
 
     async def attach(self) -> RunSnapshot:
-        """Return where the run stands, having handed over its answers: its process is there, and begins or goes on."""
+        """Return where the run stands, having handed over its answers: its process is there, and begins or goes on.
+
+        A commit that an earlier process has asked for comes first, whatever becomes of it.
+        """
         self._services.handlers.tell(EventType.START_RUN, self._context(round_number=self.run.round))
-        with self._storing():
-            state = await self._services.store.snapshot(self.job_id)
+        async with self._committing:
+            with self._storing():
+                state = await self._services.store.snapshot(self.job_id)
+            if state.state is not None and state.state.round == self.run.round:
+                # The store could not say that it had committed the round, and who would have asked again has died.
+                journalled = [task.key for task in state.tasks] + [answer.key for answer in state.answers]
+                await self._end_round(state.state, set(journalled) - set(self.run.unknown(journalled)))
         self._works()
         await self._hand_over(self.run.answers)
         return RunSnapshot(
@@ -488,27 +499,34 @@ class ActiveRun:
         check_metrics(commit.state.metrics)
         if strangers := set(commit.answered) - set(self.run.clients):
             raise ProtocolError("CommitRound.answered", got=min(strangers), expected="clients of the run")
-        carried = frozenset(commit.carried if commit.state.round == self.run.round else ())
-        if unknown := self.run.unknown(carried):
-            raise ProtocolError("CommitRound.carried", got=min(unknown, key=str), expected="tasks out or answered")
-        needed, kept = state_digests(commit.state), self._needed_by(carried)
-        missing = self.files.missing(needed)
-        if missing:
-            raise ProtocolError("state", got=f"digest {missing[0]} without a file", expected="tensors that are stored")
-        if self._writing:  # answers of this round, which end with it
-            await asyncio.wait(tuple(self._writing))
-        with self._storing():
-            await self._keep(needed | (kept - set(self.files.missing(kept))))
-            await self._services.store.commit_round(
-                self._services.epoch, self.job_id, commit, now_s=self._services.wall()
-            )
+        async with self._committing:
+            carried = frozenset(commit.carried if commit.state.round == self.run.round else self.run.carried)
+            if unknown := self.run.unknown(carried):
+                raise ProtocolError("CommitRound.carried", got=min(unknown, key=str), expected="tasks out or answered")
+            needed, kept = state_digests(commit.state), self._needed_by(carried)
+            if missing := self.files.missing(needed):
+                got = f"digest {missing[0]} without a file"
+                raise ProtocolError("state", got=got, expected="tensors that are stored")
+            if self._writing:  # answers of this round, which end with it
+                await asyncio.wait(tuple(self._writing))
+            with self._storing():
+                await self._keep(needed | (kept - set(self.files.missing(kept))))
+                await self._services.store.commit_round(
+                    self._services.epoch, self.job_id, commit, now_s=self._services.wall()
+                )
+            await self._end_round(commit.state, carried)
+
+    async def _end_round(self, state: StateRef, carried: Collection[TaskKey]) -> None:
+        """Take note that *state* is committed, and delete what only its round needed."""
         self._progress += 1
         self._works()
         self._unwritten = {key: answer for key, answer in self._unwritten.items() if key in carried}
-        for key in self.run.committed(commit.state.round, carried=carried):
+        for key in self.run.committed(state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
-        await self._clear(needed)
-        self._notify(EventType.ROUND_DONE, round_number=commit.state.round, metrics=commit.state.metrics)
+        await self._clear(state_digests(state))
+        if self._round_done < state.round:
+            self._round_done = state.round
+            self._notify(EventType.ROUND_DONE, round_number=state.round, metrics=state.metrics)
 
     async def _clear(self, needed: set[Digest]) -> None:
         """Delete all tensors but those *needed*, and those of tasks that live on: models, answers, what is coming."""
