@@ -76,7 +76,7 @@ class TroubledStore(MemoryStore):
     async def jobs(self, **narrowed: Any) -> list[JobRecord]:
         self._may_fail()
         found = await super().jobs(**narrowed)
-        if narrowed.get("states") == (JobState.SUBMITTED,) and found and self.after_looking is not None:
+        if JobState.SUBMITTED in narrowed.get("states", ()) and found and self.after_looking is not None:
             await self.after_looking(found)
         return found
 

@@ -173,12 +173,8 @@ class Jobs:
                     life.cancel()
 
     async def _take_up(self) -> None:
-        store, epoch = self._services.store, self._services.epoch
-        running = await store.jobs(states=(JobState.RUNNING,))
+        running = await self._services.store.jobs(states=(JobState.RUNNING,))
         await asyncio.to_thread(self._clear_leftovers, {record.job_id for record in running})
-        for record in await store.jobs(states=(JobState.SCHEDULED,)):
-            again = move(record, JobState.SUBMITTED, at=self._services.wall())
-            await store.replace_job(epoch, again, was=record.state)
         for record in running:
             self._taking_up[record.job_id] = TakingUp(frozenset(record.clients), self._services.wall())
             self._live(record, self._resume(record))
@@ -275,7 +271,7 @@ class Jobs:
     async def _plan(self) -> float | None:
         """Start or give up the jobs whose time it is; return in how many seconds the next one's is."""
         now_s, now = self._services.wall(), self._services.now()
-        submitted = await self._services.store.jobs(states=(JobState.SUBMITTED,))
+        submitted = await self._submitted()
         self._postponed = {job_id: later for job_id, later in self._postponed.items() if later[0] > now}
         postponed = {
             record.job_id: Wait(why, record.submitted_at + record.spec.start_within_s)
@@ -301,6 +297,26 @@ class Jobs:
         if (give_up := next_deadline(decisions.values())) is not None:
             delays.append(give_up - now_s)
         return max(min(delays), 0.0) if delays else None
+
+    async def _submitted(self) -> list[JobRecord]:
+        """Return the jobs that wait to be scheduled, among them those that are scheduled and not being started.
+
+        An earlier tenure has left them, or the store has taken it that they are scheduled and could not say so.
+        """
+        found = []
+        for record in await self._services.store.jobs(states=(JobState.SUBMITTED, JobState.SCHEDULED)):
+            again = record
+            if record.state is JobState.SCHEDULED:
+                if record.job_id in self._lives:
+                    continue
+                again = move(record, JobState.SUBMITTED, at=self._services.wall())
+                try:
+                    await self._services.store.replace_job(self._services.epoch, again, was=record.state)
+                except Conflict as moved:
+                    _log.info("not scheduled again", extra={"job": record.job_id, "reason": moved.reason})
+                    continue
+            found.append(again)
+        return found
 
     async def _decided(self, record: JobRecord, decision: Decision) -> None:
         match decision:
@@ -345,12 +361,24 @@ class Jobs:
                 raise JobInvalid("submission", got=record.spec.name, expected=f"one that the server takes: {refused}")
             await job_folder.keep_package(record.package)
             await self._services.store.add_job(self._services.epoch, record)
-        except HanseError:
-            await self._discard(job_folder, record)
-            raise
+        except HanseError as error:
+            # While the store cannot be asked, the files stay: it may have the job.
+            if not (isinstance(error, StoreFailed) and await self._is_stored(record)):
+                await self._discard(job_folder, record)
+                raise
         _log.info("job submitted", extra={"job": record.job_id, "submitter": submitter, "folder": str(job_folder.path)})
         self.wake()
         return record
+
+    async def _is_stored(self, record: JobRecord) -> bool:
+        """Return whether the store has *record*: one that failed may have done what it could not say that it had.
+
+        Raises:
+            StoreFailed: it cannot be asked.
+        """
+        with suppress(NotFound):
+            return await self._services.store.job(record.job_id) == record
+        return False
 
     async def _discard(self, folder: RunFolder, record: JobRecord) -> None:
         try:
@@ -435,8 +463,7 @@ class Jobs:
             try:
                 await self._services.store.replace_job(self._services.epoch, record, was=was)
             except Conflict:
-                # The store may have done what it could not say that it had.
-                if has_failed and await self._services.store.job(record.job_id) == record:
+                if has_failed and await self._is_stored(record):
                     return
                 raise
             except StoreFailed as failed:
@@ -504,7 +531,11 @@ class Jobs:
         reason = shortened(reason)
         code = shortened(code, MAX_CODE_CHARS)
         ended = move(record, to, at=self._services.wall(), code=code, reason=reason, client=client)
-        await self._services.store.end_run(self._services.epoch, ended, was=record.state)
+        try:
+            await self._services.store.end_run(self._services.epoch, ended, was=record.state)
+        except StoreFailed:
+            if not await self._is_stored(ended):
+                raise
         self._waiting.pop(record.job_id, None)
         notice = EventType.JOB_FAILED if to is JobState.FAILED else EventType.JOB_ABORTED
         self._tell(notice, record.job_id, reason=reason)
