@@ -1118,6 +1118,56 @@ def test_a_client_that_is_lost_is_a_fault_and_the_round_goes_on_without_it(
     assert last.answered == ("site-2",)
 
 
+def test_a_client_that_was_lost_and_is_started_again_is_waited_for_again(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start(lost_after_s=0.05)
+    site, gone = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    job_id = submit(server, tmp_path)
+    task = site.task()
+    gone.task()
+    watcher = dialler.site(server, "ada@demo", fqcn="ada@demo.cli-1")
+    on_loop(lambda: server.jobs.board.watch(job_id, watcher.fqcn))
+    assert gone.job is not None
+    wait(gone.job.close())
+    wait(gone.wire.close())
+    while watcher.told(Channel.ADMIN, "job.event").kind != "client_lost":
+        continue
+
+    back = Site(dialler, server, "site-2")
+    back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat())
+    back.task()
+    while watcher.told(Channel.ADMIN, "job.event").kind != "client_back":
+        continue
+    site.send(answer(task, w(1)))  # which decides the round: the other was lost in it
+    site.send(answer(site.task(), w(2)))
+    back.send(answer(back.task(), w(4)))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert [entry.answered for entry in wait(server.jobs.board.view(job_id)).history] == [
+        (),
+        ("site-1",),
+        ("site-1", "site-2"),
+    ]
+
+
+def test_a_client_that_cannot_start_its_process_just_now_is_lost_in_time(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start(lost_after_s=0.05)
+    Site(dialler, server, "site-1", train=plus(2))
+    full = Site(dialler, server, "site-2")
+
+    def no_space(message: Message) -> None:
+        raise NO_SPACE
+
+    full.wire.cell.on(Channel.JOB, "start", no_space)
+    job_id = submit(server, tmp_path, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert wait(server.jobs.board.view(job_id)).history[1].answered == ("site-1",)
+
+
 def test_a_client_that_quits_is_lost_to_its_run(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
     server = start(lost_after_s=0.05)
     site = Site(dialler, server, "site-1")

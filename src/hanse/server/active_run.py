@@ -763,10 +763,11 @@ class ActiveRun:
     async def cell_up(self, client: ClientName, stream: object) -> None:
         """Take note that *client*'s process is connected: it gets the tasks that it has to answer."""
         self._unstarted.discard(client)
+        was_lost = client in self.run.lost_clients
         before = self.run.stream_up(client, now=self._services.now(), stream=stream)
         if before is None:
             return
-        if before in (ClientState.LOST, ClientState.SUSPECT):
+        if was_lost or before is ClientState.SUSPECT:
             self._changed(client, "back")
         for task in self.run.tasks_for(client):
             await self._send(task)
@@ -849,7 +850,8 @@ class ActiveRun:
             if error.retryable:
                 self._log.info("client not started", extra={"client": client, "reason": error.reason})
                 self._unstarted.add(client)
-                self.run.stream_down(client, now=services.now(), stream=None)
+                self.run.not_started(client, now=services.now())
+                self._suspect()
             elif self.run.failed(client, error.reason, now=services.now()):
                 self._troubles[client] = Trouble(code_of(error))
                 self._changed(client, "failed", reason=SiteRefused(client, error.reason).reason)
