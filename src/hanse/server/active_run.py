@@ -280,6 +280,19 @@ class ActiveRun:
             for client in self.run.clients:
                 self._tell(Fqcn(client), Channel.JOB, "abort", AbortJob(self.job_id, reason or to.value))
 
+    async def end_once_stored(
+        self, to: JobState, *, code: str, reason: str, client: str = "", log_tail: str = ""
+    ) -> None:
+        """End the job as ``end`` does, as soon as the store takes that: nobody else will end it for this reason."""
+        while True:
+            try:
+                await self.end(to, code=code, reason=reason, client=client, log_tail=log_tail)
+                return
+            except StoreFailed as failed:
+                self._log.error("the end waits for the store", extra={"code": code, "reason": failed.reason})
+            if await self._is_over_within(HINDERED_PAUSE_S):
+                return
+
     async def _stored_end(self, record: JobRecord) -> JobRecord:
         """Store the job's end and return it: *record*, or the end that the store took without being able to say so."""
         try:
@@ -344,7 +357,7 @@ class ActiveRun:
             SERVER, attempt=attempt, tries=self.record.spec.process_tries, status=status, last_line=last_line
         )
         if isinstance(verdict, GiveUp):
-            await self.end(JobState.FAILED, code=verdict.code, reason=verdict.reason, log_tail=log_tail)
+            await self.end_once_stored(JobState.FAILED, code=verdict.code, reason=verdict.reason, log_tail=log_tail)
             return
         pause_s = min(RESTART_PAUSE_S * (attempt - 1), LONGEST_PAUSE_S)
         now, died = self._services.now(), ProcessDied(SERVER, status, last_line)
@@ -391,7 +404,8 @@ class ActiveRun:
         """Wait before the run's process, hindered *since* then, is tried again; end the job when that was for long."""
         now, reason = self._services.now(), hindrance.reason
         if now - since > LONGEST_WAIT_S:
-            await self.end(JobState.FAILED, code=hindrance.code, reason=reason, log_tail=await self._own_log_tail())
+            log_tail = await self._own_log_tail()
+            await self.end_once_stored(JobState.FAILED, code=hindrance.code, reason=reason, log_tail=log_tail)
             return
         self._process = RunProcess(Phase.HINDERED, since, attempt, until=since + LONGEST_WAIT_S, reason=reason)
         self._log.warning("the run's process cannot go on and is tried again", extra={"reason": reason})
@@ -975,7 +989,7 @@ class ActiveRun:
         except Exception as error:  # noqa: BLE001 - the edge of a run's task: its failure ends the job, with a reason
             self._log.exception("a run's task failed")
             cause = cause_of(error, doing=f"running job {self.job_id}")
-            await self.end(JobState.FAILED, code=code_of(cause), reason=cause.reason)
+            await self.end_once_stored(JobState.FAILED, code=code_of(cause), reason=cause.reason)
 
 
 def code_of(error: HanseError) -> str:

@@ -725,7 +725,8 @@ class Jobs:
 
     def _end_failed(self, run: ActiveRun, client: ClientName, failure: JobFailure) -> None:
         code, reason = failure.code or f"client-{failure.kind}", said_of(client, shortened(failure.reason))
-        end = partial(run.end, JobState.FAILED, code=code, reason=reason, client=client, log_tail=failure.log_tail)
+        tail = failure.log_tail
+        end = partial(run.end_once_stored, JobState.FAILED, code=code, reason=reason, client=client, log_tail=tail)
         self._spawn_for(run, end)
 
     def link_up(self, peer: Peer) -> None:
