@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from hanse.cell.loop import background_loop
 from hanse.coordination.service import ServiceState
-from hanse.errors import HanseError, SiteRefused, StoreFailed, Unauthenticated
+from hanse.cell.loop import background_loop
+from hanse.errors import HanseError, NotInService, SiteRefused, StoreFailed, Unauthenticated
 from hanse.ids import SERVER, ClientName, JobId, is_job_id
 from hanse.job import JobRecord, JobState, WorkflowSpec
 from hanse.messages import (
@@ -201,6 +201,30 @@ def test_a_job_that_a_client_ends_while_the_store_is_full_ends_for_its_reason_on
     assert (record.state, record.code) == (JobState.FAILED, "client-exception")
     assert record.reason == "boom (at site-1)"
     assert completes(server, Site(dialler, server, "site-2"), tmp_path / "next")
+
+
+def test_who_waits_for_a_job_hears_that_the_server_has_left_it(start: StartServer, tmp_path: Path) -> None:
+    server = start()
+    job_id = submit(server, tmp_path)
+    waiting = asyncio.run_coroutine_threadsafe(server.jobs.wait(job_id), background_loop())
+    wait(server.jobs.board.view(job_id))
+
+    server.close()
+
+    with pytest.raises(NotInService):
+        waiting.result(20)
+
+
+def test_files_that_cannot_be_deleted_end_no_run(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(files: TensorFiles, paths: list[Path]) -> None:
+        raise StoreFailed("deleting tensors", "Input/output error")
+
+    monkeypatch.setattr(TensorFiles, "delete_files", broken)
+    server = start()
+
+    assert completes(server, Site(dialler, server, "site-1"), tmp_path)
 
 
 def test_a_long_name_makes_an_id(start: StartServer, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -551,9 +552,16 @@ class ActiveRun:
             self._durable &= kept
             doomed = await asyncio.to_thread(self.files.set_aside, kept)
             objects = mirror.set_aside(kept) if (mirror := self.folder.mirror) is not None else []
-        self._spawn(asyncio.to_thread(self.files.delete_files, doomed), f"delete tensors of {self.job_id}")
+        self._spawn(self._delete_files(doomed), f"delete tensors of {self.job_id}")
         if mirror is not None and objects:
             self._spawn(mirror.delete(objects), f"delete objects of {self.job_id}")
+
+    async def _delete_files(self, paths: Sequence[Path]) -> None:
+        """Delete files that were set aside; those that cannot be deleted go with the run's folder, at its end."""
+        try:
+            await asyncio.to_thread(self.files.delete_files, paths)
+        except StoreFailed as failed:
+            self._log.warning("tensors left behind", extra={"reason": failed.reason})
 
     async def _keep(self, digests: Collection[Digest]) -> None:
         """Return when the run's tensors *digests* survive whatever happens to this process."""

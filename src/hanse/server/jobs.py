@@ -138,6 +138,7 @@ class Jobs:
         self._left_behind = asyncio.Event()
         self._accepting = True
         self._knows_runs = False
+        self._has_left = False
         self._loop = asyncio.get_running_loop()
         self.board = JobBoard(
             services.store,
@@ -169,6 +170,9 @@ class Jobs:
                 await self._schedule()
             finally:
                 self._knows_runs = False
+                self._has_left = True
+                for ended in self._ended.values():  # nobody here sees the end of what others go on with
+                    ended.set()
                 for life in self._lives.values():
                     life.cancel()
 
@@ -633,7 +637,12 @@ class Jobs:
             return await self._services.store.job(job_id)
 
     async def wait(self, job_id: JobId) -> JobRecord:
-        """Return the job's record once it has ended."""
+        """Return the job's record once it has ended.
+
+        Raises:
+            NotFound: there is no such job.
+            NotInService: this server has left its jobs before the end; where they go on is not known here.
+        """
         while True:
             # The event comes before the look: what ends in between has set it.
             ended = self._ended.setdefault(job_id, asyncio.Event())
@@ -646,6 +655,8 @@ class Jobs:
                 ended.set()
                 self._ended.pop(job_id, None)
                 return record
+            if self._has_left:
+                raise NotInService
             await ended.wait()
 
     def current_task(self, client: ClientName) -> tuple[JobId, int] | None:
