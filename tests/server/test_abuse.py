@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from hanse.coordination.service import ServiceState
 from hanse.cell.loop import background_loop
+from hanse.coordination.service import ServiceState
 from hanse.errors import HanseError, NotInService, SiteRefused, StoreFailed, Unauthenticated
 from hanse.ids import SERVER, ClientName, JobId, is_job_id
 from hanse.job import JobRecord, JobState, WorkflowSpec

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hanse.codes import CODES
+from hanse.coordination.waiting import TakingUp
 from hanse.errors import (
     Conflict,
     HanseError,
@@ -950,6 +951,31 @@ def test_a_job_that_a_client_lists_no_longer_is_dead(start: StartServer, dialler
     site.started()
 
     assert site.attempts == [1, 2]
+
+
+def test_a_heartbeat_at_the_moment_at_which_a_run_is_taken_up_ends_nothing(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.started()
+    jobs = server.jobs
+    runs = jobs._runs
+
+    class TakenUpMeanwhile(dict[JobId, Any]):
+        """One of the two tables, of which the other thread moves the run to the other when it has been looked at."""
+
+        def items(self) -> Any:
+            found = list(super().items())
+            jobs._runs = runs
+            jobs._taking_up = {}
+            return found
+
+    monkeypatch.setattr(jobs, "_taking_up", TakenUpMeanwhile({job_id: TakingUp(frozenset({site.name}), 0.0)}))
+    monkeypatch.setattr(jobs, "_runs", TakenUpMeanwhile())
+
+    assert jobs.heartbeat(site.name, (job_id,)) == ()
 
 
 def test_an_agent_that_comes_anew_without_its_job_is_given_it_again(

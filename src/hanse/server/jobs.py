@@ -197,7 +197,6 @@ class Jobs:
             answers=state.answers,
         )
         _log.info("run taken up", extra={"job": record.job_id, "round": run.round})
-        del self._taking_up[record.job_id]
         await self._run(record, run, folder, resumed=True)
 
     async def _taken_over(self, record: JobRecord, folder: RunFolder) -> RunState:
@@ -513,6 +512,7 @@ class Jobs:
             suspect=self._suspects.set,
         )
         self._runs[record.job_id] = active
+        self._taking_up.pop(record.job_id, None)
         try:
             for client in record.clients:  # those whose process went on while the server was away
                 if (peer := self._services.cell.peer(job_cell(client, record.job_id))) is not None:
@@ -688,8 +688,9 @@ class Jobs:
 
     def heartbeat(self, client: ClientName, reported: Collection[JobId]) -> tuple[JobId, ...]:
         """Take note of the jobs that *client* reports, and return those that it should abort; from any thread."""
-        expected = {job_id for job_id, run in list(self._runs.items()) if client in run.run.clients}
-        expected |= {job_id for job_id, coming in list(self._taking_up.items()) if client in coming.clients}
+        # In this order: a run that is taken up at this moment is in the one or the other, or in both.
+        expected = {job_id for job_id, coming in list(self._taking_up.items()) if client in coming.clients}
+        expected |= {job_id for job_id, run in list(self._runs.items()) if client in run.run.clients}
         sync = heartbeat_sync(reported, expected=expected, previously=self._known.get(client, frozenset()))
         self._known[client] = sync.known
         self._loop.call_soon_threadsafe(self._heard, client, sync, expected)
