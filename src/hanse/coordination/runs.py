@@ -265,6 +265,11 @@ class Run:
         return tuple(part.name for part in parts if part.state is ClientState.FAILED or part.name in self._lost)
 
     @property
+    def failed_clients(self) -> tuple[ClientName, ...]:
+        """The clients that are out of the run for good."""
+        return tuple(part.name for part in self._participants.values() if part.state is ClientState.FAILED)
+
+    @property
     def live_clients(self) -> tuple[ClientName, ...]:
         """The clients that have not ended their part."""
         return tuple(part.name for part in self._participants.values() if part.state not in ENDED)

@@ -463,6 +463,7 @@ class ActiveRun:
             state.state,
             lost_clients=self.run.lost_clients,
             carried=self.run.carried,
+            failed_clients=self.run.failed_clients,
         )
 
     async def issue(self, issue: IssueTasks) -> None:
