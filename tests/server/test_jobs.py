@@ -1329,6 +1329,32 @@ def test_what_befell_a_client_is_known_to_the_server_started_again(
     assert record.log_tail == "the end of the log"
 
 
+def test_answers_come_to_a_runs_next_process_in_the_order_in_which_they_were_accepted(
+    start: StartServer, dialler: Dialler, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = Threads()
+    server = start(launcher=launcher)
+    sites = [Site(dialler, server, name) for name in ("site-1", "site-2")]
+    job_id = submit(server, tmp_path, workflow=WorkflowSpec("fedavg", {"rounds": 1, "quorum": 1}))
+    tasks = [site.task() for site in sites]
+    sites[0].send(TaskResult(tasks[0].key, fault=TaskFault("no-space", "a full disk")))
+    store, may_go_on = server.jobs.services.store, on_loop(asyncio.Event)
+    snapshot = store.snapshot
+
+    async def slowly(job_id: JobId) -> Any:
+        await may_go_on.wait()
+        return await snapshot(job_id)
+
+    monkeypatch.setattr(store, "snapshot", slowly)
+    launcher.started[0].kill()
+    recorder.wait_for(EventType.START_RUN, count=2)  # its next process asks where it stands
+    sites[1].send(TaskResult(tasks[1].key, fault=TaskFault("training-failed", "ValueError")))
+    on_loop(may_go_on.set)
+
+    record = outcome(server, job_id)
+    assert (record.code, record.client, record.cause) == ("too-few-clients", "site-1", "no-space")
+
+
 def test_a_run_whose_process_has_not_begun_again_waits_for_it_though_answers_come(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:

@@ -93,7 +93,7 @@ from hanse.server.run_spec import RunProcessSpec
 from hanse.server.run_tensors import needed_tensors, without_lost
 from hanse.storage.disk import disk_failure
 from hanse.storage.models import check_ref, digests_of, state_digests
-from hanse.storage.records import Store
+from hanse.storage.records import RunState, Store
 from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
@@ -196,6 +196,7 @@ class ActiveRun:
         self._refusals: dict[TaskKey, str] = {}
         self._clearing = asyncio.Lock()
         self._committing = asyncio.Lock()
+        self._attaching = 0
         self._logged: dict[ClientName, tuple[int, int]] = {}
         self._progress = 0
         self._round_announced = -1
@@ -447,15 +448,16 @@ class ActiveRun:
         A commit that an earlier process has asked for comes first, whatever becomes of it.
         """
         self._services.handlers.tell(EventType.START_RUN, self._context(round_number=self.run.round))
-        async with self._committing:
-            with self._storing():
-                state = await self._services.store.snapshot(self.job_id)
-            if state.state is not None and state.state.round == self.run.round:
-                # The store could not say that it had committed the round, and who would have asked again has died.
-                journalled = [task.key for task in state.tasks] + [answer.key for answer in state.answers]
-                await self._end_round(state.state, set(journalled) - set(self.run.unknown(journalled)))
-        self._works()
-        await self._hand_over(self.run.answers)
+        self._attaching += 1  # an answer that is accepted meanwhile waits for those before it
+        try:
+            state = await self._caught_up()
+            self._works()
+            handed: dict[TaskKey, TaskResult] = {}
+            while coming := [answer for answer in self.run.answers if handed.get(answer.key) is not answer]:
+                await self._hand_over(coming)
+                handed.update((answer.key, answer) for answer in coming)
+        finally:
+            self._attaching -= 1
         return RunSnapshot(
             self.job_id,
             self.record.spec,
@@ -465,6 +467,17 @@ class ActiveRun:
             carried=self.run.carried,
             failed_clients=self.run.failed_clients,
         )
+
+    async def _caught_up(self) -> RunState:
+        """Return what the journal holds, when no commit is under way and the run knows of the last one."""
+        async with self._committing:
+            with self._storing():
+                state = await self._services.store.snapshot(self.job_id)
+            if state.state is not None and state.state.round == self.run.round:
+                # The store could not say that it had committed the round, and who would have asked again has died.
+                journalled = [task.key for task in state.tasks] + [answer.key for answer in state.answers]
+                await self._end_round(state.state, set(journalled) - set(self.run.unknown(journalled)))
+        return state
 
     async def issue(self, issue: IssueTasks) -> None:
         """Journal the tasks, send those that are new, and hand over the answers of those that have one.
@@ -732,7 +745,8 @@ class ActiveRun:
             self._troubles[sender] = Trouble(result.fault.code, result.fault.log_tail)
         elif sender in self._troubles:
             self._troubles[sender] = Trouble(log_tail=self.log_tail(sender))
-        self._tell_run("answer", result)
+        if not self._attaching:
+            self._tell_run("answer", result)
         await self._write_answer(result)
         self._notify(
             EventType.RESULT_ACCEPTED,
