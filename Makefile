@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 WIRE := src/hanse/cell/wire.proto
+# The default suite runs on all cores, a file's tests on one of them.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 # The files of slow tests that `make faults` runs; by default all.
 FAULTS :=
 
@@ -26,7 +28,7 @@ demo: $(RUN)  ## Three organisations train a model together, here, in half a min
 	$(BIN)/python -m examples.demo
 
 test: $(DEVELOP)  ## Run the tests (all but the slow ones)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(DEVELOP)  ## Everything that a change must pass: format, lint, types, layers, tests, coverage
 	$(BIN)/ruff format --check
@@ -34,7 +36,7 @@ check: $(DEVELOP)  ## Everything that a change must pass: format, lint, types, l
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest --cov --cov-report=
+	$(PYTEST) --cov --cov-report=
 	$(BIN)/coverage report --include='src/hanse/coordination/*,src/hanse/learning/*' --fail-under=95
 	$(BIN)/coverage report --fail-under=85
 

@@ -1,9 +1,13 @@
 """What SQLite adds to the contract of ``test_store``: a file, its rights, and what can be wrong with it."""
 
 import asyncio
+import json
 import sqlite3
 import stat
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -39,6 +43,38 @@ async def test_the_file_is_nobody_elses_to_read(path: Path) -> None:
     assert modes["store.db"] == 0o600
     assert set(modes.values()) == {0o600}
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+async def test_a_store_opened_beside_another_in_one_process_leaves_it_its_locks(path: Path) -> None:
+    """Without them, whoever else closes the file takes themselves for the last, and what is written after is lost."""
+    async with SqlStore(path) as first:
+        taken = await take(first, "server-1")
+        async with SqlStore(path):
+            await _seen_elsewhere(path)
+
+        await first.renew_lease(taken.epoch)
+
+        assert await _seen_elsewhere(path) == {"beat": 1}
+
+
+async def _seen_elsewhere(path: Path) -> Any:
+    """Return what another process, which closes the file again, sees of the lease."""
+    program = (
+        "import asyncio, json, sys; from pathlib import Path; from hanse.storage.store import SqlStore\n"
+        "async def main():\n"
+        "    async with SqlStore(Path(sys.argv[1])) as store: print(json.dumps({'beat': (await store.lease()).beat}))\n"
+        "asyncio.run(main())"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    return json.loads((await asyncio.to_thread(subprocess.run, command, capture_output=True, check=True)).stdout)
+
+
+async def test_many_open_a_new_file_at_once(tmp_path: Path) -> None:
+    for number in range(20):
+        stores = [SqlStore(tmp_path / str(number) / "store.db") for _ in range(6)]
+        await asyncio.gather(*(store.open() for store in stores))
+        for store in stores:
+            await store.close()
 
 
 async def test_sessions_of_two_new_stores_differ(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """SQLite, in a file: write-ahead log, every commit synced, and a write lock that one process at a time has."""
 
+import fcntl
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -29,18 +30,16 @@ class SqliteDatabase:
 
     def connect(self) -> DriverConnection:
         """See ``Database``."""
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        except OSError as error:
-            raise disk_failure(f"opening {self._path}", error, self._path.parent) from error
+        self._make()
         # The driver must not begin transactions by itself (isolation_level None): it would do so late, and without
         # taking the write lock, so that two servers could both read an epoch before either wrote.
         connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
         try:
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            with _one_at_a_time(self._path.parent):
+                connection.execute("PRAGMA journal_mode=WAL")
+            for pragma in ("synchronous=FULL", "foreign_keys=ON"):
                 connection.execute(f"PRAGMA {pragma}")
-        except sqlite3.Error:
+        except BaseException:
             connection.close()
             raise
         return connection
@@ -71,3 +70,30 @@ class SqliteDatabase:
     def listener(self, heard: Callable[[], None]) -> None:
         """See ``Database``."""
         return
+
+    def _make(self) -> None:
+        """Make the file if there is none.
+
+        One that is there is not opened, since to close it again would end the locks that this process's other
+        connections have on it (https://sqlite.org/howtocorrupt.html, 2.2).
+        """
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise disk_failure(f"opening {self._path}", error, self._path.parent) from error
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one at a time into the block, of all who come with this *folder*: a change of mode waits for nobody."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise disk_failure(f"opening {folder}", error, folder) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
