@@ -417,7 +417,8 @@ class RunSnapshot(msgspec.Struct, frozen=True):
     """Where a run stands: the last committed state (``None`` before the first), and who takes part.
 
     Answers accepted since that state are not here: whoever issues an answered task again is handed its answer.
-    ``carried`` are the tasks of earlier rounds that the last commit kept; answers to them follow as events.
+    ``carried`` are the tasks of earlier rounds that the last commit kept; answers to them follow as events. Of the
+    ``lost_clients``, from which no answer is to be expected now, ``failed_clients`` will not come back.
     """
 
     job_id: JobId
@@ -426,6 +427,7 @@ class RunSnapshot(msgspec.Struct, frozen=True):
     state: StateRef | None = None
     lost_clients: tuple[ClientName, ...] = ()
     carried: tuple[TaskKey, ...] = ()
+    failed_clients: tuple[ClientName, ...] = ()
 
 
 class IssueTasks(msgspec.Struct, frozen=True):

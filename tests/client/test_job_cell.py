@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hanse.cell.cell import RemoteError
-from hanse.client.job_cell import MAX_LOGS_PER_S, MAX_QUEUED_TASKS, filters_of
+from hanse.client.job_cell import MAX_LOGS_PER_S, filters_of
 from hanse.client.job_process import JobConnection
 from hanse.client.process_spec import JobProcessSpec
 from hanse.client.task import TaskContext
@@ -392,18 +392,31 @@ async def test_task_for_somebody_else_is_refused(tmp_path: Path) -> None:
             )
 
 
-async def test_more_tasks_than_can_wait_are_refused(tmp_path: Path) -> None:
-    async def forever(model: Model, ctx: TaskContext) -> Update:
-        await asyncio.Event().wait()
-        raise AssertionError
+async def test_more_tasks_than_can_wait_are_answered_with_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hanse.client.job_cell.MAX_QUEUED_TASKS", 2)
+    begun, may_go_on = asyncio.Event(), asyncio.Event()
 
-    async with fake_server(tmp_path / "s") as server, job(server, tmp_path / "t", FakeTrainer(forever)):
+    async def slowly(model: Model, ctx: TaskContext) -> Update:
+        begun.set()
+        await may_go_on.wait()
+        return Update(None, 1)
+
+    async with fake_server(tmp_path / "s") as server, job(server, tmp_path / "t", FakeTrainer(slowly)) as running:
         await server.up(CELL)
-        for number in range(MAX_QUEUED_TASKS + 1):  # one of which is worked on
-            give(server, TaskAssignment(key(number), None, expects_model=False))
-        more = TaskAssignment(key(MAX_QUEUED_TASKS + 1), None)
-        with pytest.raises(RemoteError, match=f"site-1 is busy with {MAX_QUEUED_TASKS} tasks"):
-            await server.cell.ask(Fqcn(CELL), Channel.TASK, "task", more, timeout_s=10)
+        for number in range(4):
+            task = TaskAssignment(key(number), None, expects_model=False)
+            await server.cell.ask(Fqcn(CELL), Channel.TASK, "task", task, timeout_s=10)
+            await asyncio.wait_for(begun.wait(), 20)
+        may_go_on.set()
+        results = [await server.next(TaskResult) for _ in range(4)]
+
+        assert [result.key for result in results] == [key(number) for number in range(4)]
+        assert [result.fault for result in results[:3]] == [None] * 3
+        fault = results[3].fault
+        assert fault is not None
+        assert (fault.code, fault.retryable) == ("conflict", True)
+        assert fault.reason == "site-1 is busy with 2 tasks, so it cannot be given another"
+        assert not running.done()
 
 
 async def test_full_disk_at_the_site_is_told_at_once_and_the_next_task_is_worked_on(

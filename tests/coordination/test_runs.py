@@ -538,6 +538,34 @@ def test_a_client_that_comes_back_is_no_longer_lost() -> None:
     assert run.participant(ONE).reason == ""
 
 
+def test_a_lost_client_that_is_started_again_is_lost_until_it_connects() -> None:
+    run = run_with(LOST)
+
+    run.starting(ONE, now=200)
+    assert run.lost_clients == (ONE,)
+    run.stream_up(ONE, now=201)
+    assert run.lost_clients == ()
+
+
+def test_a_client_whose_process_cannot_be_started_is_lost_no_later_for_being_tried_again() -> None:
+    run = run_with(SUSPECT)
+
+    for now in (8, 13, 17):
+        run.starting(ONE, now=now)
+        run.not_started(ONE, now=now + 0.5)
+        assert run.participant(ONE).since == 3
+
+    assert run.lost(18, 15) == [ONE]
+
+
+def test_a_start_that_failed_says_nothing_of_a_process_that_is_connected() -> None:
+    run = run_with(RUNNING)
+
+    run.not_started(ONE, now=5)
+
+    assert run.participant(ONE).state is RUNNING
+
+
 def test_a_failure_is_news_once_and_keeps_its_first_reason() -> None:
     run = run_with(RUNNING)
 

@@ -31,6 +31,7 @@ class Runs(RuleBasedStateMachine):
         self.answers: dict[TaskKey, TaskResult] = {}
         self.was_accepted: set[TaskKey] = set()
         self.states = dict.fromkeys(CLIENTS, ClientState.DEPLOYED)
+        self.lost: set[ClientName] = set()
         self.examples = 0
 
     @initialize()
@@ -169,6 +170,7 @@ class Runs(RuleBasedStateMachine):
             answers=tuple(self.answers.values()),
         )
         self.states = dict.fromkeys(CLIENTS, ClientState.SUSPECT)
+        self.lost.clear()
 
     # clients
 
@@ -176,9 +178,21 @@ class Runs(RuleBasedStateMachine):
     def start(self, client: ClientName) -> None:
         self.run.starting(client, now=self.now)
 
+    @rule(client=st.sampled_from(CLIENTS))
+    def start_in_vain(self, client: ClientName) -> None:
+        before = self.run.participant(client)
+        if self.run.starting(client, now=self.now) is None:
+            return
+        self.run.not_started(client, now=self.now)
+        after = self.run.participant(client)
+        assert after.state is ClientState.SUSPECT
+        assert after.since == (before.since if before.state is ClientState.SUSPECT else self.now)
+        self.states[client] = ClientState.STARTING  # which it was in between
+
     @rule(client=st.sampled_from(CLIENTS), stream=st.sampled_from(["a", "b"]))
     def stream_up(self, client: ClientName, stream: str) -> None:
-        self.run.stream_up(client, now=self.now, stream=stream)
+        if self.run.stream_up(client, now=self.now, stream=stream) is not None:
+            self.lost.discard(client)
 
     @rule(client=st.sampled_from(CLIENTS), stream=st.sampled_from(["a", "b", None]))
     def stream_down(self, client: ClientName, stream: str | None) -> None:
@@ -191,6 +205,7 @@ class Runs(RuleBasedStateMachine):
         lost = self.run.lost(self.now, LOST_AFTER_S)
         assert bool(lost) == (due is not None and due <= self.now)
         assert self.run.lost(self.now, LOST_AFTER_S) == []
+        self.lost.update(lost)
 
     @rule(client=st.sampled_from(CLIENTS), attempt=st.integers(0, 4), status=st.sampled_from([0, 1, -9]))
     def process_ends(self, client: ClientName, attempt: int, status: int) -> None:
@@ -212,6 +227,7 @@ class Runs(RuleBasedStateMachine):
         assert set(self.run.end(now=self.now)) == self.out.keys()
         self.out.clear()
         self.answers.clear()
+        self.lost.clear()
 
     # what holds after every step
 
@@ -237,8 +253,8 @@ class Runs(RuleBasedStateMachine):
             before = self.states[part.name]
             assert part.state is before or part.state in LEGAL[before]
             self.states[part.name] = part.state
-        gone = {ClientState.LOST, ClientState.FAILED}
-        assert set(self.run.lost_clients) == {client for client in CLIENTS if self.states[client] in gone}
+        failed = {client for client in CLIENTS if self.states[client] is ClientState.FAILED}
+        assert set(self.run.lost_clients) == failed | self.lost
         assert set(self.run.live_clients) == {client for client in CLIENTS if self.states[client] not in ENDED}
 
 

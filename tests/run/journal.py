@@ -100,10 +100,11 @@ def federation(
         journal.files,
         clients=map(ClientName, names),
         seed=seed,
-        lost=map(ClientName, lost),
         carried=carried,
     )
     journal.attach(made)
+    for client in lost:
+        made.client_changed(changed(client, "lost"))
     made.enter_round(round_number)
     return made
 

@@ -335,6 +335,19 @@ async def test_who_was_lost_and_who_came_back_is_learnt_when_the_link_is_up_agai
     assert shown(await collected(run, "a")) == [("a", None, 0)]
 
 
+async def test_a_client_that_has_failed_is_known_as_such_when_the_link_is_up_again(files: TensorFiles) -> None:
+    run = federation(Journal(files, {"a": silent, "b": silent}), "a", "b")
+    asking = asyncio.create_task(collected(run, "a", "b", keep=True))
+    async with asyncio.timeout(10):
+        await run._link.was_asked.wait()  # type: ignore[attr-defined]
+    gone = (ClientName("a"), ClientName("b"))
+    spec = JobSpec("tiny", WorkflowSpec("fedavg"), client="app:app", model="model:initial")
+
+    run.attached(RunSnapshot(JobId("tiny-1"), spec, run.clients, lost_clients=gone, failed_clients=gone))
+
+    assert shown(await asking) == [("a", "client-failed", 0), ("b", "client-failed", 0)]
+
+
 # tasks that are kept
 
 

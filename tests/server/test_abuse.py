@@ -12,7 +12,7 @@ import pytest
 
 from hanse.cell.loop import background_loop
 from hanse.coordination.service import ServiceState
-from hanse.errors import HanseError, SiteRefused, StoreFailed, Unauthenticated
+from hanse.errors import HanseError, NotInService, SiteRefused, StoreFailed, Unauthenticated
 from hanse.ids import SERVER, ClientName, JobId, is_job_id
 from hanse.job import JobRecord, JobState, WorkflowSpec
 from hanse.messages import (
@@ -37,7 +37,7 @@ from hanse.storage.memory import MemoryStore
 from hanse.storage.models import read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
 
-from .job_world import Site, Threads, answer, outcome, small, submit
+from .job_world import ScriptedLauncher, Site, Threads, answer, outcome, small, submit
 from .world import (
     PROJECT,
     Dialler,
@@ -76,7 +76,7 @@ class TroubledStore(MemoryStore):
     async def jobs(self, **narrowed: Any) -> list[JobRecord]:
         self._may_fail()
         found = await super().jobs(**narrowed)
-        if narrowed.get("states") == (JobState.SUBMITTED,) and found and self.after_looking is not None:
+        if JobState.SUBMITTED in narrowed.get("states", ()) and found and self.after_looking is not None:
             await self.after_looking(found)
         return found
 
@@ -185,10 +185,10 @@ def test_a_store_that_fails_for_a_while_ends_no_tenure(
     assert server.service.state is ServiceState.HOT
 
 
-def test_a_job_that_the_store_failed_ends_with_that_reason_once_it_can(
+def test_a_job_that_a_client_ends_while_the_store_is_full_ends_for_its_reason_once_it_can(
     start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hanse.server.jobs.POSTPONED_S", 0.01)
+    monkeypatch.setattr("hanse.server.active_run.HINDERED_PAUSE_S", 0.01)
     server = start()
     site = Site(dialler, server, "site-1", starts=False)
     job_id = submit(server, tmp_path, min_clients=1)
@@ -198,9 +198,33 @@ def test_a_job_that_the_store_failed_ends_with_that_reason_once_it_can(
     site.wire.ask(Channel.SERVER, "job_failure", JobFailure(job_id, "exception", "boom"))
 
     record = outcome(server, job_id)
-    assert (record.state, record.code) == (JobState.FAILED, "store-failed")
-    assert record.reason == "the store failed while writing: No space left on device"
+    assert (record.state, record.code) == (JobState.FAILED, "client-exception")
+    assert record.reason == "boom (at site-1)"
     assert completes(server, Site(dialler, server, "site-2"), tmp_path / "next")
+
+
+def test_who_waits_for_a_job_hears_that_the_server_has_left_it(start: StartServer, tmp_path: Path) -> None:
+    server = start()
+    job_id = submit(server, tmp_path)
+    waiting = asyncio.run_coroutine_threadsafe(server.jobs.wait(job_id), background_loop())
+    wait(server.jobs.board.view(job_id))
+
+    server.close()
+
+    with pytest.raises(NotInService):
+        waiting.result(20)
+
+
+def test_files_that_cannot_be_deleted_end_no_run(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(files: TensorFiles, paths: list[Path]) -> None:
+        raise StoreFailed("deleting tensors", "Input/output error")
+
+    monkeypatch.setattr(TensorFiles, "delete_files", broken)
+    server = start()
+
+    assert completes(server, Site(dialler, server, "site-1"), tmp_path)
 
 
 def test_a_long_name_makes_an_id(start: StartServer, tmp_path: Path) -> None:
@@ -269,6 +293,24 @@ def test_an_answer_that_could_not_be_journalled_is_when_it_is_sent_again(
     site.job.ask(Channel.TASK, "result", result)
 
     assert wait(store.snapshot(job_id)).answers == (result,)
+
+
+def test_a_job_whose_process_is_given_up_while_the_store_is_full_ends_for_that_reason(
+    start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.active_run.HINDERED_PAUSE_S", 0.01)
+    launcher = on_loop(ScriptedLauncher)
+    server = start(launcher)
+    Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=1)
+    process = launcher.next()
+    store.failures = 3
+
+    launcher.end(process, 7)
+
+    record = outcome(server, job_id)
+    assert (record.state, record.code) == (JobState.FAILED, "process-died")
+    assert store.failures == 0
 
 
 def test_the_same_answer_twice_at_the_same_moment_counts_once(

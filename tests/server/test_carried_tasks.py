@@ -216,6 +216,7 @@ def test_an_accepted_answer_of_a_client_that_is_lost_since_counts_after_a_restar
     again = start()
     reconnect(sites[1:], again, dialler, job_id)  # site-1 does not come back
 
+    assert sites[1].task().key == tasks[1].key, "it comes again once the run is taken up; before, no answer is taken"
     sites[1].send(answer(tasks[1], w(3)))
 
     assert result_of(again, job_id) == w(2)

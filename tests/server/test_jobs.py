@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hanse.codes import CODES
+from hanse.coordination.waiting import TakingUp
 from hanse.errors import (
     Conflict,
     HanseError,
@@ -952,6 +953,31 @@ def test_a_job_that_a_client_lists_no_longer_is_dead(start: StartServer, dialler
     assert site.attempts == [1, 2]
 
 
+def test_a_heartbeat_at_the_moment_at_which_a_run_is_taken_up_ends_nothing(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.started()
+    jobs = server.jobs
+    runs = jobs._runs
+
+    class TakenUpMeanwhile(dict[JobId, Any]):
+        """One of the two tables, of which the other thread moves the run to the other when it has been looked at."""
+
+        def items(self) -> Any:
+            found = list(super().items())
+            jobs._runs = runs
+            jobs._taking_up = {}
+            return found
+
+    monkeypatch.setattr(jobs, "_taking_up", TakenUpMeanwhile({job_id: TakingUp(frozenset({site.name}), 0.0)}))
+    monkeypatch.setattr(jobs, "_runs", TakenUpMeanwhile())
+
+    assert jobs.heartbeat(site.name, (job_id,)) == ()
+
+
 def test_an_agent_that_comes_anew_without_its_job_is_given_it_again(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:
@@ -1118,6 +1144,56 @@ def test_a_client_that_is_lost_is_a_fault_and_the_round_goes_on_without_it(
     assert last.answered == ("site-2",)
 
 
+def test_a_client_that_was_lost_and_is_started_again_is_waited_for_again(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start(lost_after_s=0.05)
+    site, gone = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    job_id = submit(server, tmp_path)
+    task = site.task()
+    gone.task()
+    watcher = dialler.site(server, "ada@demo", fqcn="ada@demo.cli-1")
+    on_loop(lambda: server.jobs.board.watch(job_id, watcher.fqcn))
+    assert gone.job is not None
+    wait(gone.job.close())
+    wait(gone.wire.close())
+    while watcher.told(Channel.ADMIN, "job.event").kind != "client_lost":
+        continue
+
+    back = Site(dialler, server, "site-2")
+    back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat())
+    back.task()
+    while watcher.told(Channel.ADMIN, "job.event").kind != "client_back":
+        continue
+    site.send(answer(task, w(1)))  # which decides the round: the other was lost in it
+    site.send(answer(site.task(), w(2)))
+    back.send(answer(back.task(), w(4)))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert [entry.answered for entry in wait(server.jobs.board.view(job_id)).history] == [
+        (),
+        ("site-1",),
+        ("site-1", "site-2"),
+    ]
+
+
+def test_a_client_that_cannot_start_its_process_just_now_is_lost_in_time(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start(lost_after_s=0.05)
+    Site(dialler, server, "site-1", train=plus(2))
+    full = Site(dialler, server, "site-2")
+
+    def no_space(message: Message) -> None:
+        raise NO_SPACE
+
+    full.wire.cell.on(Channel.JOB, "start", no_space)
+    job_id = submit(server, tmp_path, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert wait(server.jobs.board.view(job_id)).history[1].answered == ("site-1",)
+
+
 def test_a_client_that_quits_is_lost_to_its_run(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
     server = start(lost_after_s=0.05)
     site = Site(dialler, server, "site-1")
@@ -1251,6 +1327,32 @@ def test_what_befell_a_client_is_known_to_the_server_started_again(
     record = outcome(second, job_id)
     assert (record.code, record.client, record.cause) == ("too-few-clients", "site-1", "no-space")
     assert record.log_tail == "the end of the log"
+
+
+def test_answers_come_to_a_runs_next_process_in_the_order_in_which_they_were_accepted(
+    start: StartServer, dialler: Dialler, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = Threads()
+    server = start(launcher=launcher)
+    sites = [Site(dialler, server, name) for name in ("site-1", "site-2")]
+    job_id = submit(server, tmp_path, workflow=WorkflowSpec("fedavg", {"rounds": 1, "quorum": 1}))
+    tasks = [site.task() for site in sites]
+    sites[0].send(TaskResult(tasks[0].key, fault=TaskFault("no-space", "a full disk")))
+    store, may_go_on = server.jobs.services.store, on_loop(asyncio.Event)
+    snapshot = store.snapshot
+
+    async def slowly(job_id: JobId) -> Any:
+        await may_go_on.wait()
+        return await snapshot(job_id)
+
+    monkeypatch.setattr(store, "snapshot", slowly)
+    launcher.started[0].kill()
+    recorder.wait_for(EventType.START_RUN, count=2)  # its next process asks where it stands
+    sites[1].send(TaskResult(tasks[1].key, fault=TaskFault("training-failed", "ValueError")))
+    on_loop(may_go_on.set)
+
+    record = outcome(server, job_id)
+    assert (record.code, record.client, record.cause) == ("too-few-clients", "site-1", "no-space")
 
 
 def test_a_run_whose_process_has_not_begun_again_waits_for_it_though_answers_come(

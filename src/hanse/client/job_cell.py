@@ -53,6 +53,7 @@ from hanse.storage.tensors import TensorFiles
 _log = logging.getLogger(__name__)
 
 MAX_QUEUED_TASKS: Final = 64
+"""More tasks than this do not wait here with their models; whoever asks them is told so in their turn."""
 MAX_LOGS_PER_S: Final = 100
 """More metrics than this are dropped: training code that logs every step must not fill the link's queue."""
 
@@ -90,7 +91,7 @@ class ClientJob:
         self._transfers, self._files, self._keep_only = transfers, files, keep_only
         self._trainer, self._filters, self._log_tail = trainer, filters, log_tail
         self._scope = f"job/{job_id}"
-        self._queue: dict[TaskKey, TaskAssignment] = {}
+        self._queue: dict[TaskKey, TaskAssignment | None] = {}
         self._queued = asyncio.Event()
         self._current: tuple[TaskKey, asyncio.Task[None]] | None = None
         self._log = FieldLogger(_log, {"job": job_id})
@@ -109,7 +110,7 @@ class ClientJob:
             key, assignment = next(iter(self._queue.items()))
             del self._queue[key]
             async with asyncio.TaskGroup() as group:  # which lets a task that was cancelled alone end in peace
-                work = group.create_task(self._work(assignment), name=f"task {key.name} of round {key.round}")
+                work = group.create_task(self._work(key, assignment), name=f"task {key.name} of round {key.round}")
                 self._current = key, work
             self._current = None
 
@@ -122,9 +123,7 @@ class ClientJob:
         key = assignment.key
         if key in self._queue or (self._current is not None and self._current[0] == key):
             return  # sent again because the link broke; it is being dealt with
-        if len(self._queue) >= MAX_QUEUED_TASKS:
-            raise Conflict(self._client, state=f"busy with {len(self._queue)} tasks", wanted="given another")
-        self._queue[key] = assignment
+        self._queue[key] = assignment if len(self._queue) < MAX_QUEUED_TASKS else None
         self._queued.set()
         self._log.info("task received", extra={"task": key.name, "round": key.round})
 
@@ -139,7 +138,11 @@ class ClientJob:
 
     # A task's way -----------------------------------------------------------------------------------------------------
 
-    async def _work(self, assignment: TaskAssignment) -> None:
+    async def _work(self, key: TaskKey, assignment: TaskAssignment | None) -> None:
+        if assignment is None:
+            busy = Conflict(self._client, state=f"busy with {MAX_QUEUED_TASKS} tasks", wanted="given another")
+            await self._deliver(TaskResult(key, fault=TaskFault(busy.code, busy.reason, retryable=True)), {})
+            return
         result, bytes_of = await self._result_of(assignment)
         if result.fault is not None:
             extra = {"task": assignment.key.name, "round": assignment.key.round, "reason": result.fault.reason}

@@ -192,6 +192,8 @@ class Run:
         self._tasks: dict[TaskKey, TaskAssignment] = {t.key: t for t in tasks if t.key not in self._answers}
         self._cancelled: set[TaskKey] = set()
         self._streams: dict[ClientName, object] = {}
+        self._suspect_since: dict[ClientName, float] = {}
+        self._lost: set[ClientName] = set()
         self._ended = False
 
     @classmethod
@@ -258,9 +260,14 @@ class Run:
 
     @property
     def lost_clients(self) -> tuple[ClientName, ...]:
-        """The clients from which no answer is to be expected now: lost or failed."""
-        gone = (ClientState.LOST, ClientState.FAILED)
-        return tuple(part.name for part in self._participants.values() if part.state in gone)
+        """The clients from which no answer is to be expected now: failed, or lost and not connected since."""
+        parts = self._participants.values()
+        return tuple(part.name for part in parts if part.state is ClientState.FAILED or part.name in self._lost)
+
+    @property
+    def failed_clients(self) -> tuple[ClientName, ...]:
+        """The clients that are out of the run for good."""
+        return tuple(part.name for part in self._participants.values() if part.state is ClientState.FAILED)
 
     @property
     def live_clients(self) -> tuple[ClientName, ...]:
@@ -390,6 +397,7 @@ class Run:
     def end(self, *, now: float) -> tuple[TaskKey, ...]:
         """End the run: every client that has not failed is done; return the tasks still out. Twice is once."""
         self._ended = True
+        self._lost.clear()
         for client in self.live_clients:
             self._move(client, ClientState.DONE, now=now)
         return self._forget_tasks()
@@ -401,7 +409,15 @@ class Run:
         part = self.participant(client)
         if ClientState.STARTING not in LEGAL[part.state]:
             return None
+        self._suspect_since.pop(client, None)
+        if part.state is ClientState.SUSPECT:
+            self._suspect_since[client] = part.since
         return self._move(client, ClientState.STARTING, now=now, attempt=part.attempt + 1).attempt
+
+    def not_started(self, client: ClientName, *, now: float) -> None:
+        """Note that *client*'s process could not be started: a client that was suspect before is so since then."""
+        if self.participant(client).state is ClientState.STARTING:
+            self._move(client, ClientState.SUSPECT, now=self._suspect_since.pop(client, now))
 
     def stream_up(self, client: ClientName, *, now: float, stream: object = None) -> ClientState | None:
         """Note that *client*'s job cell is connected; return what its state was, ``None`` when it has ended its part.
@@ -413,6 +429,7 @@ class Run:
         if state in ENDED:
             return None
         self._streams[client] = stream
+        self._lost.discard(client)
         if state is not ClientState.RUNNING:
             self._move(client, ClientState.RUNNING, now=now)
         return state
@@ -439,6 +456,7 @@ class Run:
         newly = [part.name for part in self._suspects() if part.since + lost_after_s <= now]
         for client in newly:
             self._move(client, ClientState.LOST, now=now, reason=f"not connected for {lost_after_s:g} s")
+        self._lost.update(newly)
         return newly
 
     def next_deadline(self, lost_after_s: float) -> float | None:

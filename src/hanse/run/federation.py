@@ -58,7 +58,6 @@ class RunFederation:
         *,
         clients: Iterable[ClientName],
         seed: int,
-        lost: Iterable[ClientName] = (),
         carried: Iterable[TaskKey] = (),
     ) -> None:
         self._link = link
@@ -70,7 +69,7 @@ class RunFederation:
         self.tensors_read: set[Digest] = set()
         self.disk_failure: StoreFailed | None = None
         self._began = 0.0
-        self._unavailable = {client: TaskFault(CLIENT_LOST, f"{client} was lost") for client in lost}
+        self._unavailable: dict[ClientName, TaskFault] = {}
         self._kept: dict[str, _Pool] = {}
         self._pool_of: dict[TaskKey, _Pool] = {}
         self._arrivals = itertools.count()
@@ -175,17 +174,19 @@ class RunFederation:
             for key in keys:
                 self._pool_of[key].forget_news(key)
             return
-        code = CLIENT_LOST if change.change == "lost" else CLIENT_FAILED
-        self._unavailable[client] = TaskFault(code, change.reason or f"{client} was lost")
+        code, why = (CLIENT_LOST, "was lost") if change.change == "lost" else (CLIENT_FAILED, "is out of the run")
+        self._unavailable[client] = TaskFault(code, change.reason or f"{client} {why}")
         for key in keys:
             self._tell_of_loss(key)
 
     def attached(self, snapshot: RunSnapshot) -> None:
-        """Take note of who was lost, or came back, while nothing could be heard."""
+        """Take note of who was lost, failed, or came back, while nothing could be heard."""
+        changes = dict.fromkeys(snapshot.lost_clients, "lost") | dict.fromkeys(snapshot.failed_clients, "failed")
+        codes = {"lost": CLIENT_LOST, "failed": CLIENT_FAILED}
         for client in self.clients:
-            is_lost = client in snapshot.lost_clients
-            if is_lost != (client in self._unavailable):
-                self.client_changed(ClientChanged(client, "lost" if is_lost else "back"))
+            change, known = changes.get(client, "back"), self._unavailable.get(client)
+            if codes.get(change) != (known.code if known is not None else None):
+                self.client_changed(ClientChanged(client, change))
 
     def _kept_keys(self, name: str) -> list[TaskKey]:
         """Return the keys of kept tasks *name* whose answers were not yielded, the oldest first."""

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -76,6 +77,7 @@ from hanse.messages import (
     RunEnded,
     RunSnapshot,
     StartJob,
+    StateRef,
     TaskAssignment,
     TaskCancelled,
     TaskFault,
@@ -92,7 +94,7 @@ from hanse.server.run_spec import RunProcessSpec
 from hanse.server.run_tensors import needed_tensors, without_lost
 from hanse.storage.disk import disk_failure
 from hanse.storage.models import check_ref, digests_of, state_digests
-from hanse.storage.records import Store
+from hanse.storage.records import RunState, Store
 from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
@@ -199,9 +201,12 @@ class ActiveRun:
         self._writing: set[asyncio.Task[None]] = set()
         self._refusals: dict[TaskKey, str] = {}
         self._clearing = asyncio.Lock()
+        self._committing = asyncio.Lock()
+        self._attaching = 0
         self._logged: dict[ClientName, tuple[int, int]] = {}
         self._progress = 0
         self._round_announced = -1
+        self._round_done = run.committed_round
 
     @property
     def job_id(self) -> JobId:
@@ -283,6 +288,19 @@ class ActiveRun:
             for client in self.run.clients:
                 self._tell(Fqcn(client), Channel.JOB, "abort", AbortJob(self.job_id, reason or to.value))
 
+    async def end_once_stored(
+        self, to: JobState, *, code: str, reason: str, client: str = "", log_tail: str = ""
+    ) -> None:
+        """End the job as ``end`` does, as soon as the store takes that: nobody else will end it for this reason."""
+        while True:
+            try:
+                await self.end(to, code=code, reason=reason, client=client, log_tail=log_tail)
+                return
+            except StoreFailed as failed:
+                self._log.error("the end waits for the store", extra={"code": code, "reason": failed.reason})
+            if await self._is_over_within(HINDERED_PAUSE_S):
+                return
+
     async def _stored_end(self, record: JobRecord) -> JobRecord:
         """Store the job's end and return it: *record*, or the end that the store took without being able to say so."""
         try:
@@ -347,7 +365,7 @@ class ActiveRun:
             SERVER, attempt=attempt, tries=self.record.spec.process_tries, status=status, last_line=last_line
         )
         if isinstance(verdict, GiveUp):
-            await self.end(JobState.FAILED, code=verdict.code, reason=verdict.reason, log_tail=log_tail)
+            await self.end_once_stored(JobState.FAILED, code=verdict.code, reason=verdict.reason, log_tail=log_tail)
             return
         pause_s = min(RESTART_PAUSE_S * (attempt - 1), LONGEST_PAUSE_S)
         now, died = self._services.now(), ProcessDied(SERVER, status, last_line)
@@ -394,7 +412,8 @@ class ActiveRun:
         """Wait before the run's process, hindered *since* then, is tried again; end the job when that was for long."""
         now, reason = self._services.now(), hindrance.reason
         if now - since > LONGEST_WAIT_S:
-            await self.end(JobState.FAILED, code=hindrance.code, reason=reason, log_tail=await self._own_log_tail())
+            log_tail = await self._own_log_tail()
+            await self.end_once_stored(JobState.FAILED, code=hindrance.code, reason=reason, log_tail=log_tail)
             return
         self._process = RunProcess(Phase.HINDERED, since, attempt, until=since + LONGEST_WAIT_S, reason=reason)
         self._log.warning("the run's process cannot go on and is tried again", extra={"reason": reason})
@@ -430,12 +449,21 @@ class ActiveRun:
     # what the run's process asks
 
     async def attach(self) -> RunSnapshot:
-        """Return where the run stands, having handed over its answers: its process is there, and begins or goes on."""
+        """Return where the run stands, having handed over its answers: its process is there, and begins or goes on.
+
+        A commit that an earlier process has asked for comes first, whatever becomes of it.
+        """
         self._services.handlers.tell(EventType.START_RUN, self._context(round_number=self.run.round))
-        with self._storing():
-            state = await self._services.store.snapshot(self.job_id)
-        self._works()
-        await self._hand_over(self.run.answers)
+        self._attaching += 1  # an answer that is accepted meanwhile waits for those before it
+        try:
+            state = await self._caught_up()
+            self._works()
+            handed: dict[TaskKey, TaskResult] = {}
+            while coming := [answer for answer in self.run.answers if handed.get(answer.key) is not answer]:
+                await self._hand_over(coming)
+                handed.update((answer.key, answer) for answer in coming)
+        finally:
+            self._attaching -= 1
         return RunSnapshot(
             self.job_id,
             self.record.spec,
@@ -443,7 +471,19 @@ class ActiveRun:
             state.state,
             lost_clients=self.run.lost_clients,
             carried=self.run.carried,
+            failed_clients=self.run.failed_clients,
         )
+
+    async def _caught_up(self) -> RunState:
+        """Return what the journal holds, when no commit is under way and the run knows of the last one."""
+        async with self._committing:
+            with self._storing():
+                state = await self._services.store.snapshot(self.job_id)
+            if state.state is not None and state.state.round == self.run.round:
+                # The store could not say that it had committed the round, and who would have asked again has died.
+                journalled = [task.key for task in state.tasks] + [answer.key for answer in state.answers]
+                await self._end_round(state.state, set(journalled) - set(self.run.unknown(journalled)))
+        return state
 
     async def issue(self, issue: IssueTasks) -> None:
         """Journal the tasks, send those that are new, and hand over the answers of those that have one.
@@ -494,27 +534,34 @@ class ActiveRun:
         check_metrics(commit.state.metrics)
         if strangers := set(commit.answered) - set(self.run.clients):
             raise ProtocolError("CommitRound.answered", got=min(strangers), expected="clients of the run")
-        carried = frozenset(commit.carried if commit.state.round == self.run.round else ())
-        if unknown := self.run.unknown(carried):
-            raise ProtocolError("CommitRound.carried", got=min(unknown, key=str), expected="tasks out or answered")
-        needed, kept = state_digests(commit.state), self._needed_by(carried)
-        missing = self.files.missing(needed)
-        if missing:
-            raise ProtocolError("state", got=f"digest {missing[0]} without a file", expected="tensors that are stored")
-        if self._writing:  # answers of this round, which end with it
-            await asyncio.wait(tuple(self._writing))
-        with self._storing():
-            await self._keep(needed | (kept - set(self.files.missing(kept))))
-            await self._services.store.commit_round(
-                self._services.epoch, self.job_id, commit, now_s=self._services.wall()
-            )
+        async with self._committing:
+            carried = frozenset(commit.carried if commit.state.round == self.run.round else self.run.carried)
+            if unknown := self.run.unknown(carried):
+                raise ProtocolError("CommitRound.carried", got=min(unknown, key=str), expected="tasks out or answered")
+            needed, kept = state_digests(commit.state), self._needed_by(carried)
+            if missing := self.files.missing(needed):
+                got = f"digest {missing[0]} without a file"
+                raise ProtocolError("state", got=got, expected="tensors that are stored")
+            if self._writing:  # answers of this round, which end with it
+                await asyncio.wait(tuple(self._writing))
+            with self._storing():
+                await self._keep(needed | (kept - set(self.files.missing(kept))))
+                await self._services.store.commit_round(
+                    self._services.epoch, self.job_id, commit, now_s=self._services.wall()
+                )
+            await self._end_round(commit.state, carried)
+
+    async def _end_round(self, state: StateRef, carried: Collection[TaskKey]) -> None:
+        """Take note that *state* is committed, and delete what only its round needed."""
         self._progress += 1
         self._works()
         self._unwritten = {key: answer for key, answer in self._unwritten.items() if key in carried}
-        for key in self.run.committed(commit.state.round, carried=carried):
+        for key in self.run.committed(state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
-        await self._clear(needed)
-        self._notify(EventType.ROUND_DONE, round_number=commit.state.round, metrics=commit.state.metrics)
+        await self._clear(state_digests(state))
+        if self._round_done < state.round:
+            self._round_done = state.round
+            self._notify(EventType.ROUND_DONE, round_number=state.round, metrics=state.metrics)
 
     async def _clear(self, needed: set[Digest]) -> None:
         """Delete all tensors but those *needed*, and those of tasks that live on: models, answers, what is coming."""
@@ -525,9 +572,16 @@ class ActiveRun:
             self._durable &= kept
             doomed = await asyncio.to_thread(self.files.set_aside, kept)
             objects = mirror.set_aside(kept) if (mirror := self.folder.mirror) is not None else []
-        self._spawn(asyncio.to_thread(self.files.delete_files, doomed), f"delete tensors of {self.job_id}")
+        self._spawn(self._delete_files(doomed), f"delete tensors of {self.job_id}")
         if mirror is not None and objects:
             self._spawn(mirror.delete(objects), f"delete objects of {self.job_id}")
+
+    async def _delete_files(self, paths: Sequence[Path]) -> None:
+        """Delete files that were set aside; those that cannot be deleted go with the run's folder, at its end."""
+        try:
+            await asyncio.to_thread(self.files.delete_files, paths)
+        except StoreFailed as failed:
+            self._log.warning("tensors left behind", extra={"reason": failed.reason})
 
     async def _keep(self, digests: Collection[Digest]) -> None:
         """Return when the run's tensors *digests* survive whatever happens to this process."""
@@ -697,7 +751,8 @@ class ActiveRun:
             self._troubles[sender] = Trouble(result.fault.code, result.fault.log_tail)
         elif sender in self._troubles:
             self._troubles[sender] = Trouble(log_tail=self.log_tail(sender))
-        self._tell_run("answer", result)
+        if not self._attaching:
+            self._tell_run("answer", result)
         await self._write_answer(result)
         self._notify(
             EventType.RESULT_ACCEPTED,
@@ -751,10 +806,11 @@ class ActiveRun:
     async def cell_up(self, client: ClientName, stream: object) -> None:
         """Take note that *client*'s process is connected: it gets the tasks that it has to answer."""
         self._unstarted.discard(client)
+        was_lost = client in self.run.lost_clients
         before = self.run.stream_up(client, now=self._services.now(), stream=stream)
         if before is None:
             return
-        if before in (ClientState.LOST, ClientState.SUSPECT):
+        if was_lost or before is ClientState.SUSPECT:
             self._changed(client, "back")
         for task in self.run.tasks_for(client):
             await self._send(task)
@@ -840,7 +896,8 @@ class ActiveRun:
             if error.retryable:
                 self._log.info("client not started", extra={"client": client, "reason": error.reason})
                 self._unstarted.add(client)
-                self.run.stream_down(client, now=services.now(), stream=None)
+                self.run.not_started(client, now=services.now())
+                self._suspect()
             elif self.run.failed(client, error.reason, now=services.now()):
                 self._troubles[client] = Trouble(code_of(error))
                 self._changed(client, "failed", reason=SiteRefused(client, error.reason).reason)
@@ -966,7 +1023,7 @@ class ActiveRun:
         except Exception as error:  # noqa: BLE001 - the edge of a run's task: its failure ends the job, with a reason
             self._log.exception("a run's task failed")
             cause = cause_of(error, doing=f"running job {self.job_id}")
-            await self.end(JobState.FAILED, code=code_of(cause), reason=cause.reason)
+            await self.end_once_stored(JobState.FAILED, code=code_of(cause), reason=cause.reason)
 
 
 def code_of(error: HanseError) -> str:

@@ -325,6 +325,7 @@ class FederatedServer(BaseServer):
 
         Raises:
             NotFound: there is no such job.
+            NotInService: the server is not deployed, or not hot, or ceases to be.
             TimedOut: it has not ended within *timeout_s*.
         """
         return run(self.jobs.wait(job_id), timeout_s)

@@ -138,6 +138,7 @@ class Jobs:
         self._left_behind = asyncio.Event()
         self._accepting = True
         self._knows_runs = False
+        self._has_left = False
         self._loop = asyncio.get_running_loop()
         self.board = JobBoard(
             services.store,
@@ -169,16 +170,15 @@ class Jobs:
                 await self._schedule()
             finally:
                 self._knows_runs = False
+                self._has_left = True
+                for ended in self._ended.values():  # nobody here sees the end of what others go on with
+                    ended.set()
                 for life in self._lives.values():
                     life.cancel()
 
     async def _take_up(self) -> None:
-        store, epoch = self._services.store, self._services.epoch
-        running = await store.jobs(states=(JobState.RUNNING,))
+        running = await self._services.store.jobs(states=(JobState.RUNNING,))
         await asyncio.to_thread(self._clear_leftovers, {record.job_id for record in running})
-        for record in await store.jobs(states=(JobState.SCHEDULED,)):
-            again = move(record, JobState.SUBMITTED, at=self._services.wall())
-            await store.replace_job(epoch, again, was=record.state)
         for record in running:
             self._taking_up[record.job_id] = TakingUp(frozenset(record.clients), self._services.wall())
             self._live(record, self._resume(record))
@@ -197,7 +197,6 @@ class Jobs:
             answers=state.answers,
         )
         _log.info("run taken up", extra={"job": record.job_id, "round": run.round})
-        del self._taking_up[record.job_id]
         await self._run(record, run, folder, resumed=True)
 
     async def _taken_over(self, record: JobRecord, folder: RunFolder) -> RunState:
@@ -275,7 +274,7 @@ class Jobs:
     async def _plan(self) -> float | None:
         """Start or give up the jobs whose time it is; return in how many seconds the next one's is."""
         now_s, now = self._services.wall(), self._services.now()
-        submitted = await self._services.store.jobs(states=(JobState.SUBMITTED,))
+        submitted = await self._submitted()
         self._postponed = {job_id: later for job_id, later in self._postponed.items() if later[0] > now}
         postponed = {
             record.job_id: Wait(why, record.submitted_at + record.spec.start_within_s)
@@ -302,6 +301,26 @@ class Jobs:
         if (give_up := next_deadline(decisions.values())) is not None:
             delays.append(give_up - now_s)
         return max(min(delays), 0.0) if delays else None
+
+    async def _submitted(self) -> list[JobRecord]:
+        """Return the jobs that wait to be scheduled, among them those that are scheduled and not being started.
+
+        An earlier tenure has left them, or the store has taken it that they are scheduled and could not say so.
+        """
+        found = []
+        for record in await self._services.store.jobs(states=(JobState.SUBMITTED, JobState.SCHEDULED)):
+            again = record
+            if record.state is JobState.SCHEDULED:
+                if record.job_id in self._lives:
+                    continue
+                again = move(record, JobState.SUBMITTED, at=self._services.wall())
+                try:
+                    await self._services.store.replace_job(self._services.epoch, again, was=record.state)
+                except Conflict as moved:
+                    _log.info("not scheduled again", extra={"job": record.job_id, "reason": moved.reason})
+                    continue
+            found.append(again)
+        return found
 
     async def _decided(self, record: JobRecord, decision: Decision) -> None:
         match decision:
@@ -346,12 +365,24 @@ class Jobs:
                 raise JobInvalid("submission", got=record.spec.name, expected=f"one that the server takes: {refused}")
             await job_folder.keep_package(record.package)
             await self._services.store.add_job(self._services.epoch, record)
-        except HanseError:
-            await self._discard(job_folder, record)
-            raise
+        except HanseError as error:
+            # While the store cannot be asked, the files stay: it may have the job.
+            if not (isinstance(error, StoreFailed) and await self._is_stored(record)):
+                await self._discard(job_folder, record)
+                raise
         _log.info("job submitted", extra={"job": record.job_id, "submitter": submitter, "folder": str(job_folder.path)})
         self.wake()
         return record
+
+    async def _is_stored(self, record: JobRecord) -> bool:
+        """Return whether the store has *record*: one that failed may have done what it could not say that it had.
+
+        Raises:
+            StoreFailed: it cannot be asked.
+        """
+        with suppress(NotFound):
+            return await self._services.store.job(record.job_id) == record
+        return False
 
     async def _discard(self, folder: RunFolder, record: JobRecord) -> None:
         try:
@@ -436,8 +467,7 @@ class Jobs:
             try:
                 await self._services.store.replace_job(self._services.epoch, record, was=was)
             except Conflict:
-                # The store may have done what it could not say that it had.
-                if has_failed and await self._services.store.job(record.job_id) == record:
+                if has_failed and await self._is_stored(record):
                     return
                 raise
             except StoreFailed as failed:
@@ -483,6 +513,7 @@ class Jobs:
             suspect=self._suspects.set,
         )
         self._runs[record.job_id] = active
+        self._taking_up.pop(record.job_id, None)
         try:
             for client in record.clients:  # those whose process went on while the server was away
                 if (peer := self._services.cell.peer(job_cell(client, record.job_id))) is not None:
@@ -505,7 +536,11 @@ class Jobs:
         reason = shortened(reason)
         code = shortened(code, MAX_CODE_CHARS)
         ended = move(record, to, at=self._services.wall(), code=code, reason=reason, client=client)
-        await self._services.store.end_run(self._services.epoch, ended, was=record.state)
+        try:
+            await self._services.store.end_run(self._services.epoch, ended, was=record.state)
+        except StoreFailed:
+            if not await self._is_stored(ended):
+                raise
         self._waiting.pop(record.job_id, None)
         notice = EventType.JOB_FAILED if to is JobState.FAILED else EventType.JOB_ABORTED
         self._tell(notice, record.job_id, reason=reason)
@@ -603,7 +638,12 @@ class Jobs:
             return await self._services.store.job(job_id)
 
     async def wait(self, job_id: JobId) -> JobRecord:
-        """Return the job's record once it has ended."""
+        """Return the job's record once it has ended.
+
+        Raises:
+            NotFound: there is no such job.
+            NotInService: this server has left its jobs before the end; where they go on is not known here.
+        """
         while True:
             # The event comes before the look: what ends in between has set it.
             ended = self._ended.setdefault(job_id, asyncio.Event())
@@ -616,6 +656,8 @@ class Jobs:
                 ended.set()
                 self._ended.pop(job_id, None)
                 return record
+            if self._has_left:
+                raise NotInService
             await ended.wait()
 
     def current_task(self, client: ClientName) -> tuple[JobId, int] | None:
@@ -647,8 +689,9 @@ class Jobs:
 
     def heartbeat(self, client: ClientName, reported: Collection[JobId]) -> tuple[JobId, ...]:
         """Take note of the jobs that *client* reports, and return those that it should abort; from any thread."""
-        expected = {job_id for job_id, run in list(self._runs.items()) if client in run.run.clients}
-        expected |= {job_id for job_id, coming in list(self._taking_up.items()) if client in coming.clients}
+        # In this order: a run that is taken up at this moment is in the one or the other, or in both.
+        expected = {job_id for job_id, coming in list(self._taking_up.items()) if client in coming.clients}
+        expected |= {job_id for job_id, run in list(self._runs.items()) if client in run.run.clients}
         sync = heartbeat_sync(reported, expected=expected, previously=self._known.get(client, frozenset()))
         self._known[client] = sync.known
         self._loop.call_soon_threadsafe(self._heard, client, sync, expected)
@@ -695,7 +738,8 @@ class Jobs:
 
     def _end_failed(self, run: ActiveRun, client: ClientName, failure: JobFailure) -> None:
         code, reason = failure.code or f"client-{failure.kind}", said_of(client, shortened(failure.reason))
-        end = partial(run.end, JobState.FAILED, code=code, reason=reason, client=client, log_tail=failure.log_tail)
+        tail = failure.log_tail
+        end = partial(run.end_once_stored, JobState.FAILED, code=code, reason=reason, client=client, log_tail=tail)
         self._spawn_for(run, end)
 
     def link_up(self, peer: Peer) -> None:

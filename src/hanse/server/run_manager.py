@@ -167,9 +167,9 @@ class LocalRun:
             files,
             clients=snapshot.clients,
             seed=self._spec.seed,
-            lost=snapshot.lost_clients,
             carried=snapshot.carried,
         )
+        federation.attached(snapshot)
         self._link.listen(federation)
         workflow = workflow_of(self._spec)
         keeping = asyncio.create_task(self._link.keep_attached(), name="keep attached")  # ended below

@@ -1,0 +1,159 @@
+"""A store that does what it is asked and cannot say so, as when the line to the database breaks at that moment."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hanse.errors import StoreFailed
+from hanse.events import EventType
+from hanse.ids import JobId
+from hanse.job import JobRecord, JobState
+from hanse.messages import CommitRound
+from hanse.model import Model
+from hanse.server import FederatedServer
+from hanse.storage.memory import MemoryStore
+from hanse.storage.models import read_safetensors
+
+from .job_world import Site, Threads, outcome, plus, submit
+from .world import Dialler, Recorder, args, on_loop, settings, wait
+
+MakeServer = Callable[..., FederatedServer]
+
+
+class UnsureStore(MemoryStore):
+    """A store whose next write of each kind in *unsure* is done and reported as failed; *before_commit* comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unsure: set[str] = set()
+        self.before_commit: Callable[[CommitRound], Any] | None = None
+
+    async def add_job(self, epoch: int, record: JobRecord) -> None:
+        await super().add_job(epoch, record)
+        self._say("add_job")
+
+    async def replace_job(self, epoch: int, record: JobRecord, **more: Any) -> None:
+        await super().replace_job(epoch, record, **more)
+        self._say("replace_job")
+
+    async def end_run(self, epoch: int, record: JobRecord, **more: Any) -> None:
+        await super().end_run(epoch, record, **more)
+        self._say("end_run")
+
+    async def commit_round(self, epoch: int, job_id: JobId, commit: CommitRound, **more: Any) -> None:
+        if self.before_commit is not None:
+            await self.before_commit(commit)
+        await super().commit_round(epoch, job_id, commit, **more)
+        self._say("commit_round")
+
+    def _say(self, write: str) -> None:
+        if write in self.unsure:
+            self.unsure.remove(write)
+            raise StoreFailed("using the database", "the connection was lost")
+
+
+@pytest.fixture
+def store() -> UnsureStore:
+    return UnsureStore()
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def launcher() -> Threads:
+    return Threads()
+
+
+@pytest.fixture
+def server(
+    deployed: MakeServer,
+    store: UnsureStore,
+    recorder: Recorder,
+    launcher: Threads,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> FederatedServer:
+    monkeypatch.setattr("hanse.server.jobs.POSTPONED_S", 0.01)
+    arguments = args(tmp_path / "ws", launcher=launcher, settings=settings())
+    return deployed(arguments=arguments, snapshot_persistor=store, handlers=[recorder])
+
+
+def result_of(server: FederatedServer, job_id: JobId) -> Model:
+    record = outcome(server, job_id)
+    assert record.state is JobState.COMPLETED, record.reason
+    return read_safetensors(wait(server.jobs.result_files(job_id)).path(record.result))
+
+
+PLUS_TWO = Model({"w": np.full(3, 2, np.float32), "b": np.asarray(2, np.float32)})
+
+
+def test_a_submission_that_was_stored_is_a_job(
+    server: FederatedServer, store: UnsureStore, dialler: Dialler, tmp_path: Path
+) -> None:
+    Site(dialler, server, train=plus(1))
+    store.unsure = {"add_job"}
+
+    assert result_of(server, submit(server, tmp_path, min_clients=1)) == PLUS_TWO
+
+
+def test_a_job_that_was_scheduled_is_started(
+    server: FederatedServer, store: UnsureStore, dialler: Dialler, tmp_path: Path
+) -> None:
+    Site(dialler, server, train=plus(1))
+    store.unsure = {"replace_job"}
+
+    assert result_of(server, submit(server, tmp_path, min_clients=1)) == PLUS_TWO
+
+
+def test_a_job_that_was_given_up_is_announced(server: FederatedServer, store: UnsureStore, tmp_path: Path) -> None:
+    store.unsure = {"end_run"}
+
+    record = outcome(server, submit(server, tmp_path, start_within_s=0.1))
+
+    assert (record.state, record.code) == (JobState.FAILED, "no-clients")
+
+
+def test_a_round_that_was_committed_is_over_for_the_runs_next_process(
+    server: FederatedServer, store: UnsureStore, launcher: Threads, recorder: Recorder, dialler: Dialler, tmp_path: Path
+) -> None:
+    async def die_meanwhile(commit: CommitRound) -> None:
+        if commit.state.round == 1 and len(launcher.started) == 1:
+            store.unsure = {"commit_round"}
+            await asyncio.to_thread(launcher.started[0].kill)
+
+    Site(dialler, server, train=plus(1))
+    store.before_commit = die_meanwhile
+    job_id = submit(server, tmp_path, min_clients=1)
+
+    assert result_of(server, job_id) == PLUS_TWO
+    assert [context.round for context in recorder.of(EventType.ROUND_DONE)] == [0, 1, 2]
+
+
+def test_the_runs_next_process_waits_for_a_commit_that_its_predecessor_has_asked_for(
+    server: FederatedServer, store: UnsureStore, launcher: Threads, recorder: Recorder, dialler: Dialler, tmp_path: Path
+) -> None:
+    begun, may_go_on = threading.Event(), on_loop(asyncio.Event)
+
+    async def slowly(commit: CommitRound) -> None:
+        if commit.state.round == 1 and not begun.is_set():
+            begun.set()
+            await may_go_on.wait()
+
+    Site(dialler, server, train=plus(1))
+    store.before_commit = slowly
+    job_id = submit(server, tmp_path, min_clients=1)
+    assert begun.wait(20)
+    launcher.started[0].kill()
+    recorder.wait_for(EventType.START_RUN, count=2)
+    on_loop(may_go_on.set)
+
+    assert result_of(server, job_id) == PLUS_TWO
+    assert [context.round for context in recorder.of(EventType.ROUND_DONE)] == [0, 1, 2]
