@@ -18,7 +18,7 @@ from hanse.coordination.registry import Presence, Registry
 from hanse.coordination.schedule import Candidate, free_resources
 from hanse.errors import Unauthenticated
 from hanse.identity.authorities import JobAuthority
-from hanse.identity.tokens import CLIENT_SCOPE, TokenInfo, TokenSigner, admin_scope, job_scope, new_token
+from hanse.identity.tokens import CLIENT_SCOPE, TokenInfo, TokenSigner, admin_scope, job_scope, new_token, parse_token
 from hanse.ids import NAME_RULE, SERVER, ClientName, Fqcn, JobId, Ssid, Token, is_name, split_cell
 from hanse.job import JobRecord, Resources
 from hanse.messages import (
@@ -131,8 +131,8 @@ class Clients:
         _log.info("administrator logged in", extra={"admin": register.client, "role": role})
         return self._given(self._new_token(admin_scope(role.partition(":")[2] or "member")), register.client, role)
 
-    def renew(self, peer: Peer) -> Registered:
-        """Return a fresh token for *peer*, of the same scope, and bind it to its stream.
+    def fresh_token(self, peer: Peer) -> Token:
+        """Return a fresh token for *peer*, of the scope of its own; it counts once ``renew`` has taken it.
 
         Raises:
             Unauthenticated: it has no token, or none that still counts.
@@ -143,6 +143,20 @@ class Clients:
         info = self._verified(old)
         token = self._new_token(info.scope)
         if info.scope == CLIENT_SCOPE:
+            with self._lock:
+                self._registry.demand_renewable(old.token, token, now=self._clock())
+        return token
+
+    def renew(self, peer: Peer, token: Token) -> Registered:
+        """Give *peer* the fresh *token* in place of its own, and bind it to its stream.
+
+        Raises:
+            Unauthenticated: its own counts no more.
+        """
+        old = peer.credentials
+        if old is None:
+            raise Unauthenticated("only who has a token can renew it")
+        if parse_token(token).scope == CLIENT_SCOPE:
             with self._lock:
                 self._registry.renew(old.token, token, now=self._clock())
         given = self._given(token, old.name, peer.role)
@@ -237,10 +251,25 @@ class Clients:
         with self._lock:
             return self._registry.disabled().get(name)
 
-    def is_revoked(self, token: Token) -> bool:
-        """Return whether *token* was revoked."""
+    def is_revoked(self, credentials: Credentials) -> bool:
+        """Return whether the token of *credentials* was revoked, here or at another server of this store."""
+        name, token = ClientName(credentials.name), credentials.token
         with self._lock:
-            return self._registry.is_revoked(token)
+            if self._registry.is_revoked(token):
+                return True
+            return parse_token(token).scope == CLIENT_SCOPE and self._registry.is_superseded(name, token)
+
+    def counting(self, name: ClientName) -> str:
+        """Return the fingerprint of *name*'s one token that counts; empty: none does."""
+        with self._lock:
+            return self._registry.counting(name)
+
+    def count_only(self, counting: Mapping[str, str]) -> list[Client]:
+        """Have only those tokens count whose fingerprints are *counting*, by client; return who is logged out by it."""
+        names = {ClientName(client): of_token for client, of_token in counting.items()}
+        with self._lock:
+            self._left = {name for name, of_token in names.items() if not of_token}
+            return self._registry.count_only(names, now=self._clock())
 
     # who is there
 
@@ -310,7 +339,10 @@ class Clients:
 
     def _verified(self, credentials: Credentials) -> TokenInfo:
         return verified_token(
-            self.identities.signer, credentials, now_s=self._wall(), is_revoked=self._registry.is_revoked
+            self.identities.signer,
+            credentials,
+            now_s=self._wall(),
+            is_revoked=lambda shown: self._registry.is_revoked(shown.token),
         )
 
     def _new_token(self, scope: str) -> Token:
