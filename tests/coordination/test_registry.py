@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hanse.coordination import registry as registry_module
-from hanse.coordination.registry import LEGAL, Presence, Registration, Registry
+from hanse.coordination.registry import LEGAL, Presence, Registration, Registry, fingerprint
 from hanse.errors import NotInService, Unauthenticated
 from hanse.ids import ClientName, Fqcn, Token
 from hanse.messages import Client
@@ -319,7 +319,7 @@ def test_who_quits_or_is_disabled_again_and_again_is_bounded_too() -> None:
         with pytest.raises(NotInService, match="try again in 96 s"):
             attempt(registry, ONE, token(4), now=4)
     assert registry.by_name(ONE) is None
-    assert reactivate(registry, ONE, token(4), now=100).token == token(4)
+    assert register(registry, ONE, token(4), now=100).client.token == token(4)
 
 
 def test_one_names_tokens_are_not_anothers() -> None:
@@ -667,3 +667,103 @@ class AnyHistory(RuleBasedStateMachine):
 
 TestAnyHistory = AnyHistory.TestCase
 TestAnyHistory.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+# several servers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_that_was_replaced_before_a_restart_does_not_come_back() -> None:
+    restarted = Registry(10)
+    restarted.count_only({ONE: fingerprint(B), TWO: ""}, now=0)
+
+    for name, given_up in ((ONE, A), (TWO, C)):
+        with pytest.raises(Unauthenticated, match="the token was revoked; register again"):
+            reactivate(restarted, name, given_up)
+    assert reactivate(restarted, ONE, B).token == B
+
+
+def test_a_client_that_has_another_token_at_another_server_by_now_is_logged_out() -> None:
+    registry = Registry(10)
+    register(registry, ONE, A)
+    register(registry, TWO, C)
+
+    gone = registry.count_only({ONE: fingerprint(B), TWO: fingerprint(C)}, now=1)
+
+    assert [client.name for client in gone] == [ONE]
+    assert list(registry.snapshot()) == [C]
+    assert reactivate(registry, ONE, B, now=2).token == B
+
+
+class AnyServers(RuleBasedStateMachine):
+    """Servers follow each other on one store: what a client has given up is taken by none of them, what it has by all.
+
+    The store is a ``dict``; what a server tells it, it tells before it answers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store: dict[ClientName, str] = {}
+        self.servers = [Registry(10), Registry(10)]
+        self.primary = self.servers[0]
+        self.now = 0.0
+        self.holds: dict[ClientName, Token] = {}
+        self.given_up: list[tuple[ClientName, Token]] = []
+
+    def keep(self, name: ClientName) -> None:
+        self.store[name] = self.primary.counting(name)
+
+    def give_up(self, name: ClientName) -> Token:
+        if name in self.holds:
+            self.given_up.append((name, self.holds.pop(name)))
+        return Token(f"token-{len(self.given_up)}-of-{name}")
+
+    @rule(name=st.sampled_from([ONE, TWO, THREE]))
+    def a_client_registers(self, name: ClientName) -> None:
+        fresh = self.give_up(name)
+        register(self.primary, name, fresh, now=self.now)
+        self.holds[name] = fresh
+        self.keep(name)
+
+    @rule(name=st.sampled_from([ONE, TWO, THREE]))
+    def a_token_is_renewed(self, name: ClientName) -> None:
+        former = self.holds.get(name)
+        if former is not None and self.primary.by_token(former) is not None:
+            fresh = self.give_up(name)
+            self.primary.renew(former, fresh, now=self.now)
+            self.holds[name] = fresh
+            self.keep(name)
+
+    @rule(name=st.sampled_from([ONE, TWO, THREE]))
+    def a_client_quits(self, name: ClientName) -> None:
+        held = self.holds.get(name)
+        if held is not None and self.primary.revoke(held, now=self.now) is not None:
+            self.give_up(name)
+            self.keep(name)
+
+    @rule(to=st.integers(0, 1), is_new=st.booleans())
+    def a_server_takes_over(self, to: int, is_new: bool) -> None:
+        if is_new:
+            self.servers[to] = Registry(10)
+        self.primary = self.servers[to]
+        self.primary.count_only(self.store, now=self.now)
+
+    @rule(seconds=st.sampled_from([1.0, 10.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(name=st.sampled_from([ONE, TWO, THREE]))
+    def a_client_goes_on_with_what_it_holds(self, name: ClientName) -> None:
+        if name in self.holds:
+            assert reactivate(self.primary, name, self.holds[name], now=self.now).token == self.holds[name]
+
+    @invariant()
+    def what_was_given_up_is_taken_no_more(self) -> None:
+        for name, token in self.given_up:
+            assert self.primary.heard(token, now=self.now) is None
+            assert self.primary.is_superseded(name, token)
+            with pytest.raises(Unauthenticated):
+                reactivate(self.primary, name, token, now=self.now)
+
+
+AnyServers.TestCase.settings = settings(stateful_step_count=30, deadline=None)
+TestAnyServers = AnyServers.TestCase

@@ -9,7 +9,7 @@ import pytest
 
 from hanse.cell.refusals import RemoteError
 from hanse.coordination.service import Verdict
-from hanse.errors import HanseError, Unauthenticated
+from hanse.errors import HanseError, StoreFailed, Unauthenticated
 from hanse.events import EventType, Refused
 from hanse.identity.tokens import CLIENT_SCOPE, admin_scope, new_token
 from hanse.ids import ClientName, Digest, JobId, Token
@@ -343,6 +343,64 @@ def test_a_client_of_before_the_restart_comes_back_with_its_token(deployed: Make
     assert isinstance(reply, HeartbeatReply)
     assert reply.ssid == second.service.ssid != former
     assert is_client(second, "site-1")
+
+
+def test_a_token_that_was_replaced_or_given_up_does_not_come_back_after_a_restart(
+    deployed: MakeServer, dialler: Dialler
+) -> None:
+    first = deployed()
+    replaced = dialler.site(first).credentials
+    renewed = dialler.site(first)
+    former = renewed.credentials
+    renewed.ask(Channel.SERVER, "renew", Renew())
+    quitter = dialler.site(first, "site-2")
+    quitter.ask(Channel.SERVER, "quit", Quit())
+    dialler.close()
+    first.close()
+
+    second = deployed()
+
+    for name, credentials in (("site-1", replaced), ("site-1", former), ("site-2", quitter.credentials)):
+        refused = dialler.refused(dialler.site_wire(second, name, credentials=credentials))
+        assert "revoked" in refused.reason
+        headers = {
+            Header.CLIENT: name,
+            Header.TOKEN: credentials.token,
+            Header.TOKEN_SIGNATURE: credentials.signature,
+        }
+        assert "revoked" in unauthenticated(beat(second, headers))
+    assert names(second) == []
+
+
+class _Away(MemoryStore):
+    """A store that cannot remember which token counts while it is away."""
+
+    is_away = False
+
+    async def keep_token(self, epoch: int, client: str, fingerprint: str, *, now_s: float, until_s: float) -> None:
+        if self.is_away:
+            raise StoreFailed("writing", "the database is away")
+        await super().keep_token(epoch, client, fingerprint, now_s=now_s, until_s=until_s)
+
+
+def test_while_the_store_is_away_nobody_registers_and_who_is_there_goes_on(
+    deployed: MakeServer, dialler: Dialler
+) -> None:
+    store = _Away()
+    server = deployed(snapshot_persistor=store)
+    site = dialler.site(server)
+    store.is_away = True
+
+    assert "the database is away" in site.refused(Channel.SERVER, "renew", Renew()).reason
+    with pytest.raises(HanseError, match="the database is away") as refused:
+        dialler.site(server, "site-2")
+    assert refused.value.retryable
+    assert isinstance(site.ask(Channel.SERVER, "heartbeat", Heartbeat()).payload, HeartbeatReply)
+
+    store.is_away = False
+    site.ask(Channel.SERVER, "renew", Renew())
+    dialler.site(server, "site-2")
+    assert sorted(names(server)) == ["site-1", "site-2"]
 
 
 # limits ---------------------------------------------------------------------------------------------------------------

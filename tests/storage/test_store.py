@@ -56,7 +56,7 @@ async def everything(store: Store) -> object:
     """Return all that *store* shows, to compare before and after."""
     jobs = await store.jobs()
     runs = [(await store.snapshot(job.job_id), await store.rounds(job.job_id)) for job in jobs]
-    return jobs, runs, await store.disabled_clients(), await store.audit_log()
+    return jobs, runs, await store.disabled_clients(), await store.kept_tokens(), await store.audit_log()
 
 
 # The lease ------------------------------------------------------------------------------------------------------------
@@ -271,6 +271,7 @@ async def test_no_write_of_an_ended_epoch_changes_anything(running: Store) -> No
         running.commit_round(EPOCH, JOB, commit(1), now_s=1.0),
         running.end_run(EPOCH, ended(record()), was=JobState.RUNNING),
         running.set_disabled(EPOCH, "site-1", True, reason="why"),
+        running.keep_token(EPOCH, "site-1", "", now_s=1.0, until_s=2.0),
         running.audit(EPOCH, AuditEntry(1.0, "a", "b", "c", "ok")),
     ]
 
@@ -730,6 +731,9 @@ async def test_what_is_not_valid_is_refused_before_anything_is_written(running: 
         running.issue_tasks(EPOCH, JOB, [task(name="tra\0in")]),
         running.set_disabled(EPOCH, "no.name", True),
         running.set_disabled(EPOCH, "site-1", True, reason="\0"),
+        running.keep_token(EPOCH, "no.name", "", now_s=1.0, until_s=2.0),
+        running.keep_token(EPOCH, "site-1", "no digest", now_s=1.0, until_s=2.0),
+        running.keep_token(EPOCH, "site-1", "", now_s=2.0, until_s=2.0),
         running.audit(EPOCH, changed(AuditEntry(1.0, "a", "b", "c", "ok"), actor=3)),
         running.audit(EPOCH, AuditEntry(1.0, "a\0", "b", "c", "ok")),
         running.release_lease(EPOCH, successor="no.name"),
@@ -766,6 +770,25 @@ async def test_disabled_clients_are_remembered_with_the_latest_reason_until_enab
     await store.set_disabled(EPOCH, "site-1", False)
     await store.set_disabled(EPOCH, "site-3", False)
     assert await store.disabled_clients() == {"site-2": "lost its laptop"}
+
+
+async def test_of_each_client_the_last_token_is_remembered_for_as_long_as_any_of_them_matters(store: Store) -> None:
+    first, second = "a" * 64, "b" * 64
+    await store.keep_token(EPOCH, "site-1", first, now_s=1.0, until_s=50.0)
+    await store.keep_token(EPOCH, "site-1", second, now_s=2.0, until_s=9.0)
+    await store.keep_token(EPOCH, "site-2", first, now_s=3.0, until_s=10.0)
+    assert await store.kept_tokens() == {"site-1": second, "site-2": first}
+
+    await store.keep_token(EPOCH, "site-3", "", now_s=10.0, until_s=60.0)
+    assert await store.kept_tokens() == {"site-1": second, "site-3": ""}
+
+
+async def test_no_token_of_a_client_that_was_disabled_counts_once_it_is_enabled(store: Store) -> None:
+    await store.keep_token(EPOCH, "site-1", "a" * 64, now_s=1.0, until_s=50.0)
+    await store.set_disabled(EPOCH, "site-1", True)
+    await store.set_disabled(EPOCH, "site-1", False)
+
+    assert await store.kept_tokens() == {"site-1": ""}
 
 
 async def test_the_audit_log_gives_the_latest_entries_first(store: Store) -> None:

@@ -8,10 +8,14 @@ it.
 A token that was revoked is remembered until it would have expired, and never forgotten earlier. What bounds the memory
 is that a name gets no further token while too many of its former ones are remembered.
 
+Across restarts, and at a server that takes over, more is needed: of each name the one token that counts is known by its
+fingerprint, which the store keeps, and any other of that name comes back no more.
+
 Every rule about who may be in the table is checked where the table changes, so that no way in goes round one. What
 comes out are copies: changing them changes nothing here.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -43,6 +47,11 @@ LEGAL: Final[Mapping[Presence, frozenset[Presence]]] = {
     Presence.LOST: frozenset({Presence.CONNECTED}),
 }
 """What may follow what. A client registers as suspect: it is connected once its stream is known to be up."""
+
+
+def fingerprint(token: Token) -> str:
+    """Return what tells *token* from every other one, and cannot be used in its place."""
+    return hashlib.sha256(token.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +98,8 @@ class Registry:
         # Both oldest first. A token that was nobody's when it was revoked is under no name.
         self._revoked: dict[Token, ClientName | None] = {}
         self._revoked_at: dict[ClientName | None, dict[Token, float]] = {}
+        # Since when which token of a name counts, by its fingerprint ("": none does); the oldest first.
+        self._counting: dict[ClientName, tuple[str, float]] = {}
 
     # who comes and goes
 
@@ -112,6 +123,7 @@ class Registry:
         self._demand_few_tokens(name, now)
         former = self._tokens.get(name)
         replaced = self.revoke(former, now=now) if former is not None else None
+        self._let_count(name, fingerprint(token), now)
         return Registration(self._add(name, token, fqcn=fqcn, now=now, props=props), replaced)
 
     def reactivate(
@@ -122,7 +134,7 @@ class Registry:
         A token that is registered under that name is only refreshed, its address and properties stay as they are.
 
         Raises:
-            Unauthenticated: as for ``register``, and when another token holds the name.
+            Unauthenticated: as for ``register``, and when another token holds the name, or has since *token* was given.
             NotInService: as for ``register``.
         """
         self._demand_admissible(name, token)
@@ -131,6 +143,8 @@ class Registry:
         if token in self._by_token:
             return self._refresh(token, now)
         self._demand_few_tokens(name, now)
+        if self.is_superseded(name, token):
+            raise Unauthenticated("the token was revoked; register again")
         return self._add(name, token, fqcn=fqcn, now=now, props=props)
 
     def heard(self, token: Token, *, now: float) -> Client | None:
@@ -153,18 +167,19 @@ class Registry:
                 revoked.
             NotInService: as for ``register``; *old* still counts.
         """
-        entry = self._by_token.get(old)
-        if entry is None:
-            raise Unauthenticated("the token is not a registered client's; register again")
-        self._demand_admissible(entry.client.name, new)
+        entry = self._renewable(old, new, now)
         if new != old:
-            self._demand_few_tokens(entry.client.name, now)
             self._revoke(old, now)
+            self._let_count(entry.client.name, fingerprint(new), now)
             del self._by_token[old]
             self._by_token[new] = entry
             self._tokens[entry.client.name] = new
             entry.client.token = new
         return self._refresh(new, now)
+
+    def demand_renewable(self, old: Token, new: Token, *, now: float) -> None:
+        """Raise what ``renew`` would, and change nothing."""
+        self._renewable(old, new, now)
 
     def remove(self, token: Token) -> Client | None:
         """Remove and return the client registered under *token*; ``None`` when there is none.
@@ -188,6 +203,31 @@ class Registry:
     def is_revoked(self, token: Token) -> bool:
         """Return whether *token* was revoked, so that it counts no more although it has not expired."""
         return token in self._revoked
+
+    def is_superseded(self, name: ClientName, token: Token) -> bool:
+        """Return whether *name* has had another token since *token*, or given up its last, here or elsewhere."""
+        counting, _ = self._counting.get(name, (None, 0.0))
+        return counting is not None and counting != fingerprint(token)
+
+    def counting(self, name: ClientName) -> str:
+        """Return the fingerprint of *name*'s token that counts; empty when none does, or none is known to."""
+        return self._counting.get(name, ("", 0.0))[0]
+
+    def count_only(self, counting: Mapping[ClientName, str], *, now: float) -> list[Client]:
+        """Have only those tokens count whose fingerprints are *counting*, for names that are there; revoke others.
+
+        Returns: The clients that were registered under a token that counts no more, which are removed.
+        """
+        self._counting = {name: (of_token, now) for name, of_token in counting.items()}
+        gone = [token for token, entry in self._by_token.items() if self.is_superseded(entry.client.name, token)]
+        removed = []
+        for token in gone:
+            of_token = self.counting(self._by_token[token].client.name)
+            client = self.revoke(token, now=now)
+            if client is not None:
+                self._let_count(client.name, of_token, now)
+                removed.append(client)
+        return removed
 
     def disable(self, name: ClientName, reason: str) -> Client | None:
         """Refuse *name* from now on; return its registered client, whom the caller logs out, or ``None``."""
@@ -286,6 +326,19 @@ class Registry:
 
     # rules
 
+    def _renewable(self, old: Token, new: Token, now: float) -> _Entry:
+        entry = self._by_token.get(old)
+        if entry is None:
+            raise Unauthenticated("the token is not a registered client's; register again")
+        self._demand_admissible(entry.client.name, new)
+        if new != old:
+            self._demand_few_tokens(entry.client.name, now)
+        return entry
+
+    def _let_count(self, name: ClientName, of_token: str, now: float) -> None:
+        self._counting.pop(name, None)
+        self._counting[name] = (of_token, now)
+
     def _demand_admissible(self, name: ClientName, token: Token) -> None:
         if not is_name(name) or str(name) == SERVER:
             raise Unauthenticated(f"{name!r:.80} cannot be a client's name: {NAME_RULE}, and not {SERVER!r}")
@@ -335,6 +388,8 @@ class Registry:
         name = self._forget(token) if token in self._revoked else (entry.client.name if entry is not None else None)
         self._revoked[token] = name
         self._revoked_at.setdefault(name, {})[token] = now
+        if entry is not None:
+            self._let_count(entry.client.name, "", now)
 
     def _forget_expired(self, now: float) -> None:
         while self._revoked:
@@ -342,6 +397,11 @@ class Registry:
             if self._revoked_at[name][oldest] + self.token_lifetime_s > now:
                 break
             self._forget(oldest)
+        while self._counting:
+            longest, (_, since) = next(iter(self._counting.items()))
+            if since + self.token_lifetime_s > now:
+                break
+            del self._counting[longest]  # what it was given before has expired, and so has this
 
     def _forget(self, token: Token) -> ClientName | None:
         name = self._revoked.pop(token)

@@ -15,7 +15,7 @@ from hanse.cell.transfer import Files
 from hanse.coordination.policy import PeerKind, demand_topic, demand_use
 from hanse.errors import NotFound, Unauthenticated, Unauthorized
 from hanse.identity.tokens import CLIENT_SCOPE, TokenInfo, TokenSigner, parse_token
-from hanse.ids import SERVER, ClientName, Fqcn, JobId, Token, is_job_id, job_cell, split_cell
+from hanse.ids import SERVER, ClientName, Fqcn, JobId, is_job_id, job_cell, split_cell
 from hanse.messages import Channel, Credentials, Hello, Message, Topic
 from hanse.server.identification import wrong_project
 from hanse.storage.tensors import TensorFiles
@@ -62,7 +62,7 @@ class Admittance:
     serving: Callable[[], None]
     admitting: Callable[[], None]
     disabled: Callable[[ClientName], str | None]
-    revoked: Callable[[Token], bool]
+    revoked: Callable[[Credentials], bool]
     left: Callable[[ClientName], bool]
     certified: Callable[[Peer], None]
     """Raises ``CertificateExpired`` for a client or an administrator whose certificate has ended since it came."""
@@ -128,7 +128,7 @@ class Admittance:
             if peer.kind in (PeerKind.CLIENT, PeerKind.ADMIN):
                 self.certified(peer)  # before the token, which has ended with it, and would be the lesser reason
             refuse_expired(parse_token(peer.credentials.token), now_s=self.wall())
-            refuse_revoked(peer.credentials.token, self.revoked)
+            refuse_revoked(peer.credentials, self.revoked)
 
     def stays(self, peer: Peer) -> None:
         """Let *peer*, which is in the middle of a transfer, go on.
@@ -209,7 +209,7 @@ class Admittance:
 
 
 def verified_token(
-    signer: TokenSigner, credentials: Credentials, *, now_s: float, is_revoked: Callable[[Token], bool]
+    signer: TokenSigner, credentials: Credentials, *, now_s: float, is_revoked: Callable[[Credentials], bool]
 ) -> TokenInfo:
     """Return what the token says of itself, if *signer* gave it to the name it comes with and it still counts.
 
@@ -220,7 +220,7 @@ def verified_token(
     if not signer.verify(credentials.name, credentials.token, credentials.signature):
         raise Unauthenticated(f"the token is not one that this project's server gave to {credentials.name}")
     refuse_expired(info, now_s=now_s)
-    refuse_revoked(credentials.token, is_revoked)
+    refuse_revoked(credentials, is_revoked)
     return info
 
 
@@ -234,13 +234,13 @@ def refuse_expired(info: TokenInfo, *, now_s: float) -> None:
         raise Unauthenticated("the token has expired; register again")
 
 
-def refuse_revoked(token: Token, is_revoked: Callable[[Token], bool]) -> None:
-    """Let *token* pass unless it was revoked.
+def refuse_revoked(credentials: Credentials, is_revoked: Callable[[Credentials], bool]) -> None:
+    """Let *credentials* pass unless their token was revoked.
 
     Raises:
         Unauthenticated: it was.
     """
-    if is_revoked(token):
+    if is_revoked(credentials):
         raise Unauthenticated("the token was revoked; register again")
 
 

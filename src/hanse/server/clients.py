@@ -20,7 +20,7 @@ from hanse.coordination.schedule import Candidate, free_resources
 from hanse.errors import Unauthenticated
 from hanse.identity.authorities import JobAuthority
 from hanse.identity.certificates import one_certificate
-from hanse.identity.tokens import CLIENT_SCOPE, TokenInfo, TokenSigner, admin_scope, job_scope, new_token
+from hanse.identity.tokens import CLIENT_SCOPE, TokenInfo, TokenSigner, admin_scope, job_scope, new_token, parse_token
 from hanse.ids import NAME_RULE, SERVER, ClientName, Fqcn, JobId, Ssid, Token, is_name, split_cell
 from hanse.job import JobRecord, Resources
 from hanse.messages import (
@@ -141,8 +141,8 @@ class Clients:
         token = self._new_token(admin_scope(role.partition(":")[2] or "member"), lifetime_s)
         return self._given(token, register.client, role, lifetime_s)
 
-    def renew(self, peer: Peer) -> Registered:
-        """Return a fresh token for *peer*, of the same scope, and bind it to its stream.
+    def fresh_token(self, peer: Peer) -> Token:
+        """Return a fresh token for *peer*, of the scope of its own; it counts once ``renew`` has taken it.
 
         Raises:
             Unauthenticated: it has no token, none that still counts, or a certificate that has ended.
@@ -150,13 +150,25 @@ class Clients:
         old = peer.credentials
         if old is None:
             raise Unauthenticated("only who has a token can renew it")
-        lifetime_s = self.lifetimes.token_s
+        info = self._verified(old)
         with self._lock:
-            if peer.kind in (PeerKind.CLIENT, PeerKind.ADMIN):  # a job's process has a certificate of the server's
-                lifetime_s = self._lifetime_s(self._ends_of(peer.kind), old.name)
-            info = self._verified(old)
-            token = self._new_token(info.scope, lifetime_s)
+            token = self._new_token(info.scope, self._renewed_s(peer, old.name))
             if info.scope == CLIENT_SCOPE:
+                self._registry.demand_renewable(old.token, token, now=self._clock())
+        return token
+
+    def renew(self, peer: Peer, token: Token) -> Registered:
+        """Give *peer* the fresh *token* in place of its own, and bind it to its stream.
+
+        Raises:
+            Unauthenticated: its own counts no more, or its certificate has ended.
+        """
+        old = peer.credentials
+        if old is None:
+            raise Unauthenticated("only who has a token can renew it")
+        with self._lock:
+            lifetime_s = self._renewed_s(peer, old.name)
+            if parse_token(token).scope == CLIENT_SCOPE:
                 self._registry.renew(old.token, token, now=self._clock())
         given = self._given(token, old.name, peer.role, lifetime_s)
         peer.credentials = Credentials(old.name, token, given.token_signature, given.ssid)
@@ -250,10 +262,25 @@ class Clients:
         with self._lock:
             return self._registry.disabled().get(name)
 
-    def is_revoked(self, token: Token) -> bool:
-        """Return whether *token* was revoked."""
+    def is_revoked(self, credentials: Credentials) -> bool:
+        """Return whether the token of *credentials* was revoked, here or at another server of this store."""
+        name, token = ClientName(credentials.name), credentials.token
         with self._lock:
-            return self._registry.is_revoked(token)
+            if self._registry.is_revoked(token):
+                return True
+            return parse_token(token).scope == CLIENT_SCOPE and self._registry.is_superseded(name, token)
+
+    def counting(self, name: ClientName) -> str:
+        """Return the fingerprint of *name*'s one token that counts; empty: none does."""
+        with self._lock:
+            return self._registry.counting(name)
+
+    def count_only(self, counting: Mapping[str, str]) -> list[Client]:
+        """Have only those tokens count whose fingerprints are *counting*, by client; return who is logged out by it."""
+        names = {ClientName(client): of_token for client, of_token in counting.items()}
+        with self._lock:
+            self._left = {name for name, of_token in names.items() if not of_token}
+            return self._registry.count_only(names, now=self._clock())
 
     # who is there
 
@@ -352,6 +379,12 @@ class Clients:
         if is_new and (remark := remark_on(expires.timestamp(), self._wall())):
             _log.warning("a participant needs a new certificate", extra={"participant": name, "reason": remark})
 
+    def _renewed_s(self, peer: Peer, name: str) -> float:
+        """Return how long a token may live that *peer* gets in place of its own."""
+        if peer.kind not in (PeerKind.CLIENT, PeerKind.ADMIN):  # a job's process has a certificate of the server's
+            return self.lifetimes.token_s
+        return self._lifetime_s(self._ends_of(peer.kind), name)
+
     def _lifetime_s(self, ends: CertificateEnds, name: str) -> float:
         return ends.token_lifetime_s(name, longest_s=self.lifetimes.token_s, now_s=self._wall())
 
@@ -367,7 +400,10 @@ class Clients:
 
     def _verified(self, credentials: Credentials) -> TokenInfo:
         return verified_token(
-            self.identities.signer, credentials, now_s=self._wall(), is_revoked=self._registry.is_revoked
+            self.identities.signer,
+            credentials,
+            now_s=self._wall(),
+            is_revoked=lambda shown: self._registry.is_revoked(shown.token),
         )
 
     def _new_token(self, scope: str, lifetime_s: float) -> Token:

@@ -30,7 +30,7 @@ from hanse.cell.refusals import RemoteError, refuse
 from hanse.coordination.absence import Absence
 from hanse.coordination.certificates import expired_text
 from hanse.coordination.policy import PeerKind
-from hanse.coordination.registry import Presence
+from hanse.coordination.registry import Presence, fingerprint
 from hanse.coordination.service import (
     RequestKind,
     Service,
@@ -44,11 +44,14 @@ from hanse.errors import (
     HanseError,
     InternalError,
     NotInService,
+    StaleEpoch,
+    StoreFailed,
     Unauthenticated,
     Unauthorized,
 )
 from hanse.events import EventType, FLComponent, FLContext
 from hanse.identity.private_files import make_private_folder
+from hanse.identity.tokens import CLIENT_SCOPE, parse_token
 from hanse.ids import SERVER, ClientName, Fqcn, JobId, Ssid, split_cell
 from hanse.job import Job, JobRecord, JobSpec
 from hanse.launch.process import Launcher, ProcessLauncher
@@ -278,6 +281,7 @@ class FederatedServer(BaseServer):
         client = self._clients.set_disabled(name, reason)
         if client is not None:
             self._forget(client)
+            self._keep_token_soon(name)
         if reason is not None:
             self._drop_cells_of(name, Unauthenticated(f"client {name} is disabled"))
 
@@ -511,7 +515,7 @@ class FederatedServer(BaseServer):
         cell.on(Channel.SERVER, "register", lambda request: self._register_over_stream(cell, _from_stream(request)))
         cell.on(Channel.SERVER, "renew", self._renew)
         cell.on(Channel.SERVER, "heartbeat", self.client_heartbeat)
-        cell.on(Channel.SERVER, "quit", self.quit_client)
+        cell.on(Channel.SERVER, "quit", self._quit_over_stream)
         cell.on(Channel.SERVER, "job_failure", self.process_job_failure)
         cell.on_link_up(self._link_up)
         cell.on_link_down(self._link_down)
@@ -526,7 +530,10 @@ class FederatedServer(BaseServer):
         is_contended = held is not None
         if held is None:
             held = HeldFor(await self._taken_lease(deployed), boot_time())
-        self._clients.disable_only(await deployed.store.disabled_clients())  # another server may have changed them
+        # Another server may have changed them.
+        self._clients.disable_only(await deployed.store.disabled_clients())
+        for client in self._clients.count_only(await deployed.store.kept_tokens()):
+            self._forget(client)
         lease = HeldLease(deployed.store, held.lease, is_contended=is_contended, taken_at=held.taken_at)
         services = RunServices(
             project=self.project_name,
@@ -595,28 +602,35 @@ class FederatedServer(BaseServer):
         if self._primacy.tenure is not None:
             self._primacy.tenure.jobs.registered(ClientName(register.client))
         self._wake_cleanup()
+        self._keep_token_soon(ClientName(register.client))
         return registered
 
-    def _register_over_stream(self, cell: Cell, request: Message) -> Message:
+    async def _register_over_stream(self, cell: Cell, request: Message) -> Message:
         """Register, and take the stream for the client's (or administrator's) own from then on."""
         reply = self.register_client(request)
         peer = current_peer()
         if peer is not None and isinstance(reply.payload, Registered) and isinstance(request.payload, Register):
             given = reply.payload
+            if given.role == CLIENT_SCOPE:  # the answer must stay true when this server crashes after it
+                await self._keep_token(ClientName(request.payload.client))
             kind, _, role = given.role.partition(":")
             credentials = Credentials(request.payload.client, given.token, given.token_signature, given.ssid)
             kind = PeerKind.ADMIN.value if kind == "admin" else PeerKind.CLIENT.value
             cell.prove(peer, kind=kind, credentials=credentials, role=role)
         return reply
 
-    def _renew(self, request: Message) -> Message:
+    async def _renew(self, request: Message) -> Message:
         """Give the stream's own peer a fresh token of the same scope, before the present one expires."""
         del request
         peer = current_peer()
         if peer is None:
             raise Unauthenticated("a token is renewed over the stream that it opened")
         before = peer.credentials
-        given = self._clients.renew(peer)
+        token = self._clients.fresh_token(peer)
+        if before is not None and parse_token(token).scope == CLIENT_SCOPE:
+            # Before the old one ceases to count: while the store is away, the client goes on with that.
+            await self._keep_token(ClientName(before.name), fingerprint(token))
+        given = self._clients.renew(peer, token)
         with self._lock:
             if before is not None and before.token in self._tokens:
                 self._tokens = self._tokens - {before.token} | {given.token}
@@ -644,7 +658,45 @@ class FederatedServer(BaseServer):
             self._forget(client)
             # Its own stream stays for the reply, and the client closes it.
             self._drop_cells_of(client.name, Unauthenticated(f"client {client.name} has quit"), jobs_only=True)
+            self._keep_token_soon(client.name)
         return None
+
+    async def _quit_over_stream(self, request: Message) -> Message:
+        reply = self.quit_client(request)
+        if reply.return_code is ReturnCode.OK:
+            await self._keep_token(ClientName(request.get_header(Header.CLIENT) or ""))
+        return reply
+
+    async def _keep_token(self, name: ClientName, of_token: str | None = None) -> None:
+        """Have the store remember which of *name*'s tokens counts: the registry's, or that of fingerprint *of_token*.
+
+        Raises:
+            NotInService: it cannot be.
+        """
+        if self._primacy.tenure is None:
+            raise NotInService
+        services = self._primacy.tenure.jobs.services
+        now_s = services.wall()
+        # Looked up here, on the event loop, and asked for at once, so that what is asked for last is what holds.
+        counting = self._clients.counting(name) if of_token is None else of_token
+        until_s = now_s + 2 * self._clients.lifetimes.token_s  # twice, for no two servers' clocks quite agree
+        try:
+            await services.store.keep_token(services.epoch, name, counting, now_s=now_s, until_s=until_s)
+        except (StaleEpoch, StoreFailed) as failed:
+            raise NotInService(f"Server not in service: {failed.reason}") from failed
+
+    def _keep_token_soon(self, name: ClientName) -> None:
+        """Do ``_keep_token`` for what did not come by a stream, which must not wait."""
+        if current_peer() is not None or self._primacy.tenure is None:
+            return
+
+        async def keep() -> None:
+            try:
+                await self._keep_token(name)
+            except HanseError as error:
+                _log.warning("which token counts was not kept", extra={"client": name, "reason": error.reason})
+
+        asyncio.run_coroutine_threadsafe(keep(), background_loop())
 
     def _job_failure(self, request: Message) -> Payload:
         failure = expect(request, JobFailure)

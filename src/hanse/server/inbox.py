@@ -74,8 +74,4 @@ class Inbox:
             if digest not in self._begun and sum(self._begun.values()) + size > self._most:
                 raise UpdateRejected(self._client, f"more than the {self._most} bytes that its answers may need")
             self._begun[digest] = size
-        try:
-            return self._files.begin(digest, size)
-        except StoreFailed as failed:
-            self._on_trouble(failed)
-            raise
+        return self._files.begin(digest, size, on_trouble=self._on_trouble)

@@ -39,6 +39,7 @@ from hanse.storage.records import (
     check_successor,
     check_taking,
     check_tasks,
+    check_token,
     has_moved,
     key_order,
     session_id,
@@ -83,6 +84,7 @@ class MemoryStore:
         self._standbys: dict[str, Standby] = {}
         self._jobs: dict[JobId, _Job] = {}
         self._disabled: dict[str, str] = {}
+        self._tokens: dict[str, tuple[str, float]] = {}
         self._audit: list[AuditEntry] = []
 
     async def open(self) -> None:
@@ -247,11 +249,26 @@ class MemoryStore:
         self._disabled.pop(client, None)
         if disabled:
             self._disabled[client] = reason
+            if client in self._tokens:
+                self._tokens[client] = ("", self._tokens[client][1])
 
     async def disabled_clients(self) -> dict[str, str]:
         """See ``Store``."""
         self._check_open()
         return dict(sorted(self._disabled.items()))
+
+    async def keep_token(self, epoch: int, client: str, fingerprint: str, *, now_s: float, until_s: float) -> None:
+        """See ``Store``."""
+        check_token(client, fingerprint, now_s=now_s, until_s=until_s)
+        self._fence(epoch)
+        self._tokens = {name: kept for name, kept in self._tokens.items() if kept[1] > now_s}
+        _, before = self._tokens.get(client, ("", 0.0))
+        self._tokens[client] = (fingerprint, max(before, until_s))
+
+    async def kept_tokens(self) -> dict[str, str]:
+        """See ``Store``."""
+        self._check_open()
+        return {name: fingerprint for name, (fingerprint, _) in sorted(self._tokens.items())}
 
     async def audit(self, epoch: int, entry: AuditEntry) -> None:
         """See ``Store``."""

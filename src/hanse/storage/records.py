@@ -254,11 +254,22 @@ class Store(Protocol):
         ...
 
     async def set_disabled(self, epoch: int, client: str, disabled: bool, *, reason: str = "") -> None:
-        """Remember that *client* is disabled, for *reason*, or is no longer."""
+        """Remember that *client* is disabled, for *reason*, and that no token of it counts; or that it is no longer."""
         ...
 
     async def disabled_clients(self) -> dict[str, str]:
         """Return the disabled clients' names, with the reason for each."""
+        ...
+
+    async def keep_token(self, epoch: int, client: str, fingerprint: str, *, now_s: float, until_s: float) -> None:
+        """Remember that of *client*'s tokens only that of *fingerprint* counts (nothing: none), until *until_s*.
+
+        What was to be remembered of it for longer is; what was until *now_s*, of any client, is forgotten.
+        """
+        ...
+
+    async def kept_tokens(self) -> dict[str, str]:
+        """Return the fingerprint of the one token that counts, by client, as ``keep_token`` was told."""
         ...
 
     async def audit(self, epoch: int, entry: AuditEntry) -> None:
@@ -429,6 +440,13 @@ def check_disabling(client: str, reason: str) -> None:
     """Check the name of a client that is to be disabled or enabled, and the reason."""
     _expect(is_name(client), "client", client, "a participant's name")
     check_text(reason, "reason")
+
+
+def check_token(client: str, fingerprint: str, *, now_s: float, until_s: float) -> None:
+    """Check which token of a client is to count, and for how long."""
+    _expect(is_name(client), "client", client, "a participant's name")
+    _expect(fingerprint == "" or is_digest(fingerprint), "fingerprint", fingerprint, "a digest, or nothing")
+    _expect(0 <= now_s < until_s < math.inf, "until_s", until_s, "a time after now")
 
 
 def check_audit(entry: AuditEntry) -> None:

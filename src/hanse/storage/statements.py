@@ -12,7 +12,7 @@ from sqlalchemy import Column, ColumnElement, Table, bindparam, delete, insert, 
 from hanse.job import JobState
 from hanse.messages import TaskKey
 from hanse.storage.records import AuditEntry, Standby
-from hanse.storage.tables import audit, disabled, jobs, lease, meta, models, rounds, standbys, states, tasks
+from hanse.storage.tables import audit, disabled, jobs, lease, meta, models, rounds, standbys, states, tasks, tokens
 from hanse.storage.transaction import Statement
 
 NO_LIMIT: Final = 2**31 - 1
@@ -98,6 +98,13 @@ DELETE_UNUSED_MODELS: Final = Statement(_DELETE_MODELS.where(models.c.digest.not
 DISABLED: Final = Statement(select(disabled.c.client, disabled.c.reason))
 DISABLE: Final = Statement(insert(disabled).values(_row(*disabled.c)))
 ENABLE: Final = Statement(delete(disabled).where(_given(disabled.c.client)))
+
+TOKENS: Final = Statement(select(tokens.c.client, tokens.c.fingerprint))
+TOKEN_UNTIL: Final = Statement(select(tokens.c.until_s).where(_given(tokens.c.client)))
+ADD_TOKEN: Final = Statement(insert(tokens).values(_row(*tokens.c)))
+VOID_TOKEN: Final = Statement(update(tokens).where(_given(tokens.c.client)).values(_row(tokens.c.fingerprint)))
+DELETE_TOKEN: Final = Statement(delete(tokens).where(_given(tokens.c.client)))
+DELETE_OLD_TOKENS: Final = Statement(delete(tokens).where(tokens.c.until_s <= bindparam("now_s")))
 
 _AUDIT_COLUMNS: Final = [audit.c[name] for name in AuditEntry.__struct_fields__]
 ADD_AUDIT: Final = Statement(insert(audit).values(_row(*_AUDIT_COLUMNS)))

@@ -47,6 +47,7 @@ from hanse.storage.records import (
     check_successor,
     check_taking,
     check_tasks,
+    check_token,
     has_moved,
     key_order,
     session_id,
@@ -350,12 +351,31 @@ class SqlStore:
             transaction.run(sql.ENABLE, {"of_client": client})
             if disabled:
                 transaction.run(sql.DISABLE, {"client": client, "reason": reason})
+                transaction.run(sql.VOID_TOKEN, {"of_client": client, "fingerprint": ""})
 
         await self._write(set_it)
 
     async def disabled_clients(self) -> dict[str, str]:
         """See ``Store``."""
         return await self._read(lambda transaction: dict(sorted(transaction.rows(sql.DISABLED))))
+
+    async def keep_token(self, epoch: int, client: str, fingerprint: str, *, now_s: float, until_s: float) -> None:
+        """See ``Store``."""
+        check_token(client, fingerprint, now_s=now_s, until_s=until_s)
+
+        def keep(transaction: Transaction) -> None:
+            _fence(transaction, epoch)
+            transaction.run(sql.DELETE_OLD_TOKENS, {"now_s": now_s})
+            before = transaction.value(sql.TOKEN_UNTIL, {"of_client": client})
+            transaction.run(sql.DELETE_TOKEN, {"of_client": client})
+            row = {"client": client, "fingerprint": fingerprint, "until_s": max(before or 0.0, until_s)}
+            transaction.run(sql.ADD_TOKEN, row)
+
+        await self._write(keep)
+
+    async def kept_tokens(self) -> dict[str, str]:
+        """See ``Store``."""
+        return await self._read(lambda transaction: dict(sorted(transaction.rows(sql.TOKENS))))
 
     async def audit(self, epoch: int, entry: AuditEntry) -> None:
         """See ``Store``."""

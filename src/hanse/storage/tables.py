@@ -23,7 +23,7 @@ from sqlalchemy import (
     text,
 )
 
-SCHEMA_VERSION: Final = "0002"
+SCHEMA_VERSION: Final = "0003"
 """The migration that makes the schema below."""
 FIRST_RELEASE: Final = "0001"
 """The schema of the first release, which did not note it down as the later ones do."""
@@ -116,6 +116,16 @@ models = Table(
 disabled = Table(
     "disabled", metadata, Column("client", String, primary_key=True), Column("reason", String, nullable=False)
 )
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("client", String, primary_key=True),
+    Column("fingerprint", String, nullable=False),
+    Column("until_s", Double, nullable=False),
+    Index("tokens_by_until", "until_s"),
+)
+"""The fingerprint of the one token of each client that counts (nothing: none does), and how long that matters."""
 
 audit = Table(
     "audit",

@@ -27,7 +27,7 @@ from typing import Final, Self, TypeVar
 
 from blake3 import blake3
 
-from hanse.errors import NotFound, ProtocolError, TensorDamaged
+from hanse.errors import NotFound, ProtocolError, StoreFailed, TensorDamaged
 from hanse.ids import Digest, is_digest
 from hanse.storage.disk import disk_failure
 
@@ -194,16 +194,19 @@ class TensorFiles:
         mapping.forget = weakref.finalize(mapping, _unlink, path)
         return Scratch(mapping, size)
 
-    def begin(self, digest: Digest, size: int) -> "Partial":
+    def begin(
+        self, digest: Digest, size: int, *, on_trouble: Callable[[StoreFailed], None] = lambda _: None
+    ) -> "Partial":
         """Return the tensor *digest* of *size* bytes in the making, from where an earlier attempt stopped.
 
-        If somebody else is at it, from the start and on one's own: who is first to finish, provides it.
+        If somebody else is at it, from the start and on one's own: who is first to finish, provides it. *on_trouble*
+        hears, before whoever asked, of what the disk does not take, now or later.
         """
         path = self.path(digest)
         _check_size(size)
         if path.exists():
             return self._complete(digest, size)
-        with _disk(f"receiving tensor {digest}", self.root):
+        with _disk(f"receiving tensor {digest}", self.root, on_trouble):
             part = self.root / f"{digest}{_PART}"
             descriptor = _lock_resumable(part)
             if descriptor is None:
@@ -213,7 +216,9 @@ class TensorFiles:
             except BaseException:
                 os.close(descriptor)
                 raise
-        return Partial(self, digest, size, descriptor=descriptor, path=part, hasher=hasher, offset=offset)
+        return Partial(
+            self, digest, size, descriptor=descriptor, path=part, hasher=hasher, offset=offset, on_trouble=on_trouble
+        )
 
     def sync(self, digests: Iterable[Digest]) -> None:
         """Return when these tensors and their names are on the disk, to survive a power failure.
@@ -388,8 +393,10 @@ class Partial:
         path: Path,
         hasher: "blake3 | None",
         offset: int,
+        on_trouble: Callable[[StoreFailed], None] = lambda _: None,
     ) -> None:
         self.digest, self.size, self.offset = digest, size, offset
+        self._on_trouble = on_trouble
         self._files, self._path = files, path
         self._descriptor, self._hasher = descriptor, hasher
 
@@ -420,7 +427,7 @@ class Partial:
         if not view:
             return
         descriptor, hasher = self._in_use()
-        with _disk(f"receiving tensor {self.digest}", self._files.root):
+        with _disk(f"receiving tensor {self.digest}", self._files.root, self._on_trouble):
             _write_all(descriptor, view, at=self.offset)
         hasher.update(view)
         self.offset += len(view)
@@ -441,7 +448,7 @@ class Partial:
         if got != self.digest:
             self._delete()
             raise ProtocolError("digest of the received tensor", got=got, expected=self.digest)
-        with _disk(f"finishing tensor {self.digest}", self._files.root):
+        with _disk(f"finishing tensor {self.digest}", self._files.root, self._on_trouble):
             self._files._publish(self._path, self.digest)
         self._path = self._files.path(self.digest)
         self._release()
@@ -471,11 +478,13 @@ class Partial:
 
 
 @contextmanager
-def _disk(doing: str, root: Path) -> Iterator[None]:
+def _disk(doing: str, root: Path, on_trouble: Callable[[StoreFailed], None] = lambda _: None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise disk_failure(doing, error, root) from error
+        failed = disk_failure(doing, error, root)
+        on_trouble(failed)
+        raise failed from error
 
 
 def _hasher(buffer: bytes | memoryview = b"") -> blake3:
