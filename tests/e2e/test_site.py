@@ -15,12 +15,16 @@ from benchmarks.deployment import HANSE, Deployment, deployment
 from hanse.client.workspace import job_folders
 from hanse.launch.held import HeldProcess
 from hanse.launch.surviving import pid_at
+from tests.faults.changes import wait_none
 
 JOB = Path(__file__).parent / "job"
 ROUND = 3
 ROUNDS = tomllib.loads((JOB / "pyproject.toml").read_text())["tool"]["hanse"]["workflow"]["rounds"]
 ONCE = {str(number): 1 for number in range(1, ROUNDS + 1)}
 """How often a client trains for each round when nothing happens."""
+
+AT_ONCE_S = 30.0
+"""Far below the time after which a process without an agent ends by itself."""
 
 COUNTED = """
 import os
@@ -82,6 +86,15 @@ class Site:
     def processes_trained(self) -> set[str]:
         """Return the numbers of the processes in which the client's code was run."""
         return {line.split()[2] for line in (self.folder / "trained").read_text().splitlines() if "site-1 " in line}
+
+    @property
+    def log_folder(self) -> Path:
+        """The job's folder at the client, of which its log stays."""
+        return self.workspace / "jobs" / self.job
+
+    def left_of_the_job(self) -> list[str]:
+        """Return what the client still has of the job, but for its log."""
+        return sorted({path.name for path in self.log_folder.iterdir()} - {"job.log"})
 
     def ends_as(self, undisturbed: str) -> None:
         """Wait for the job's end, and check that nothing tells of what has happened."""
@@ -235,3 +248,19 @@ def test_second_agent_of_a_workspace_is_refused(site: Site) -> None:
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 4
     assert f"is running already, as process {site.running.processes['site-1'].pid}" in refused.stderr
+
+
+def test_process_of_a_job_that_was_aborted_while_its_agent_was_dead_is_ended_by_the_next_agent(site: Site) -> None:
+    waiting = site.gate()
+    site.submit()
+    with waiting.open("wb"):
+        waiting.unlink()
+        process = HeldProcess(site.process().pid)
+        site.running.kill("site-1")
+        site.running.hanse("job", "abort", site.job)
+        assert site.running.hanse("job", "show", site.job)["state"] == "aborted"
+        assert not process.wait(0), "nobody is there to end it"
+        site.running.start("site-1")
+        assert process.wait(AT_ONCE_S)
+        process.close()
+    wait_none(site.left_of_the_job, [site.log_folder], what="the job's folder to be cleared", within_s=AT_ONCE_S)
