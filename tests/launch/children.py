@@ -38,6 +38,14 @@ def main() -> int:
         case ["group"]:
             say(f"{os.getpgid(0) == os.getpid()} {os.getsid(0) == os.getpid()}")
             return 0
+        case ["print-much", size_bytes]:
+            # One half is its own, the other comes from a process that it has started.
+            half = f"{'x' * 99}\n" * (int(size_bytes) // 200)
+            sys.stdout.write(f"first\n{half}")
+            sys.stdout.flush()
+            subprocess.run([sys.executable, "-c", "print(open(0).read())"], input=half, text=True, check=True)
+            say("last")
+            threading.Event().wait()
         case ["until-eof"]:
             say("reading")
             sys.stdin.buffer.read()

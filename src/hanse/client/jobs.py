@@ -29,6 +29,7 @@ from hanse.coordination.policy import may_run
 from hanse.errors import HanseError, JobInvalid, NotFound, ProtocolError, SiteRefused
 from hanse.ids import ClientName, JobId, Ssid, Token, is_job_id
 from hanse.job import JobSpec
+from hanse.launch.long_logs import bounded_log
 from hanse.launch.memory import KillCounter, cause_of
 from hanse.launch.process import Handle, Launcher
 from hanse.launch.surviving import Survivor, survivor_at
@@ -254,7 +255,8 @@ class SiteJobs:
 
     async def _watch(self, job: _Job, process: _Process) -> None:
         """Wait for the process to end; if nobody asked it to, tell the server until it has heard."""
-        status = await process.handle.wait()
+        async with bounded_log(job.folder.log):
+            status = await process.handle.wait()
         if process.is_asked:
             return
         cause = cause_of(status, kills_before=process.kills.before, kills_after=process.kills.read())

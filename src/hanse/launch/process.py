@@ -8,9 +8,9 @@ with it.
 
 When memory runs out, the system kills it rather than its parent (``memory``).
 
-Output and errors go straight to the log file, so that nothing limits what one process writes. At each start a log
-beyond ``MAX_LOG_BYTES`` is set aside, in place of the one that was set aside before: what a job that restarts leaves
-behind is at most twice that, and what two of its processes wrote.
+Output and errors go straight to the log file, which is kept from growing without end while the process runs
+(``long_logs``). At each start a log beyond ``MAX_LOG_BYTES`` is set aside, in place of the one that was set aside
+before.
 
 ``Launcher`` and ``Handle`` are what users of this module depend on; the simulator brings others that run jobs
 in-process.
