@@ -193,7 +193,11 @@ class Register(msgspec.Struct, frozen=True):
 
 
 class Registered(msgspec.Struct, frozen=True):
-    """What registration, renewal and login give: a signed token with its lifetime, and the session it belongs to."""
+    """What registration, renewal and login give: a signed token with its lifetime, and the session it belongs to.
+
+    ``job_authority`` names the key of the authority whose certificates the server takes from jobs' processes; empty
+    where they need none.
+    """
 
     token: Token
     token_signature: str
@@ -201,6 +205,7 @@ class Registered(msgspec.Struct, frozen=True):
     expires_in_s: float
     heartbeat_s: float = 5.0
     role: str = ""
+    job_authority: str = ""
 
 
 class Renew(msgspec.Struct, frozen=True):
@@ -243,11 +248,15 @@ class Goodbye(msgspec.Struct, frozen=True):
 
 
 class JobCredentials(msgspec.Struct, frozen=True):
-    """What a job's process needs to be its cell: a token for this job alone and, with TLS, its own certificate."""
+    """What a job's process needs to be its cell: a token for this job alone and, with TLS, its own certificate.
+
+    ``authority`` names the key of the authority that gave the certificate.
+    """
 
     credentials: Credentials
     certificate: bytes = b""
     key: bytes = b""
+    authority: str = ""
 
 
 class DeployJob(msgspec.Struct, frozen=True):

@@ -79,6 +79,7 @@ class FakeServer:
     token_lifetime_s: float = 3600.0
     ssid: Ssid = field(default_factory=lambda: Ssid("1"))
     accept_tokens: bool = True
+    job_authority: str = ""
     refuse: dict[str, HanseError] = field(default_factory=dict)
     abort: tuple[JobId, ...] = ()
     tamper: Callable[[ChallengeReply], ChallengeReply] = lambda reply: reply
@@ -145,7 +146,7 @@ class FakeServer:
         return await self.cell.ask(Fqcn(fqcn), Channel.JOB, topic, payload, timeout_s=20)
 
     def start(self, attempt: int = 1, *, job_id: JobId = JOB) -> StartJob:
-        return StartJob(job_id, job_identity(job_id), attempt)
+        return StartJob(job_id, job_identity(job_id, authority=self.job_authority), attempt)
 
     def goodbye(self, *, retry: bool) -> None:
         self.cell.tell(Fqcn(SITE), Channel.JOB, "goodbye", Goodbye("maintenance", retry))
@@ -202,7 +203,14 @@ class FakeServer:
 
     def _registered(self) -> Registered:
         self.tokens += 1
-        return Registered(Token(f"token-{self.tokens}"), "signed", self.ssid, self.token_lifetime_s, self.heartbeat_s)
+        return Registered(
+            Token(f"token-{self.tokens}"),
+            "signed",
+            self.ssid,
+            self.token_lifetime_s,
+            self.heartbeat_s,
+            job_authority=self.job_authority,
+        )
 
     def _heartbeat(self, message: Message) -> Message:
         self._check("heartbeat")
@@ -235,8 +243,8 @@ class FakeServer:
         )
 
 
-def job_identity(job_id: JobId = JOB, client: str = SITE) -> JobCredentials:
-    return JobCredentials(Credentials(client, Token(LONG), "signed", Ssid("1")))
+def job_identity(job_id: JobId = JOB, client: str = SITE, authority: str = "") -> JobCredentials:
+    return JobCredentials(Credentials(client, Token(LONG), "signed", Ssid("1")), authority=authority)
 
 
 def job_spec(client: str = "app:app", **changes: Any) -> JobSpec:

@@ -1,10 +1,13 @@
 import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from hanse.cell.cell import RemoteError
+from hanse.client import jobs
 from hanse.client.process_spec import PROCESS_MODULE
 from hanse.client.workspace import JobFolder
 from hanse.errors import NotFound, Unreachable
@@ -14,7 +17,7 @@ from hanse.messages import AbortJob, Channel, DeployJob, Heartbeat, JobEnded
 from hanse.settings import SitePolicy
 from hanse.storage.packages import MAX_PACKAGE_BYTES
 
-from .fake_server import JOB, PROJECT, SITE, fake_server, job_identity, job_spec
+from .fake_server import JOB, PROJECT, SITE, FakeServer, fake_server, job_identity, job_spec
 from .site import code_folder, site, within
 
 AWAY = Unreachable("server", "it has gone")
@@ -273,6 +276,75 @@ async def test_process_goes_on_while_the_server_is_away(tmp_path: Path) -> None:
             pass
 
         assert not here.launcher.launched[0].is_stopped
+
+
+async def test_job_whose_certificate_the_server_takes_no_more_is_ended_once_the_agent_has_registered_anew(
+    tmp_path: Path,
+) -> None:
+    async with (
+        fake_server(tmp_path / "s", heartbeat_s=0.05, job_authority="old") as server,
+        site(server, tmp_path / "w") as here,
+    ):
+        await server.up()
+        deploy = server.announce(code_folder(tmp_path / "code"), job_spec())
+        await server.ask("deploy", deploy)
+        await server.ask("start", server.start())
+        server.job_authority, server.accept_tokens = "new", False
+        _forget_heartbeats(server)
+        await server.go_away(AWAY)
+        await server.up()
+        while (await server.next(Heartbeat)).jobs:
+            pass
+        await server.ask("deploy", deploy)
+        await server.ask("start", server.start(attempt=2))
+
+        first, second = here.launcher.launched
+        assert first.is_stopped
+        assert not second.is_stopped
+        assert server.queue(JobEnded).empty(), "it was asked to end"
+
+
+@pytest.mark.parametrize(("before", "after"), [("same", "same"), ("", "new"), ("old", ""), ("", "")])
+async def test_job_whose_certificate_is_good_or_not_needed_goes_on_when_its_agent_registers_anew(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    async with fake_server(tmp_path / "s", job_authority=before) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        server.job_authority, server.accept_tokens = after, False
+        _forget_heartbeats(server)
+        await server.go_away(AWAY)
+        await server.up()
+
+        assert (await server.next(Heartbeat)).jobs == (JOB,)
+        assert not here.launcher.launched[0].is_stopped
+
+
+def _forget_heartbeats(server: FakeServer) -> None:
+    while not server.queue(Heartbeat).empty():
+        server.queue(Heartbeat).get_nowait()
+
+
+async def test_log_is_kept_short_while_its_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[Path] = []
+
+    @asynccontextmanager
+    async def bounded(path: Path) -> AsyncIterator[None]:
+        looked_at.append(path)
+        yield
+        looked_at.remove(path)
+
+    monkeypatch.setattr(jobs, "bounded_log", bounded)
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        (handle,) = here.launcher.launched
+        assert looked_at == [handle.log_path]
+        handle.end(1)
+        await server.next(JobEnded)
+        assert looked_at == []
 
 
 async def test_what_a_killed_agent_left_behind_is_cleared_away_but_for_logs(tmp_path: Path) -> None:

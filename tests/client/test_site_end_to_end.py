@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -203,6 +204,17 @@ async def test_process_is_not_taken_over_by_an_agent_that_would_start_it_otherwi
         assert await left.server.next(Heartbeat) == Heartbeat(())
         assert left.process.wait(0)
         assert [path.name for path in left.folder.path.iterdir()] == ["job.log"]
+
+
+async def test_process_that_was_taken_over_is_ended_when_the_server_takes_its_certificate_no_more(left: Left) -> None:
+    started = left.folder.started()
+    assert started is not None
+    left.folder.note(msgspec.structs.replace(started, authority="old"))
+    left.server.job_authority = "new"
+    async with left.next_agent():
+        await left.server.up()
+        assert await asyncio.to_thread(left.process.wait, 30)
+    assert left.server.queue(JobEnded).empty(), "it was asked to end"
 
 
 @pytest.mark.parametrize("lost", ["started", "life-line"])

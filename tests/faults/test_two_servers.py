@@ -8,7 +8,7 @@ one deployment lasts for all.
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -20,6 +20,7 @@ from hanse.admin.session import AdminSession
 from hanse.cell.loop import run
 from hanse.errors import HanseError
 from hanse.identity.kits import Kit
+from hanse.identity.servers_secret import SERVERS_SECRET_FILE, ServersSecret
 from hanse.messages import JobView
 from hanse.settings import AdminSettings
 from tests.faults import journal
@@ -96,14 +97,16 @@ class Pair(Bench):
 
 @contextmanager
 def pair(running: Deployment, gates: Path) -> Iterator[Pair]:
-    running.start("server")
-    running.start("standby", *running.names)
-    made = Pair(running, gates)
-    if made.store.exists():
-        journal.record(made.store)
-    told = Told()
-    made.undisturbed = run(made.run(told=told), RUN_WITHIN_S).result
-    yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HANSE_TEST_GATES", str(gates))
+        running.start("server")
+        running.start("standby", *running.names)
+        made = Pair(running, gates)
+        if made.store.exists():
+            journal.record(made.store)
+        told = Told()
+        made.undisturbed = run(made.run(told=told), RUN_WITHIN_S).result
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +191,27 @@ def test_both_servers_killed_at_once_go_on_when_one_is_back(bench: Pair) -> None
     bench.check(view)
     assert bench.hot == "standby"
     bench.running.start("server")
+
+
+@pytest.mark.parametrize("held_round", [1, 2])
+def test_servers_that_get_a_new_secret_go_on_with_clients_that_register_anew(bench: Pair, held_round: int) -> None:
+    names = bench.running.names
+    registered = [bench.registrations(site) for site in names]
+
+    def replace() -> None:
+        for name in (bench.cold, bench.hot):  # the standby first, or it would take over
+            bench.running.end(name)
+        secret = ServersSecret.new()
+        for name in SERVERS:
+            secret.save(bench.running.kit(name) / SERVERS_SECRET_FILE)
+        bench.running.start(*SERVERS)
+        gate.close()
+
+    with closing(bench.held("site-1", held_round)) as gate:
+        view, _ = bench.disturbed(AT[held_round], replace)
+
+    bench.check(view)
+    assert [bench.registrations(site) for site in names] == [before + 1 for before in registered]
 
 
 @pytest.mark.parametrize("step", [3, 6])

@@ -205,12 +205,16 @@ def test_servers_with_one_secret_issue_what_the_others_verify():
 
     assert other.certificate != one.certificate
     assert other.verify(certificate, now=NOW) == JOB
+    issuer = parsed(certificate).extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    assert issuer.key_identifier is not None
+    assert other.key_id == one.key_id == issuer.key_identifier.hex(), "by which what they issue names them, too"
 
 
 def test_servers_with_other_secrets_do_not():
     certificate, _ = JobAuthority.from_secret(SHARED, now=NOW).issue(JOB, now=NOW)
     other = JobAuthority.from_secret(bytes(48), now=NOW)
 
+    assert other.key_id != JobAuthority.from_secret(SHARED, now=NOW).key_id
     with pytest.raises(Unauthenticated, match="another authority"):
         other.verify(certificate, now=NOW)
 

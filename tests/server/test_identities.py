@@ -9,11 +9,11 @@ import pytest
 from hanse.errors import ConfigError, Unauthenticated, Unreachable
 from hanse.identity.servers_secret import ServersSecret
 from hanse.ids import Fqcn, JobId
-from hanse.messages import Channel, Heartbeat, HeartbeatReply
+from hanse.messages import Channel, Heartbeat, HeartbeatReply, Registered, Renew
 from hanse.server import FederatedServer
 
 from .conftest import MakeServer
-from .world import Dialler, Project, args, names
+from .world import Dialler, Project, Wire, args, names
 
 Sharing = Callable[..., FederatedServer]
 
@@ -69,6 +69,26 @@ def test_a_jobs_process_of_one_server_is_known_to_the_other(sharing: Sharing, di
     assert other.clients.job_cell_of(given.certificate) == fqcn
     # Certificate and token are accepted; only the job is not there.
     assert dialler.refused(dialler.job_wire(other, fqcn, given)).reason == "there is no running job 'job'"
+
+
+def test_a_client_hears_whose_certificates_are_good_for_its_jobs_processes(
+    sharing: Sharing, deployed: MakeServer, dialler: Dialler
+) -> None:
+    stranger, one, other = deployed(), sharing("one"), sharing("other")
+    fqcn = Fqcn("site-1.job")
+
+    told = {server: _told_of(dialler.site(server)) for server in (stranger, one, other)}
+
+    assert told[one] == told[other] != told[stranger]
+    assert "" not in told.values()
+    for server, authority in told.items():
+        assert server.clients.job_credentials(fqcn, JobId("job")).authority == authority
+
+
+def _told_of(site: Wire) -> str:
+    renewed = site.ask(Channel.SERVER, "renew", Renew()).payload
+    assert isinstance(renewed, Registered)
+    return renewed.job_authority
 
 
 def test_a_jobs_process_of_a_server_that_shares_nothing_is_kept_out(

@@ -296,6 +296,7 @@ class ClientAgent:
         renew_at = asyncio.get_running_loop().time() + registered.expires_in_s / 2
         self._session = _Session(credentials, registered.heartbeat_s, renew_at)
         self._uplink.enter_session(registered.ssid)
+        self._jobs.end_strangers(registered.job_authority)
 
     @property
     def _heartbeat_s(self) -> float:

@@ -48,11 +48,15 @@ _NOBODY: Final = JobCredentials(Credentials("", Token(""), "", Ssid("")))
 
 @dataclass(slots=True, eq=False)
 class _Process:
-    """A job's process; ``is_asked`` once the agent has asked it to end, so that its end is no news."""
+    """A job's process; ``is_asked`` once the agent has asked it to end, so that its end is no news.
+
+    ``authority`` names the key of who gave its certificate.
+    """
 
     handle: Handle
     attempt: int
     kills: KillCounter
+    authority: str
     is_asked: bool = False
     watcher: asyncio.Task[None] | None = None
 
@@ -118,6 +122,16 @@ class SiteJobs:
         if job_id in self._jobs:
             _log.info("ending job", extra={"job": job_id, "reason": reason})
             self._serving_group().create_task(self._end(job_id), name=f"end job {job_id}")
+
+    def end_strangers(self, authority: str) -> None:
+        """End the jobs whose processes have a certificate of another authority than *authority*; returns at once.
+
+        The server takes no such certificate any more, so they could never connect again. It starts them anew once it
+        hears that they are not here. An empty *authority* ends none: there, no certificates are needed.
+        """
+        for job_id, job in self._jobs.items():
+            if job.process is not None and authority and job.process.authority not in ("", authority):
+                self.abort(job_id, "the servers' secret is another than its process began with")
 
     # What the server asks ---------------------------------------------------------------------------------------------
 
@@ -189,7 +203,7 @@ class SiteJobs:
             _log.warning("a job's process is ended: it cannot be taken over", extra={**extra, "reason": error.strerror})
             return None
         job = _Job(started.deployed, folder)
-        self._run(job, _Process(survivor, started.attempt, KillCounter(survivor.pid)))
+        self._run(job, _Process(survivor, started.attempt, KillCounter(survivor.pid), started.authority))
         _log.info("job taken over from an agent that was killed", extra={**extra, "attempt": started.attempt})
         return job
 
@@ -210,8 +224,8 @@ class SiteJobs:
 
     async def _start(self, job: _Job, start: StartJob) -> None:
         self._serving_group()
-        terms = self._terms(job.deployed, job.folder)
-        await asyncio.to_thread(job.folder.note, StartedJob(job.deployed, start.attempt, terms))
+        terms, authority = self._terms(job.deployed, job.folder), start.identity.authority
+        await asyncio.to_thread(job.folder.note, StartedJob(job.deployed, start.attempt, terms, authority))
         kills = KillCounter()
         handle = await self._launcher.launch(
             PROCESS_MODULE,
@@ -222,7 +236,7 @@ class SiteJobs:
         )
         if self._group is None:  # the agent has begun to stop meanwhile
             await handle.stop(STOP_GRACE_S)
-        self._run(job, _Process(handle, start.attempt, kills))
+        self._run(job, _Process(handle, start.attempt, kills, authority))
         _log.info("job started", extra={"job": start.job_id, "attempt": start.attempt, "pid": handle.pid})
 
     def _run(self, job: _Job, process: _Process) -> None:

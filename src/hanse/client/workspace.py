@@ -27,12 +27,14 @@ CLIENT_FILE: Final = "client.pid"
 class StartedJob(msgspec.Struct, frozen=True):
     """What an agent has started, for the next one: the job, which start of its process it was, and how it was started.
 
-    ``terms`` is a digest of the site's side of it: an agent with other settings would start it otherwise.
+    ``terms`` is a digest of the site's side of it: an agent with other settings would start it otherwise. ``authority``
+    names the key of who gave its certificate.
     """
 
     deployed: DeployJob
     attempt: int
     terms: str
+    authority: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,6 +187,11 @@ class JobAuthority:
         replace_file(path, cls._new_file(now))
         return cls._parse(read_file(path), path)
 
+    @property
+    def key_id(self) -> str:
+        """The authority's key by a name, in hex: RFC 5280, 4.2.1.2 (1)."""
+        return x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()).digest.hex()
+
     @staticmethod
     def _new_file(now: datetime) -> bytes:
         key = new_key()

@@ -358,7 +358,7 @@ class Clients:
         if authority is None or split_cell(fqcn)[0] == SERVER:
             return JobCredentials(credentials)
         certificate, key = authority.issue(fqcn, now=datetime.fromtimestamp(self._wall(), UTC))
-        return JobCredentials(credentials, certificate, key)
+        return JobCredentials(credentials, certificate, key, authority.key_id)
 
     def job_cell_of(self, certificate: bytes) -> Fqcn:
         """Return the job's cell that *certificate*, one of this server's own authority, names.
@@ -389,6 +389,7 @@ class Clients:
         return ends.token_lifetime_s(name, longest_s=self.lifetimes.token_s, now_s=self._wall())
 
     def _given(self, token: Token, name: str, role: str, lifetime_s: float) -> Registered:
+        authority = self.identities.job_authority
         return Registered(
             token=token,
             token_signature=self.identities.signer.sign(name, token),
@@ -396,6 +397,7 @@ class Clients:
             expires_in_s=lifetime_s,
             heartbeat_s=self.lifetimes.heartbeat_s,
             role=role,
+            job_authority=authority.key_id if authority is not None else "",
         )
 
     def _verified(self, credentials: Credentials) -> TokenInfo:
