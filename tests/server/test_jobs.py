@@ -2,8 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ from hanse.messages import (
     UpdateRef,
 )
 from hanse.model import Model
-from hanse.server import FederatedServer
+from hanse.server import FederatedServer, active_run
 from hanse.server.active_run import DEPLOY_TIMEOUT_S
 from hanse.server.federated_server import TaskMetaInfo
 from hanse.storage.models import allocate, read_safetensors
@@ -1034,6 +1034,32 @@ def test_a_runs_process_that_dies_is_started_again_and_then_given_up(
     assert (record.client, record.log_tail) == ("", "RuntimeError: out of memory")
     assert site.wire.told(Channel.JOB, "abort").reason == record.reason
     assert len({run.credentials.token for run in launcher.specs}) == 2
+
+
+def test_the_log_of_a_run_is_kept_short_while_its_process_runs(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[Path] = []
+
+    @asynccontextmanager
+    async def bounded(path: Path) -> AsyncIterator[None]:
+        looked_at.append(path)
+        yield
+        looked_at.remove(path)
+
+    monkeypatch.setattr(active_run, "bounded_log", bounded)
+    launcher = on_loop(ScriptedLauncher)
+    server = start(launcher=launcher)
+    Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=1)
+
+    process = launcher.next()
+    started_with = list(looked_at)
+    launcher.end(process, 1)
+
+    assert outcome(server, job_id).state is JobState.FAILED
+    assert started_with == [tmp_path / "ws" / "runs" / job_id / "server.log"]
+    assert looked_at == []
 
 
 def test_a_run_whose_disk_is_full_goes_on_when_there_is_space_and_cancels_nothing_meanwhile(
