@@ -229,6 +229,22 @@ def test_site_that_is_stopped_and_started_in_the_middle_of_a_round_does_its_part
     assert site.times_trained() == {**ONCE, str(ROUND): 2}
 
 
+def test_process_of_a_job_that_was_aborted_while_its_agent_was_dead_is_ended_by_the_next_agent(site: Site) -> None:
+    waiting = site.gate()
+    site.submit()
+    with waiting.open("wb"):
+        waiting.unlink()
+        process = HeldProcess(site.process().pid)
+        site.running.kill("site-1")
+        site.running.hanse("job", "abort", site.job)
+        assert site.running.hanse("job", "show", site.job)["state"] == "aborted"
+        assert not process.wait(0), "nobody is there to end it"
+        site.running.start("site-1")
+        assert process.wait(AT_ONCE_S)
+        process.close()
+    wait_none(site.left_of_the_job, [site.log_folder], what="the job's folder to be cleared", within_s=AT_ONCE_S)
+
+
 def test_process_of_an_agent_that_was_killed_for_good_ends_when_the_client_is_stopped(site: Site) -> None:
     waiting = site.gate()
     site.submit()
@@ -248,19 +264,3 @@ def test_second_agent_of_a_workspace_is_refused(site: Site) -> None:
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 4
     assert f"is running already, as process {site.running.processes['site-1'].pid}" in refused.stderr
-
-
-def test_process_of_a_job_that_was_aborted_while_its_agent_was_dead_is_ended_by_the_next_agent(site: Site) -> None:
-    waiting = site.gate()
-    site.submit()
-    with waiting.open("wb"):
-        waiting.unlink()
-        process = HeldProcess(site.process().pid)
-        site.running.kill("site-1")
-        site.running.hanse("job", "abort", site.job)
-        assert site.running.hanse("job", "show", site.job)["state"] == "aborted"
-        assert not process.wait(0), "nobody is there to end it"
-        site.running.start("site-1")
-        assert process.wait(AT_ONCE_S)
-        process.close()
-    wait_none(site.left_of_the_job, [site.log_folder], what="the job's folder to be cleared", within_s=AT_ONCE_S)
