@@ -199,6 +199,7 @@ class ActiveRun:
         self._durable: set[Digest] = set()
         self._unwritten: dict[TaskKey, TaskResult] = {}
         self._writing: set[asyncio.Task[None]] = set()
+        self._issuing: set[asyncio.Task[None]] = set()
         self._refusals: dict[TaskKey, str] = {}
         self._clearing = asyncio.Lock()
         self._committing = asyncio.Lock()
@@ -493,6 +494,8 @@ class ActiveRun:
         tasks = [TaskAssignment(key, issue.model, issue.config, issue.expects_model) for key in issue.keys]
         new = self.run.issue(tasks)
         writing = asyncio.create_task(self._journal(issue, tasks), name=f"journal tasks of {self.job_id}")  # see below
+        self._issuing.add(writing)
+        writing.add_done_callback(self._issuing.discard)
         self._asks = with_issue(self._asks, issue, run=self.run, now=self._services.now())
         if new and self.run.round != self._round_announced:
             self._round_announced = self.run.round
@@ -780,6 +783,8 @@ class ActiveRun:
         model = None if result.update is None else result.update.model
         with self._storing():
             await self._keep(() if model is None else digests_of(model))
+            if self._issuing:  # a client may be done before its task is in the journal
+                await asyncio.wait(tuple(self._issuing))
             try:
                 await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
             except NotFound as error:  # the store could not take it just now
