@@ -43,7 +43,7 @@ check: $(DEVELOP)  ## Everything that a change must pass: format, lint, types, l
 faults: $(DEVELOP)  ## Run the slow tests: processes killed and paused, servers lost, disks full, networks cut
 	$(BIN)/python -m pytest -m 'slow and not long' $(FAULTS)
 
-faults-long: $(DEVELOP)  ## The same, each process at each step and 200 random pairs; takes an hour or two
+faults-long: $(DEVELOP)  ## The same, each process at each step of each workflow, and 200 random pairs; takes hours
 	$(BIN)/python -m pytest -m slow
 
 docs: $(DEVELOP)  ## Build the documentation into docs/_build/html; a warning is an error

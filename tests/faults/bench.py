@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +27,11 @@ from hanse.client.workspace import job_folders
 from hanse.identity.kits import Kit
 from hanse.launch.surviving import pid_at
 from hanse.messages import JobEvent, JobView
+from hanse.run.authoring import PROJECT_FILE
 from hanse.settings import AdminSettings
 from tests.faults import journal
 from tests.faults.changes import wait_none
-from tests.faults.steps import CLIENTS, ROUNDS, STEPS, Progress, steps_of
+from tests.faults.steps import CLIENTS, ROUNDS, STEPS, Progress, Step, steps_of
 
 JOB: Final = Path(__file__).parents[1] / "e2e" / "job"
 RUN_WITHIN_S: Final = 120.0
@@ -58,6 +60,19 @@ class Told:
 
     job_id: str = ""
     events: list[JobEvent] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run of some job without trouble: its *steps*, in order, and what every disturbed run must come to, too.
+
+    *rounds* are the metrics of each round and who answered; *writes* its journal's tasks and answers.
+    """
+
+    steps: Sequence[Step]
+    result: str
+    rounds: Sequence[tuple[int, dict[str, float], tuple[str, ...]]]
+    writes: Sequence[journal.Write]
 
 
 class Bench:
@@ -97,19 +112,22 @@ class Bench:
         *,
         told: Told | None = None,
         job: Path = JOB,
+        steps: Sequence[Step] = STEPS,
         hear: Callable[[JobEvent], object] = lambda _: None,
+        committed: Callable[[int], object] = lambda _: None,
         within_s: float = RUN_WITHIN_S,
     ) -> JobView:
-        """Run *job*, the tests' or one like it, with *disturbances* at their steps, in order, and return its end.
+        """Run *job*, whose steps are *steps*, with *disturbances* at theirs, in order, and return its end.
 
         Events while nobody can be told (the server is away) are not seen; a disturbance whose step went by unseen is
-        carried out at the next thing told, at the latest when the job has ended. What was told is added to *told*, and
-        *hear* is called with each event, in a thread.
+        carried out at the next thing told, at the latest when the job has ended. What was told is added to *told*.
+        *hear* is called with each event, and *committed*, whenever anything was told, with the last committed round;
+        both in a thread, and *committed* after the disturbances that are due.
 
         Raises:
             AssertionError: the run does not end in time; the message says how far it came.
         """
-        progress, waiting, told = Progress(), list(disturbances), told if told is not None else Told()
+        progress, waiting, told = Progress(steps), list(disturbances), told if told is not None else Told()
         try:
             async with asyncio.timeout(within_s), self.session() as session:
                 told.job_id = (await session.submit(job)).job_id
@@ -120,13 +138,13 @@ class Bench:
                     progress.take(seen)
                     while waiting and waiting[0].is_due(seen, progress.index):
                         await asyncio.to_thread(waiting.pop(0).act)
+                    await asyncio.to_thread(committed, progress.round)
                 for late in waiting:
                     await asyncio.to_thread(late.act)
                 return await session.wait(told.job_id)
         except TimeoutError:
-            reached = STEPS[progress.index] if progress.index >= 0 else "its submission"
             raise AssertionError(
-                f"job {told.job_id} has not ended within {within_s:g} s; the last that was heard of it is {reached}"
+                f"job {told.job_id} has not ended within {within_s:g} s; the last that was heard of it is {progress}"
             ) from None
 
     def check(self, view: JobView, *, may_be_asked_again: bool = False, may_be_answered_again: bool = False) -> None:
@@ -148,8 +166,33 @@ class Bench:
             may_be_asked_again=may_be_asked_again,
             may_be_answered_again=may_be_answered_again,
         )
+        self.check_left_nothing(view.job_id)
+
+    def undisturbed_run(self, told: Told, view: JobView) -> Undisturbed:
+        """Return what runs of a job must be like of which one ended with *view* without trouble, and *told* this."""
+        assert (view.state, view.code, view.reason) == ("completed", "", "")
+        writes = journal.written(self.store, view.job_id)
+        assert len(set(writes)) == len(writes), (
+            f"more than once without trouble: {Counter(writes) - Counter(set(writes))}"
+        )
+        made = Undisturbed(steps_of(told.events), view.result, _rounds_of(view), writes)
+        self.check_as(view, made)
+        return made
+
+    def check_as(self, view: JobView, undisturbed: Undisturbed) -> None:
+        """Assert that the job of *view* has ended as *undisturbed*, and has left nothing behind."""
+        ended = (view.state, view.code, view.reason)
+        assert ended == ("completed", "", ""), f"it ended as {ended}"
+        assert view.result == undisturbed.result, "the model has other bytes than that of an undisturbed run"
+        rounds = _rounds_of(view)
+        assert rounds == undisturbed.rounds, f"its rounds were {rounds}, and not {undisturbed.rounds}"
+        journal.check_written(self.store, view.job_id, undisturbed.writes, rounds=len(undisturbed.rounds) - 1)
+        self.check_left_nothing(view.job_id)
+
+    def check_left_nothing(self, job_id: str) -> None:
+        """Assert that soon neither a process nor a file is left of the job but what is meant to stay."""
         self.check_processes()
-        self.check_files(view.job_id)
+        self.check_files(job_id)
 
     def check_processes(self) -> None:
         """Assert that soon no process is left of this deployment but its participants'."""
@@ -237,11 +280,25 @@ class Bench:
 
 def job_like(folder: Path, **settings: object) -> Path:
     """Return the folder of a job that is the tests' but for these *settings* of its workflow; made in *folder*."""
-    made = folder / "job"
-    shutil.copytree(JOB, made, ignore=shutil.ignore_patterns("__pycache__"))
-    with (made / "pyproject.toml").open("a") as file:  # whose last table is the workflow's
+    made = _copied(folder)
+    with (made / PROJECT_FILE).open("a") as file:  # whose last table is the workflow's
         file.writelines(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
     return made
+
+
+def job_with(folder: Path, workflow: Mapping[str, object], *files: Path) -> Path:
+    """Return the folder of a job that is the tests' but for its *workflow*, and has these *files* too; in *folder*."""
+    made = _copied(folder)
+    project = made / PROJECT_FILE
+    head, table, _ = project.read_text().partition("[tool.hanse.workflow]\n")
+    project.write_text(head + table + "".join(f"{key} = {json.dumps(value)}\n" for key, value in workflow.items()))
+    for path in files:
+        shutil.copy(path, made)
+    return made
+
+
+def _copied(folder: Path) -> Path:
+    return Path(shutil.copytree(JOB, folder / "job", ignore=shutil.ignore_patterns("__pycache__")))
 
 
 class Gate:
@@ -271,6 +328,10 @@ def leftovers(workspace: Path, job_id: str) -> Iterator[Path]:
             is_upload = path.parent.parent == workspace / "uploads" and path.is_file()
             if is_of_job or is_unfinished or is_upload:
                 yield path
+
+
+def _rounds_of(view: JobView) -> list[tuple[int, dict[str, float], tuple[str, ...]]]:
+    return [(each.round, dict(each.metrics), each.answered) for each in view.history]
 
 
 def _described(process: psutil.Process) -> str:

@@ -7,7 +7,7 @@ table of their own: what is deleted later, and by whichever process it was writt
 import itertools
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,16 @@ class Entry:
     text: str | None
 
 
+@dataclass(frozen=True)
+class Write:
+    """A task issued, or its answer accepted: *key* without its *round*, and *since* which committed round."""
+
+    what: str
+    round: int
+    key: str
+    since: int
+
+
 def record(store: Path) -> None:
     """Have the database in the file *store* write down its history from now on."""
     with _opened(store) as connection:
@@ -80,16 +90,24 @@ def check_completed(
     A client that *may be asked again* may have had more tasks, each with one answer; where a task *may be answered
     again*, answers that were taken back are not counted.
     """
-    entries = history(store)
-    check_epochs(entries)
-    own = [entry for entry in entries if entry.job_id == job_id]
-    check_states([JobState(entry.text or "") for entry in own if entry.what == "job"])
-    committed = [entry.round for entry in own if entry.what == "round"]
-    assert committed == list(range(rounds + 1)), f"the rounds of {job_id} were committed as {committed}"
+    own = _completed(store, job_id, rounds)
     if may_be_answered_again:
         own = list({(entry.what, entry.round, entry.text): entry for entry in own}.values())
-    _check_tasks(own, clients, exactly=not may_be_asked_again)
-    _check_end(store, job_id, rounds)
+    seen = _writes(own)
+    keys = {(number, f"train/0/{client}") for number in range(1, rounds + 1) for client in clients}
+    if may_be_asked_again:
+        keys |= {(write.round, write.key) for write in seen}
+    _check_writes(seen, {Write(what, *key, since=key[0] - 1) for what in ("task", "answer") for key in keys})
+
+
+def check_written(store: Path, job_id: str, writes: Collection[Write], *, rounds: int) -> None:
+    """Assert that *job_id* was journalled as a run without trouble whose tasks and answers are *writes*, each once."""
+    _check_writes(_writes(_completed(store, job_id, rounds)), writes)
+
+
+def written(store: Path, job_id: str) -> list[Write]:
+    """Return the tasks and answers of *job_id*, in the order of their writes."""
+    return list(_writes([entry for entry in history(store) if entry.job_id == job_id]).elements())
 
 
 def check_epochs(entries: list[Entry]) -> None:
@@ -105,19 +123,31 @@ def check_states(states: list[JobState]) -> None:
     assert sum(state in ENDED for state in states) == 1, f"it ended more than once: {states}"
 
 
-def _check_tasks(own: list[Entry], clients: list[str], *, exactly: bool) -> None:
+def _completed(store: Path, job_id: str, rounds: int) -> list[Entry]:
+    """Return what was written of *job_id*, which has completed: its states, rounds and epochs are as they must be."""
+    entries = history(store)
+    check_epochs(entries)
+    own = [entry for entry in entries if entry.job_id == job_id]
+    check_states([JobState(entry.text or "") for entry in own if entry.what == "job"])
+    committed = [entry.round for entry in own if entry.what == "round"]
+    assert committed == list(range(rounds + 1)), f"the rounds of {job_id} were committed as {committed}"
+    _check_end(store, job_id, rounds)
+    return own
+
+
+def _writes(own: Iterable[Entry]) -> Counter[Write]:
     last = -1
-    seen: Counter[tuple[str, int, str]] = Counter()
+    seen: Counter[Write] = Counter()
     for entry in own:
         if entry.what == "round":
             last = entry.round or 0
         elif entry.what in ("task", "answer"):
-            assert entry.round == last + 1, f"{entry} was written when round {last} was the last committed one"
-            seen[entry.what, entry.round, entry.text or ""] += 1
-    keys = {(number, f"train/0/{client}") for number in range(1, last + 1) for client in clients}
-    if not exactly:
-        keys |= {(number, key) for _, number, key in seen}
-    expected = Counter((what, *key) for what in ("task", "answer") for key in keys)
+            seen[Write(entry.what, entry.round or 0, entry.text or "", since=last)] += 1
+    return seen
+
+
+def _check_writes(seen: Counter[Write], writes: Collection[Write]) -> None:
+    expected = Counter(writes)
     assert seen == expected, f"not once each: {seen - expected}; missing: {expected - seen}"
 
 

@@ -1,7 +1,7 @@
 """The steps of a run, as its server tells them to whoever watches the job, and where in them a run is."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -41,8 +41,6 @@ STEPS: Final = (
 )
 """All steps of a run of the tests' job, in the order in which they are told."""
 
-_INDEX: Final = {step: index for index, step in enumerate(STEPS)}
-
 
 def round_of(index: int) -> int:
     """Return the round that the step *index* belongs to."""
@@ -60,22 +58,31 @@ def steps_of(events: Iterable[JobEvent]) -> list[Step]:
 
 
 class Progress:
-    """How far a run has come: ``index`` is that of the last step told, -1 before the first. It never goes back."""
+    """How far a run has come through *steps*: ``index`` is that of the last one told, -1 before the first.
 
-    def __init__(self) -> None:
+    ``round`` is the last committed round that was told of. Neither goes back.
+    """
+
+    def __init__(self, steps: Sequence[Step] = STEPS) -> None:
         self.index = -1
+        self.round = 0
+        self._steps = steps
+        self._index_of = {step: index for index, step in enumerate(steps)}
         self._seen: Counter[tuple[str, int]] = Counter()
 
-    def take(self, seen: JobView | JobEvent) -> int:
-        """Take note of what a watcher was told, and return ``index``."""
+    def __str__(self) -> str:
+        return str(self._steps[self.index]) if self.index >= 0 else "its submission"
+
+    def take(self, seen: JobView | JobEvent) -> None:
+        """Take note of what a watcher was told."""
+        for step in self._told(seen):
+            self.index = max(self.index, self._index_of.get(step, -1))
+            if step.kind == "round_done":
+                self.round = max(self.round, step.round)
+
+    def _told(self, seen: JobView | JobEvent) -> list[Step]:
         if isinstance(seen, JobEvent):
             self._seen[seen.kind, seen.round] += 1
-            step = Step(seen.kind, seen.round, self._seen[seen.kind, seen.round])
-        elif seen.state == "completed":
-            step = STEPS[-1]
-        elif seen.round:  # the last committed one
-            step = Step("round_done", seen.round)
-        else:
-            return self.index
-        self.index = max(self.index, _INDEX.get(step, -1))
-        return self.index
+            return [Step(seen.kind, seen.round, self._seen[seen.kind, seen.round])]
+        committed = [Step("round_done", seen.round)] if seen.round else []
+        return [*committed, Step("job_completed")] if seen.state == "completed" else committed

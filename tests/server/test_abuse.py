@@ -1,8 +1,9 @@
 """What hostile or unlucky sites, people and disks must not bring about: one's trouble is not everybody's."""
 
 import asyncio
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hanse.messages import (
     LogMetrics,
     Renew,
     ReturnCode,
+    TaskAssignment,
     TaskCancelled,
     TaskFault,
     TaskResult,
@@ -37,7 +39,7 @@ from hanse.storage.memory import MemoryStore
 from hanse.storage.models import read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
 
-from .job_world import ScriptedLauncher, Site, Threads, answer, outcome, small, submit
+from .job_world import ScriptedLauncher, Site, Threads, answer, outcome, package, small, spec, submit
 from .world import (
     PROJECT,
     Dialler,
@@ -59,8 +61,30 @@ MakeServer = Callable[..., FederatedServer]
 LONG = "x" * 1_000_000
 
 
-async def nothing(result: TaskResult) -> None:
-    del result
+ASKS_WITH_ANOTHER_MODEL = b"""
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+import numpy as np
+from hanse import Federation, Model, State, Task
+
+@dataclass(frozen=True)
+class Probing:
+    rounds: int = 1
+
+    def start(self, model: Model) -> State:
+        return State(model)
+
+    async def round(self, state: State, federation: Federation) -> State:
+        task = Task("probe", Model({"w": np.ones(10_000, np.float32)}), expects_model=False)
+        async with aclosing(federation.ask(task, federation.clients)) as answers:
+            async for _ in answers:
+                pass
+        return replace(state, round=state.round + 1)
+"""
+
+
+async def nothing(about: object) -> None:
+    del about
 
 
 class TroubledStore(MemoryStore):
@@ -70,6 +94,7 @@ class TroubledStore(MemoryStore):
         super().__init__()
         self.after_looking: Callable[[list[JobRecord]], Any] | None = None
         self.before_accepting: Callable[[TaskResult], Awaitable[None]] = nothing
+        self.before_issuing: Callable[[Sequence[TaskAssignment]], Awaitable[None]] = nothing
         self.failures = 0
         """How many of the following calls find the disk full."""
 
@@ -91,6 +116,10 @@ class TroubledStore(MemoryStore):
     async def end_run(self, epoch: int, record: JobRecord, **more: Any) -> None:
         self._may_fail()
         await super().end_run(epoch, record, **more)
+
+    async def issue_tasks(self, epoch: int, job_id: JobId, tasks: Sequence[TaskAssignment]) -> None:
+        await self.before_issuing(tasks)
+        await super().issue_tasks(epoch, job_id, tasks)
 
     async def accept_answer(self, epoch: int, job_id: JobId, result: TaskResult) -> bool:
         await self.before_accepting(result)
@@ -269,6 +298,58 @@ def test_an_answer_that_is_being_journalled_counts_and_holds_its_round_up(
     record = outcome(server, job_id)
     assert record.state is JobState.COMPLETED
     assert read_safetensors(wait(server.jobs.result_files(job_id)).path(record.result)) == w(100)
+
+
+def test_an_answer_that_comes_before_its_task_is_journalled_waits_for_that(
+    start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    going_on = on_loop(asyncio.Event)
+
+    async def hold(tasks: Sequence[TaskAssignment]) -> None:
+        await going_on.wait()
+
+    store.before_issuing = hold
+    job_id = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    task = site.task()  # whose model the journal names
+    assert site.job is not None
+    sending = asyncio.run_coroutine_threadsafe(
+        site.job.cell.ask(SERVER, Channel.TASK, "result", answer(task, w(1)), timeout_s=20), background_loop()
+    )
+    assert wait(store.snapshot(job_id)).tasks == ()
+    on_loop(going_on.set)
+
+    sending.result(20)
+    assert outcome(server, job_id).state is JobState.COMPLETED
+
+
+def test_a_task_with_a_model_that_the_journal_does_not_name_waits_until_it_does(
+    start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path
+) -> None:
+    """A server that died before that would have told a client of tensors which its successor does not keep."""
+    server = start()
+    site = Site(dialler, server, "site-1")
+    begun, going_on = threading.Event(), on_loop(asyncio.Event)
+
+    async def hold(tasks: Sequence[TaskAssignment]) -> None:
+        begun.set()
+        await going_on.wait()
+
+    store.before_issuing = hold
+    of = spec(min_clients=1, workflow=WorkflowSpec("asks_anew:Probing"))
+    made = package(tmp_path, of, {"asks_anew.py": ASKS_WITH_ANOTHER_MODEL})
+    job_id = wait(server.jobs.submit(made, submitter="ada@demo")).job_id
+    job = site.started()
+    assert begun.wait(20)
+    assert wait(store.snapshot(job_id)).tasks == ()
+    assert job.told_nothing(Channel.TASK, "task")
+    on_loop(going_on.set)
+
+    task = site.task()
+    assert wait(store.snapshot(job_id)).tasks == (task,)
+    site.send(TaskResult(task.key, UpdateRef(None, 1)))
+    assert outcome(server, job_id).state is JobState.COMPLETED
 
 
 def test_an_answer_that_could_not_be_journalled_is_when_it_is_sent_again(

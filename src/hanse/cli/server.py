@@ -2,12 +2,8 @@
 
 import argparse
 import logging
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -17,6 +13,7 @@ from hanse.admin.commands import AdminCommands
 from hanse.cli.logs import show_logs
 from hanse.cli.output import TEXT, Output
 from hanse.cli.process_file import SERVER_FILE, announced, workspace_of
+from hanse.cli.stops import Stops
 from hanse.coordination.service import ServiceState
 from hanse.identity.kits import CA_FILE, CERTIFICATE_FILE, KEY_FILE, Kit
 from hanse.identity.private_files import make_private_folder
@@ -44,31 +41,31 @@ def start(kit: Annotated[Path, Parameter(help="The folder of the server's kit.")
     loaded.require_valid_at(datetime.now(UTC))
     settings = _with_absolute_runs(loaded)
     workspace = make_private_folder(workspace_of(loaded))
-    stops: SimpleQueue[str] = SimpleQueue()  # whose put may be called where a signal has interrupted anything
-    store = SqlStore(settings.store) if settings.store else None
-    server = FederatedServer(
-        project_name=settings.project,
-        min_num_clients=settings.min_num_clients,
-        max_num_clients=settings.max_num_clients,
-        heart_beat_timeout=settings.heart_beat_timeout_s,
-        shutdown_period=settings.shutdown_period_s,
-        cmd_modules=[AdminCommands(on_stop=lambda: stops.put("an administrator"))],
-        snapshot_persistor=store,
-        overseer_agent=_overseer(settings, workspace, store) if store is not None else None,
-    )
-    if store is None:  # a server with an overseer stands by from then on
-        server.call_when_lost(lambda: stops.put(LOST))
-    with announced(workspace / SERVER_FILE, what=f"the server of {workspace}"):
-        try:
-            with _stop_signals_to(stops):
-                server.deploy(
-                    argparse.Namespace(workspace=workspace, settings=settings), _grpc_args(loaded), settings.tls
-                )
-                _say_that_it_serves(server, settings, output)
-                asked_by = stops.get()
-                _log.info("stopping", extra={"asked_by": asked_by})
-        finally:
-            server.fl_shutdown()
+    with Stops() as stops:
+        store = SqlStore(settings.store) if settings.store else None
+        server = FederatedServer(
+            project_name=settings.project,
+            min_num_clients=settings.min_num_clients,
+            max_num_clients=settings.max_num_clients,
+            heart_beat_timeout=settings.heart_beat_timeout_s,
+            shutdown_period=settings.shutdown_period_s,
+            cmd_modules=[AdminCommands(on_stop=lambda: stops.put("an administrator"))],
+            snapshot_persistor=store,
+            overseer_agent=_overseer(settings, workspace, store) if store is not None else None,
+        )
+        if store is None:  # a server with an overseer stands by from then on
+            server.call_when_lost(lambda: stops.put(LOST))
+        with announced(workspace / SERVER_FILE, what=f"the server of {workspace}"):
+            try:
+                with stops.hearing_signals():
+                    server.deploy(
+                        argparse.Namespace(workspace=workspace, settings=settings), _grpc_args(loaded), settings.tls
+                    )
+                    _say_that_it_serves(server, settings, output)
+                    asked_by = stops.get()
+                    _log.info("stopping", extra={"asked_by": asked_by})
+            finally:
+                server.fl_shutdown()
     if asked_by == LOST:
         raise TenureLost(str(workspace))
 
@@ -87,21 +84,6 @@ def _overseer(settings: ServerSettings, workspace: Path, store: Store) -> Overse
         target=settings.reached_at(settings.target),
         ttl_s=settings.lease_s,
     )
-
-
-@contextmanager
-def _stop_signals_to(stops: SimpleQueue[str]) -> Iterator[None]:
-    """Have SIGINT and SIGTERM put their names into *stops*; afterwards they end the process as ever.
-
-    Whoever asks once more, after the first time, does not want to wait for clients.
-    """
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda got, _: stops.put(signal.Signals(got).name)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _grpc_args(kit: Kit[ServerSettings]) -> dict[str, Any]:

@@ -174,8 +174,9 @@ class RunFederation:
             for key in keys:
                 self._pool_of[key].forget_news(key)
             return
-        code, why = (CLIENT_LOST, "was lost") if change.change == "lost" else (CLIENT_FAILED, "is out of the run")
-        self._unavailable[client] = TaskFault(code, change.reason or f"{client} {why}")
+        code = CLIENT_LOST if change.change == "lost" else CLIENT_FAILED
+        what = "was lost" if code == CLIENT_LOST else "is out of the run"
+        self._unavailable[client] = TaskFault(code, change.reason or f"{client} {what}")
         for key in keys:
             self._tell_of_loss(key)
 

@@ -200,6 +200,9 @@ class ActiveRun:
         self._durable: set[Digest] = set()
         self._unwritten: dict[TaskKey, TaskResult] = {}
         self._writing: set[asyncio.Task[None]] = set()
+        self._issuing: set[asyncio.Task[None]] = set()
+        self._named: set[Digest] = set()
+        self._withheld: set[TaskKey] = set()
         self._refusals: dict[TaskKey, str] = {}
         self._clearing = asyncio.Lock()
         self._committing = asyncio.Lock()
@@ -481,6 +484,10 @@ class ActiveRun:
         async with self._committing:
             with self._storing():
                 state = await self._services.store.snapshot(self.job_id)
+            for model in (task.model for task in state.tasks if task.model is not None):
+                self._named.update(digests_of(model))
+            if state.state is not None:
+                self._named |= state_digests(state.state)
             if state.state is not None and state.state.round == self.run.round:
                 # The store could not say that it had committed the round, and who would have asked again has died.
                 journalled = [task.key for task in state.tasks] + [answer.key for answer in state.answers]
@@ -490,11 +497,17 @@ class ActiveRun:
     async def issue(self, issue: IssueTasks) -> None:
         """Journal the tasks, send those that are new, and hand over the answers of those that have one.
 
-        Tasks are on their way while they are being journalled; a server that dies in between issues them again.
+        Tasks are on their way while they are being journalled; a server that dies in between issues them again. Not so
+        those with a model that the journal does not name yet: the next server would not have it for whoever is at them.
         """
+        digests = frozenset(digests_of(issue.model) if issue.model is not None else ())
         tasks = [TaskAssignment(key, issue.model, issue.config, issue.expects_model) for key in issue.keys]
         new = self.run.issue(tasks)
+        if not self._named.issuperset(digests):
+            self._withheld.update(issue.keys)
         writing = asyncio.create_task(self._journal(issue, tasks), name=f"journal tasks of {self.job_id}")  # see below
+        self._issuing.add(writing)
+        writing.add_done_callback(self._issuing.discard)
         self._asks = with_issue(self._asks, issue, run=self.run, now=self._services.now())
         if new and self.run.round != self._round_announced:
             self._round_announced = self.run.round
@@ -505,6 +518,11 @@ class ActiveRun:
             else:
                 self._refusals[task.key] = reason
         await writing
+        self._named |= digests
+        for key in self._withheld.intersection(issue.keys):
+            self._withheld.discard(key)
+            if key not in self._refusals and (known := self.run.task(key)) is not None:
+                self._hand_out(known)
         for key in issue.keys:
             if (reason := self._refusals.pop(key, None)) is not None:
                 await self._accept(key.client, _refused(key, reason))
@@ -557,6 +575,8 @@ class ActiveRun:
         """Take note that *state* is committed, and delete what only its round needed."""
         self._progress += 1
         self._works()
+        self._named = state_digests(state)
+        self._withheld.clear()
         self._unwritten = {key: answer for key, answer in self._unwritten.items() if key in carried}
         for key in self.run.committed(state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
@@ -782,6 +802,8 @@ class ActiveRun:
         model = None if result.update is None else result.update.model
         with self._storing():
             await self._keep(() if model is None else digests_of(model))
+            if self._issuing:  # a client may be done before its task is in the journal
+                await asyncio.wait(tuple(self._issuing))
             try:
                 await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
             except NotFound as error:  # the store could not take it just now
@@ -800,6 +822,8 @@ class ActiveRun:
         return self._services.handlers.ask(EventType.BEFORE_TASK_DATA, context)
 
     def _hand_out(self, task: TaskAssignment) -> None:
+        if task.key in self._withheld:
+            return
         if self._tell(self._cell_of(task.key.client), Channel.TASK, "task", task):
             self._notify(EventType.TASK_SENT, round_number=task.key.round, peer=task.key.client)
 

@@ -34,6 +34,7 @@ from hanse.coordination.registry import Presence, fingerprint
 from hanse.coordination.service import (
     RequestKind,
     Service,
+    ServiceState,
     Verdict,
     refusal,
 )
@@ -184,6 +185,7 @@ class FederatedServer(BaseServer):
         self._refused = RefusedPeers(lambda: self.clock())
         self._is_leaving = False
         self._tokens: set[str] = set()
+        self._registered_early: set[ClientName] = set()
         self._deployed: _Deployed | None = None
         self._run_host = RunHost(self.project_name, self._handlers, heartbeat_s=check_engine_frequency)
 
@@ -524,6 +526,12 @@ class FederatedServer(BaseServer):
 
     async def _begin_tenure(self, held: HeldFor | None, on_lost: Callable[[], None]) -> Tenure:
         """Return the tenure under the lease that is *held*, or is taken now; it has still to begin."""
+        try:
+            return await self._new_tenure(held, on_lost)
+        finally:
+            self._registered_early.clear()
+
+    async def _new_tenure(self, held: HeldFor | None, on_lost: Callable[[], None]) -> Tenure:
         deployed = self._deployed
         if deployed is None:
             raise Conflict("the server", state="not deployed", wanted="made primary")
@@ -532,7 +540,8 @@ class FederatedServer(BaseServer):
             held = HeldFor(await self._taken_lease(deployed), boot_time())
         # Another server may have changed them.
         self._clients.disable_only(await deployed.store.disabled_clients())
-        for client in self._clients.count_only(await deployed.store.kept_tokens()):
+        kept = await deployed.store.kept_tokens()
+        for client in self._clients.count_only({n: of for n, of in kept.items() if n not in self._registered_early}):
             self._forget(client)
         lease = HeldLease(deployed.store, held.lease, is_contended=is_contended, taken_at=held.taken_at)
         services = RunServices(
@@ -558,6 +567,8 @@ class FederatedServer(BaseServer):
             clients=self._clients,
             limits=limits,
         )
+        while self._registered_early:
+            await self._store_token(services, self._registered_early.pop())
         return Tenure(lease, jobs, on_lost=on_lost)
 
     async def _taken_lease(self, deployed: _Deployed) -> Lease:
@@ -670,12 +681,20 @@ class FederatedServer(BaseServer):
     async def _keep_token(self, name: ClientName, of_token: str | None = None) -> None:
         """Have the store remember which of *name*'s tokens counts: the registry's, or that of fingerprint *of_token*.
 
+        While this server is about to serve, that is done before it does.
+
         Raises:
             NotInService: it cannot be.
         """
-        if self._primacy.tenure is None:
+        tenure = self._primacy.tenure
+        if tenure is None and self._primacy.service.state is ServiceState.COLD2HOT:
+            self._registered_early.add(name)
+        elif tenure is None:
             raise NotInService
-        services = self._primacy.tenure.jobs.services
+        else:
+            await self._store_token(tenure.jobs.services, name, of_token)
+
+    async def _store_token(self, services: RunServices, name: ClientName, of_token: str | None = None) -> None:
         now_s = services.wall()
         # Looked up here, on the event loop, and asked for at once, so that what is asked for last is what holds.
         counting = self._clients.counting(name) if of_token is None else of_token
