@@ -38,8 +38,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         yield made
 
 
-@pytest.mark.parametrize("pause_s", [SHORT_S, BEYOND_S], ids=["short", "beyond-lost"])
-@pytest.mark.parametrize("step", AT, ids=[str(STEPS[index]).replace(" ", "-") for index in AT])
+@pytest.mark.parametrize(
+    ("step", "pause_s"),
+    [
+        pytest.param(
+            step,
+            pause_s,
+            id=f"{STEPS[step]}-{name}".replace(" ", "-"),
+            marks=() if pause_s == BEYOND_S or step == AT[1] else (pytest.mark.long,),
+        )
+        for step in AT
+        for pause_s, name in ((SHORT_S, "short"), (BEYOND_S, "beyond-lost"))
+    ],
+)
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_stopped_for_a_while_the_run_completes_with_the_same_bytes(
     made: Bench, mark: Callable[[str, str, str, str], None], victim: str, step: int, pause_s: float

@@ -7,7 +7,7 @@ one deployment lasts for all.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -68,9 +68,15 @@ class Pair(Bench):
         assert left <= staying, f"{sorted(left - staying)} is left of the run"
 
     def pause(self, name: str) -> psutil.Process:
-        """Stop a server's process (SIGSTOP), and return it."""
+        """Stop a server's process (SIGSTOP) at a moment at which it writes nothing, and return it.
+
+        One that is stopped while it writes keeps the file's lock, and nobody else writes until it is gone or goes on.
+        """
         process = self.running.process(name)
-        process.suspend()
+        stop(process)
+        while holds_write_lock(process.pid, self.store):
+            process.resume()
+            stop(process)
         return process
 
     def registrations(self, site: str) -> int:
@@ -115,6 +121,25 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         yield made
 
 
+def stop(process: psutil.Process) -> None:
+    """Stop a process, and return when it has stopped."""
+    process.suspend()
+    while process.status() != psutil.STATUS_STOPPED:
+        pass
+
+
+def holds_write_lock(pid: int, store: Path) -> bool:
+    """Return whether a process is writing to an SQLite file: the lock for that is byte 120 of its ``-shm`` file."""
+    inode = store.with_name(f"{store.name}-shm").stat().st_ino
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" not in line]
+    return any(lock[3:5] == ["WRITE", str(pid)] and _is_byte(lock[5:8], inode, 120) for lock in locks)
+
+
+def _is_byte(place: Sequence[str], inode: int, byte: int) -> bool:
+    file, first, last = place
+    return file.rpartition(":")[2] == str(inode) and int(first) <= byte and (last == "EOF" or byte <= int(last))
+
+
 @pytest.fixture(scope="module")
 def on_postgres(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     url = postgres.url(postgres.empty_database())
@@ -140,11 +165,13 @@ def test_a_server_that_was_paused_through_its_lease_commits_nothing_and_serves_n
     before = bench.hot
     paused: list[psutil.Process] = []
 
-    view, _ = bench.disturbed(5, lambda: paused.append(bench.pause(before)))
-
-    assert bench.hot != before
-    written = len(journal.history(bench.store))
-    paused[0].resume()
+    try:
+        view, _ = bench.disturbed(5, lambda: paused.append(bench.pause(before)))
+        assert bench.hot != before
+        written = len(journal.history(bench.store))
+    finally:
+        for process in paused:
+            process.resume()
     bench.check(view)
     with pytest.raises(HanseError, match="Server not in service"):
         run(_asked_directly(bench, before), 30)

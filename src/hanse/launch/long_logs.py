@@ -67,7 +67,7 @@ def shorten(path: Path) -> None:
 
 async def _shorten_every(period_s: float, path: Path) -> None:
     while True:
-        await asyncio.sleep(period_s)
+        await asyncio.sleep(period_s)  # a file tells nobody how long it gets
         try:
             await asyncio.to_thread(shorten, path)
         except OSError as error:
