@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,19 @@ def test_each_state_answers_so_over_the_wire(
         expected = "a stale answer"  # the state lets it pass, and then the run says that it had not asked
     assert (answered is None) == (expected is None)
     assert expected is None or (answered is not None and expected in answered)
+
+
+def test_who_waits_for_a_servers_turn_is_sent_on_as_soon_as_another_one_serves(
+    stage: Stage, dialler: Dialler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.primacy.TURN_COMES_WITHIN_S", 1000.0)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(asked_over_the_wire, stage, dialler, RequestKind.REGISTER)
+        while on_loop(lambda: stage.server._primacy._turn) is None:  # nothing tells that somebody waits
+            pass
+        stage.overseer.appoint(Primary("b.example:6007", Ssid("theirs"), "standby"))
+
+        assert "standby at b.example:6007 serves" in str(asked.result(20))
 
 
 @pytest.mark.parametrize("state", list(ServiceState))

@@ -96,7 +96,7 @@ class Primacy:
         """Return when this server serves, or will not soon: at once while another one is known to, else in seconds.
 
         Clients of a server that has just died find its successor still standing by; kept waiting for a moment they are
-        served the moment it serves, and need not come again and again.
+        served the moment it serves, or told who else does, and need not come again and again.
         """
         if self.service.state is not ServiceState.COLD or self._primary is not None:
             return
@@ -126,6 +126,7 @@ class Primacy:
             if self.service.state is not ServiceState.HOT:
                 raise Conflict("the server", state=self.service.state.value, wanted="succeeded by another")
             self.service = observe(self.service, primary_ssid=None, is_me=False)
+            self._primary = None
             self._turn_cold(successor=successor)
 
     async def begin(self, ssid: Ssid | None, held: HeldFor | None = None) -> None:
@@ -153,6 +154,8 @@ class Primacy:
             primary.held is not None or (cell is not None and primary.target == cell.target)
         )
         after = observe(self.service, primary_ssid=primary.ssid if primary else None, is_me=is_me)
+        if primary is not None and not is_me:
+            run(self._end_waiting())
         if after == self.service:
             return
         _log.info("service state", extra={"was": self.service.state.value, "is": after.state.value})
@@ -168,10 +171,10 @@ class Primacy:
             self._turn_cold()
             raise
         self.service = restored(self.service)
-        run(self._let_in())
+        run(self._end_waiting())
 
-    async def _let_in(self) -> None:
-        """Let those in who wait for this server's turn."""
+    async def _end_waiting(self) -> None:
+        """Have nobody wait any longer for this server's turn: it has come, or is another's."""
         if self._turn is not None:
             self._turn.set()
             self._turn = None
