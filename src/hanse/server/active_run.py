@@ -130,8 +130,8 @@ PROCESS_MODULE: Final = "hanse.server.job_process"
 class RunServices:
     """What a run uses of its server.
 
-    ``credentials`` makes those of one job's cell; ``absent`` tells of clients that are not
-    there why, as far as it is known.
+    ``credentials`` makes those of one job's cell; ``absent`` tells of clients that are not there why, as far as it is
+    known.
     """
 
     project: str
@@ -201,8 +201,8 @@ class ActiveRun:
         self._unwritten: dict[TaskKey, TaskResult] = {}
         self._writing: set[asyncio.Task[None]] = set()
         self._issuing: set[asyncio.Task[None]] = set()
-        self._named: set[Digest] = set()
-        self._withheld: set[TaskKey] = set()
+        self._named: set[Digest] = set()  # by the journal: the committed state's tensors, and those of journalled tasks
+        self._withheld: set[TaskKey] = set()  # out, but told to nobody before they are journalled
         self._refusals: dict[TaskKey, str] = {}
         self._clearing = asyncio.Lock()
         self._committing = asyncio.Lock()
