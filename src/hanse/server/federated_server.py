@@ -185,7 +185,7 @@ class FederatedServer(BaseServer):
         self._refused = RefusedPeers(lambda: self.clock())
         self._is_leaving = False
         self._tokens: set[str] = set()
-        self._registered_early: set[ClientName] = set()
+        self._registered_early: set[ClientName] = set()  # before there was an epoch to write their tokens under
         self._deployed: _Deployed | None = None
         self._run_host = RunHost(self.project_name, self._handlers, heartbeat_s=check_engine_frequency)
 
@@ -541,7 +541,8 @@ class FederatedServer(BaseServer):
         # Another server may have changed them.
         self._clients.disable_only(await deployed.store.disabled_clients())
         kept = await deployed.store.kept_tokens()
-        for client in self._clients.count_only({n: of for n, of in kept.items() if n not in self._registered_early}):
+        earlier = {name: counting for name, counting in kept.items() if name not in self._registered_early}
+        for client in self._clients.count_only(earlier):
             self._forget(client)
         lease = HeldLease(deployed.store, held.lease, is_contended=is_contended, taken_at=held.taken_at)
         services = RunServices(
