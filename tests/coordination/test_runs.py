@@ -13,6 +13,7 @@ from hanse.coordination.runs import (
     Accepted,
     ClientState,
     Duplicate,
+    Early,
     GiveUp,
     Participant,
     Restart,
@@ -208,6 +209,38 @@ def test_a_run_is_rebuilt_from_its_journal() -> None:
     assert run.task_for(ONE) is None
     assert run.task_for(TWO) == task(TWO, round_number=5)
     assert run.judge(answer(key(ONE, round_number=5)), sender=ONE) == Duplicate()
+
+
+def test_an_answer_to_a_task_that_the_journal_missed_counts_once_the_task_is_issued_again() -> None:
+    run = resumed_run()
+    ahead = answer(key(ONE, name="evaluate", round_number=5))
+    assert run.may_be_ahead(ONE)
+    assert run.accept(ahead, sender=ONE) == Early()
+    assert run.answers == (answer(key(ONE, round_number=5)),)
+
+    run.issue([task(ONE, name="evaluate", round_number=5)])
+
+    assert not run.may_be_ahead(ONE)
+    assert run.accept(ahead, sender=ONE) == Accepted()
+
+
+def test_no_answer_is_early_from_a_client_that_has_another_task_or_none_any_more() -> None:
+    run = resumed_run()
+    assert run.judge(answer(key(TWO, name="evaluate", round_number=5)), sender=TWO) == Stale(
+        "task 'evaluate' of round 5 was not issued to site-2"
+    )
+    run.failed(ONE, "it broke", now=101)
+    assert not run.may_be_ahead(ONE)
+
+
+def test_no_answer_is_early_once_the_round_is_committed_or_where_the_run_has_begun() -> None:
+    taken_up, begun = resumed_run(), run_in_round_1()
+    taken_up.committed(5)
+
+    assert not taken_up.may_be_ahead(ONE)
+    assert isinstance(taken_up.judge(answer(key(ONE, round_number=6)), sender=ONE), Stale)
+    assert not begun.may_be_ahead(ONE)
+    assert isinstance(begun.judge(answer(key(ONE)), sender=ONE), Stale)
 
 
 def test_a_resumed_runs_clients_come_back_by_themselves_or_are_lost() -> None:

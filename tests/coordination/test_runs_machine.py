@@ -8,7 +8,7 @@ does; clients move as ``LEGAL`` says and no further once their part has ended.
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hanse.coordination.runs import ENDED, LEGAL, Accepted, ClientState, Duplicate, Run, Stale
+from hanse.coordination.runs import ENDED, LEGAL, Accepted, ClientState, Duplicate, Early, Run, Stale
 from hanse.errors import Conflict, NotFound, Unauthorized
 from hanse.ids import ClientName, JobId
 from hanse.messages import ModelRef, TaskAssignment, TaskKey, TaskResult, UpdateRef
@@ -33,6 +33,7 @@ class Runs(RuleBasedStateMachine):
         self.states = dict.fromkeys(CLIENTS, ClientState.DEPLOYED)
         self.lost: set[ClientName] = set()
         self.examples = 0
+        self.taken_up_in = -1
 
     @initialize()
     def commit_the_initial_model(self) -> None:
@@ -82,6 +83,10 @@ class Runs(RuleBasedStateMachine):
                 assert reason
                 assert key not in self.out or self.run.has_ended
                 assert key not in self.answers or self.run.has_ended
+            case Early():
+                assert key.round == self.committed + 1 == self.taken_up_in
+                assert not any(known.client == key.client for known in self.out), "it has another task"
+                assert key not in self.answers
 
     @precondition(lambda self: self.out)
     @rule(data=st.data())
@@ -171,6 +176,7 @@ class Runs(RuleBasedStateMachine):
         )
         self.states = dict.fromkeys(CLIENTS, ClientState.SUSPECT)
         self.lost.clear()
+        self.taken_up_in = self.committed + 1
 
     # clients
 

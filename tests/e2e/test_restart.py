@@ -1,11 +1,14 @@
 """Whatever process is killed in the middle of a round, the job completes with the bytes of an undisturbed run."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from benchmarks.deployment import Deployment, deployment
+
+from hanse.client.workspace import job_folders
 
 JOB = Path(__file__).parent / "job"
 ROUND = 3
@@ -47,6 +50,29 @@ def test_a_killed_server_goes_on_where_it_was_when_it_is_started_again(
     assert (ended["state"], ended["reason"]) == ("completed", "")
     assert ended["result"] == undisturbed
     assert [each["round"] for each in ended["history"]] == list(range(5))
+
+
+def test_a_task_that_was_out_before_it_was_in_the_journal_is_done_once(
+    running: Deployment, tmp_path: Path, undisturbed: str
+) -> None:
+    running.end("server")
+    running.programs["server"] = [sys.executable, "-m", "tests.e2e.unjournalled"]
+    running.start("server")
+    waiting = gate(tmp_path, "site-1")
+    job = running.hanse("job", "submit", str(JOB))["job_id"]
+    with waiting.open("wb"):
+        waiting.unlink()
+        running.kill("server")
+        del running.programs["server"]
+    running.start("server")
+    ended = running.hanse("job", "wait", job)
+    assert (ended["state"], ended["reason"]) == ("completed", "")
+    assert ended["result"] == undisturbed
+    for name in running.names:
+        (folder,) = job_folders(running.workspace(name))
+        log = (folder.path / "job.log").read_text()
+        assert [log.count(f"task received job={job} task=train round={number}") for number in range(1, 5)] == [1] * 4
+        assert "answer refused" not in log
 
 
 def test_a_killed_run_process_is_started_again_and_asks_nothing_twice(

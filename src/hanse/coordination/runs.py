@@ -5,6 +5,10 @@ the last committed round. It mirrors what the journal holds and can be built fro
 writes the journal, and then calls ``accept``: in between other things may happen, and the journal's word on duplicates
 is the last.
 
+A run that was taken up again knows what the journal holds, and a client may know more: a task goes out while it is
+being journalled. Until the round is committed, or the client has another task, its answer is early: it counts once the
+task has been issued again.
+
 Rounds: round 0 is the initial model. Tasks carry the number of the round that they work for, one more than the last
 committed; committing that round ends them, but for those that the commit carries on. A task that is carried may be
 answered in a later round; it and its answer stay until a commit no longer carries it.
@@ -100,7 +104,12 @@ class Stale:
     reason: str
 
 
-Reception: TypeAlias = Accepted | Duplicate | Stale
+@dataclass(frozen=True, slots=True)
+class Early:
+    """The answer may count once its task has been issued again: the sender should keep it, and ask again."""
+
+
+Reception: TypeAlias = Accepted | Duplicate | Stale | Early
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +204,7 @@ class Run:
         self._suspect_since: dict[ClientName, float] = {}
         self._lost: set[ClientName] = set()
         self._ended = False
+        self._taken_up_in: int | None = None
 
     @classmethod
     def resumed(
@@ -214,6 +224,7 @@ class Run:
         )
         for client in run.clients:
             run._move(client, ClientState.SUSPECT, now=now)
+        run._taken_up_in = run.round
         return run
 
     # what it is
@@ -322,6 +333,11 @@ class Run:
         """Return the task out under *key*, against which an answer is checked; ``None`` when none is out."""
         return self._tasks.get(key)
 
+    def may_be_ahead(self, client: ClientName) -> bool:
+        """Return whether *client* may be at a task that this run does not know: see the module on early answers."""
+        is_live = self.participant(client).state not in ENDED
+        return is_live and self.round == self._taken_up_in and self.task_for(client) is None
+
     def judge(self, result: TaskResult, *, sender: ClientName) -> Reception:
         """Return what accepting *result* from *sender* would come to, and change nothing.
 
@@ -347,6 +363,8 @@ class Run:
             return Accepted()
         if key.round < self.round:
             return Stale(f"{_shown(key)} is over: round {self._committed} is committed")
+        if key.round == self.round and self.may_be_ahead(sender):
+            return Early()
         return Stale(f"{_shown(key)} was not issued to {key.client}")
 
     def accept(self, result: TaskResult, *, sender: ClientName) -> Reception:

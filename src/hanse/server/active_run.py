@@ -26,7 +26,7 @@ import msgspec
 
 from hanse.cell.cell import Cell, RemoteError
 from hanse.coordination.absence import Absence, with_absence
-from hanse.coordination.runs import Accepted, ClientState, Duplicate, GiveUp, Restart, Run, Stale, after_death
+from hanse.coordination.runs import Accepted, ClientState, Duplicate, Early, GiveUp, Restart, Run, Stale, after_death
 from hanse.coordination.waiting import (
     Ask,
     Phase,
@@ -43,6 +43,7 @@ from hanse.errors import (
     InternalError,
     NoSpace,
     NotFound,
+    NotInService,
     OutOfMemory,
     ProcessDied,
     ProtocolError,
@@ -657,6 +658,7 @@ class ActiveRun:
         Raises:
             UpdateRejected: nobody waits for it, or it is not what the job expects; the sentence names the tensor.
             ProtocolError: it names a tensor that was not uploaded: upload it and send the answer again.
+            NotInService: its task was out before this server took the run up, and still has to be issued again.
         """
         async with self._keeping(result):
             await self._judged(sender, result, message)
@@ -669,6 +671,12 @@ class ActiveRun:
                 return
             case Stale(reason=reason):
                 raise UpdateRejected(sender, f"a stale answer: {reason}")
+            case Early():
+                key = result.key
+                raise NotInService(
+                    f"Server not in service: it takes up job {self.job_id}, and has not come to task {key.name!r} of "
+                    f"round {key.round} yet"
+                )
             case Accepted():
                 pass
         task = self.run.task(result.key)
@@ -704,7 +712,7 @@ class ActiveRun:
     def inbox(self, client: ClientName) -> Inbox:
         """Return what *client* may add to the run's tensors, until its next answer is accepted or it has no task."""
         inbox = self._inboxes.setdefault(client, Inbox(self.files, client, on_trouble=self.store_failed))
-        inbox.expect(self.run.tasks_for(client))
+        inbox.expect(self.run.tasks_for(client), may_be_ahead=self.run.may_be_ahead(client))
         return inbox
 
     def log_metrics(self, sender: ClientName, logged: LogMetrics) -> None:

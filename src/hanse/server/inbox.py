@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from hanse.errors import StoreFailed, UpdateRejected
+from hanse.errors import NotInService, StoreFailed, UpdateRejected
 from hanse.ids import ClientName, Digest
 from hanse.messages import TaskAssignment
 from hanse.storage.tensors import Partial, TensorFiles
@@ -30,11 +30,16 @@ class Inbox:
         self._tasks: tuple[TaskAssignment, ...] = ()
         self._sizes: frozenset[int] = frozenset()
         self._most = 0
+        self._may_be_ahead = False
         self._begun: dict[Digest, int] = {}
         self._lock = threading.Lock()
 
-    def expect(self, tasks: Sequence[TaskAssignment]) -> None:
-        """Take what answers to *tasks*, those that the client has to answer now, consist of."""
+    def expect(self, tasks: Sequence[TaskAssignment], *, may_be_ahead: bool = False) -> None:
+        """Take what answers to *tasks*, those that the client has to answer now, consist of.
+
+        With *may_be_ahead* it may have a task more, which will be known here when it has been issued again.
+        """
+        self._may_be_ahead = may_be_ahead
         expecting = tuple(task for task in tasks if task.expects_model and task.model is not None)
         if expecting == self._tasks:
             return
@@ -66,9 +71,12 @@ class Inbox:
 
         Raises:
             UpdateRejected: no task of the client asks for such a tensor, or it has sent enough for its answer.
+            NotInService: its task may still have to be issued again.
             StoreFailed: the disk has no place for it.
         """
         with self._lock:
+            if size not in self._sizes and self._may_be_ahead:
+                raise NotInService(f"Server not in service: it has not taken up the task of {self._client} yet")
             if size not in self._sizes:
                 raise UpdateRejected(self._client, f"a tensor of {size} bytes, which no task that it has asks for")
             if digest not in self._begun and sum(self._begun.values()) + size > self._most:
