@@ -1484,6 +1484,21 @@ def test_a_server_started_again_deletes_the_tensors_of_runs_that_ended_when_it_w
     assert [path.name for run in (ended, other) for path in run.iterdir()] == ["result", "result"]
 
 
+def test_a_server_started_again_deletes_a_submission_that_the_store_was_never_told_of(
+    start: StartServer, tmp_path: Path
+) -> None:
+    first = start()
+    waiting, never_told = (submit(first, tmp_path, min_clients=1) for _ in range(2))
+    first.close()
+    runs = tmp_path / "ws" / "runs"
+    (runs / never_told).rename(runs / "tiny-00c0ffee")
+    (runs / "mine").mkdir()
+
+    start()
+
+    assert {path.name for path in runs.iterdir()} == {waiting, "mine"}
+
+
 def test_two_servers_do_not_share_a_workspace(start: StartServer, tmp_path: Path) -> None:
     start()
 
