@@ -1,9 +1,10 @@
 """Jobs over the wire: submitted, deployed, started, answered, committed, ended, and what is refused on the way."""
 
 import asyncio
+import queue
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hanse.errors import (
 from hanse.events import EventType, Refused
 from hanse.ids import ClientName, Digest, JobId
 from hanse.job import JobState, Resources, WorkflowSpec
+from hanse.launch.long_logs import TAIL_BYTES
 from hanse.messages import (
     AbortJob,
     Attach,
@@ -50,12 +52,14 @@ from hanse.messages import (
     UpdateRef,
 )
 from hanse.model import Model
-from hanse.server import FederatedServer, active_run
+from hanse.server import FederatedServer
 from hanse.server.active_run import DEPLOY_TIMEOUT_S
 from hanse.server.federated_server import TaskMetaInfo
+from hanse.storage.memory import MemoryStore
 from hanse.storage.models import allocate, read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
 
+from ..launch.much import MUCH, is_too_long, log_much
 from .job_world import (
     ScriptedLauncher,
     Site,
@@ -1036,30 +1040,41 @@ def test_a_runs_process_that_dies_is_started_again_and_then_given_up(
     assert len({run.credentials.token for run in launcher.specs}) == 2
 
 
-def test_the_log_of_a_run_is_kept_short_while_its_process_runs(
-    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class BeatingStore(MemoryStore):
+    """A store that tells of each beat of its server's lease; *failures* of them find it away."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.beats: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.failures = failures
+
+    async def renew_lease(self, epoch: int, **more: Any) -> Any:
+        self.beats.put(None)
+        if self.failures:
+            self.failures -= 1
+            raise StoreFailed("renewing the lease", "the database is away")
+        return await super().renew_lease(epoch, **more)
+
+
+@pytest.mark.parametrize("failures", [0, 1_000_000])
+def test_the_log_of_a_run_whose_process_does_nothing_but_print_is_shortened_at_each_beat_of_the_lease(
+    deployed: MakeServer, dialler: Dialler, tmp_path: Path, failures: int
 ) -> None:
-    looked_at: list[Path] = []
-
-    @asynccontextmanager
-    async def bounded(path: Path) -> AsyncIterator[None]:
-        looked_at.append(path)
-        yield
-        looked_at.remove(path)
-
-    monkeypatch.setattr(active_run, "bounded_log", bounded)
-    launcher = on_loop(ScriptedLauncher)
-    server = start(launcher=launcher)
+    launcher, store = on_loop(ScriptedLauncher), BeatingStore(failures)
+    server = deployed(
+        arguments=args(tmp_path / "ws", launcher=launcher, settings=settings(lease_s=0.3)), snapshot_persistor=store
+    )
     Site(dialler, server, "site-1")
-    job_id = submit(server, tmp_path, min_clients=1, process_tries=1)
+    job_id = submit(server, tmp_path, min_clients=1)
+    launcher.next()
 
-    process = launcher.next()
-    started_with = list(looked_at)
-    launcher.end(process, 1)
-
-    assert outcome(server, job_id).state is JobState.FAILED
-    assert started_with == [tmp_path / "ws" / "runs" / job_id / "server.log"]
-    assert looked_at == []
+    log = server.jobs.run_folder(job_id).log
+    for _ in range(2):
+        log_much(log)
+        while is_too_long(log):
+            store.beats.get(timeout=20)
+    assert log.read_bytes().endswith(MUCH[-TAIL_BYTES:])
+    assert wait(store.job(job_id)).state is JobState.RUNNING
 
 
 def test_a_run_whose_disk_is_full_goes_on_when_there_is_space_and_cancels_nothing_meanwhile(

@@ -58,7 +58,6 @@ from hanse.events import EventType, FLContext, Handlers
 from hanse.ids import SERVER, ClientName, Digest, Fqcn, JobId, job_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.launch.log_lines import FieldLogger
-from hanse.launch.long_logs import bounded_log
 from hanse.launch.process import Handle, Launcher
 from hanse.learning.workflow import CLIENT_LOST, LONGEST_WAIT_S
 from hanse.messages import (
@@ -354,8 +353,7 @@ class ActiveRun:
         over = asyncio.create_task(self._over.wait(), name=f"end of {self.job_id}")  # awaited below
         ended = asyncio.create_task(handle.wait(), name=f"process of {self.job_id}")  # awaited below
         try:
-            async with bounded_log(self.folder.log):
-                await asyncio.wait({over, ended}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({over, ended}, return_when=asyncio.FIRST_COMPLETED)
             return await handle.stop(STOP_GRACE_S)
         finally:
             over.cancel()
