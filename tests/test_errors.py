@@ -30,6 +30,7 @@ STABLE = {
     "MissingDependency": ("missing-dependency", 10, False),
     "ProcessDied": ("process-died", 10, True),
     "OutOfMemory": ("out-of-memory", 10, True),
+    "ProcessHung": ("process-hung", 10, True),
     "UpdateRejected": ("update-rejected", 10, False),
     "WorkflowError": ("workflow", 11, False),
     "WorkflowFailed": ("workflow-failed", 11, False),
@@ -95,6 +96,10 @@ SENTENCES = {
     ),
     errors.NoSpace("writing x", disk="/data", folder="/data/ws", why="No space left on device"): (
         "writing x failed: the disk mounted at /data, which holds /data/ws, is full (No space left on device)"
+    ),
+    errors.ProcessHung("server", -9, "Round 3"): (
+        "the job's process at server was killed because it had not said for long that it lives; code there that "
+        "computes for long belongs into a thread (asyncio.to_thread); its log ends with: Round 3"
     ),
     errors.NotStarted("the run's process", "Too many open files", folder="/runs/j1"): (
         "the run's process could not be started: Too many open files; check the machine's memory, its limits on open "

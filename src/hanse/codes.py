@@ -228,6 +228,12 @@ _ALL: Final = (
         "Make room there, or move the workspace to a larger disk. Logs and results of old jobs can be deleted.",
     ),
     Code(
+        "process-hung",
+        "A job's process at the server no longer said that it lives, so it was killed, and started again.",
+        "Have a workflow that computes for minutes do so in a thread (asyncio.to_thread); look for what stopped or "
+        "starved the process.",
+    ),
+    Code(
         "not-started",
         "The machine did not let a job's process be started; it is tried again.",
         "Look at what the sentence names: memory, limits on open files and processes (ulimit -a), a folder's rights.",

@@ -20,7 +20,8 @@
     │   │   ├── ImportFailed         ... when it was imported
     │   │   └── MissingDependency    ... because a module is not installed
     │   ├── ProcessDied          the job's process ended without being asked
-    │   │   └── OutOfMemory      ... because it had used up its memory
+    │   │   ├── OutOfMemory      ... because it had used up its memory
+    │   │   └── ProcessHung      ... because it was killed for saying nothing any more
     │   └── UpdateRejected       what the client sent is not what the job expects
     ├── WorkflowError            the run as a whole
     │   ├── WorkflowFailed       the workflow's code raised
@@ -253,6 +254,20 @@ class OutOfMemory(ProcessDied):
         tail = f"; its log ends with: {last_line}" if last_line else ""
         super(ProcessDied, self).__init__(
             f"the job's process at {where} was killed because it had used up the memory that it may use{tail}"
+        )
+        self.where, self.status, self.last_line = where, status, last_line
+
+
+class ProcessHung(ProcessDied):
+    """A job's process no longer said that it lives, and was killed for that."""
+
+    code = "process-hung"
+
+    def __init__(self, where: str, status: int, last_line: str = "") -> None:
+        tail = f"; its log ends with: {last_line}" if last_line else ""
+        super(ProcessDied, self).__init__(
+            f"the job's process at {where} was killed because it had not said for long that it lives; code there that "
+            f"computes for long belongs into a thread (asyncio.to_thread){tail}"
         )
         self.where, self.status, self.last_line = where, status, last_line
 

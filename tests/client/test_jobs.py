@@ -1,22 +1,25 @@
+import asyncio
 import stat
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hanse.cell.cell import RemoteError
-from hanse.client import jobs
 from hanse.client.process_spec import PROCESS_MODULE
 from hanse.client.workspace import JobFolder
 from hanse.errors import NotFound, Unreachable
 from hanse.ids import Digest, Fqcn, JobId
+from hanse.launch import long_logs
+from hanse.launch.long_logs import TAIL_BYTES
 from hanse.launch.memory import KillCounter
 from hanse.messages import AbortJob, Channel, DeployJob, Heartbeat, JobEnded
 from hanse.settings import SitePolicy
 from hanse.storage.packages import MAX_PACKAGE_BYTES
 
+from ..launch.much import MUCH, is_too_long, log_much
 from .fake_server import JOB, PROJECT, SITE, FakeServer, fake_server, job_identity, job_spec
 from .site import code_folder, site, within
 
@@ -326,25 +329,67 @@ def _forget_heartbeats(server: FakeServer) -> None:
         server.queue(Heartbeat).get_nowait()
 
 
-async def test_log_is_kept_short_while_its_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_at: list[Path] = []
-
-    @asynccontextmanager
-    async def bounded(path: Path) -> AsyncIterator[None]:
-        looked_at.append(path)
-        yield
-        looked_at.remove(path)
-
-    monkeypatch.setattr(jobs, "bounded_log", bounded)
-    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+async def test_log_is_shortened_at_each_heartbeat(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
         await server.up()
         await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
         await server.ask("start", server.start())
-        (handle,) = here.launcher.launched
-        assert looked_at == [handle.log_path]
-        handle.end(1)
-        await server.next(JobEnded)
-        assert looked_at == []
+        log = here.launcher.launched[0].log_path
+        for _ in range(2):
+            log_much(log)
+            while is_too_long(log):
+                await server.next(Heartbeat)
+
+        assert log.read_bytes().endswith(MUCH[-TAIL_BYTES:])
+
+
+async def test_log_is_shortened_at_each_try_to_reach_a_server_that_is_away(tmp_path: Path) -> None:
+    tries: asyncio.Queue[str] = asyncio.Queue()
+
+    async def dial(target: str) -> Any:
+        tries.put_nowait(target)
+        if is_away:
+            raise AWAY
+        return await server.dial(target)
+
+    is_away = False
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w", dial=dial) as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        await server.next(Heartbeat)
+        is_away = True
+        await server.go_away(AWAY)
+        log = here.launcher.launched[0].log_path
+        for _ in range(2):
+            log_much(log)
+            while is_too_long(log):
+                await within(20, tries.get())
+
+        assert server.queue(Heartbeat).empty()
+        assert not here.launcher.launched[0].is_stopped
+
+
+async def test_slow_disk_holds_up_no_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, is_through = threading.Event(), threading.Event()
+
+    def slowly(path: Path) -> None:
+        begun.set()
+        is_through.wait(30)
+
+    monkeypatch.setattr(long_logs, "shorten", slowly)
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        try:
+            assert await asyncio.to_thread(begun.wait, 20)
+            _forget_heartbeats(server)
+            for _ in range(3):
+                assert (await server.next(Heartbeat)).jobs == (JOB,)
+        finally:
+            is_through.set()
+        assert not here.launcher.launched[0].is_stopped
 
 
 async def test_what_a_killed_agent_left_behind_is_cleared_away_but_for_logs(tmp_path: Path) -> None:

@@ -22,11 +22,13 @@ from hanse.client.workspace import JobFolder, end_orphans, only_agent_of
 from hanse.errors import UNKNOWN_STATUS
 from hanse.ids import Fqcn
 from hanse.launch.held import HeldProcess
+from hanse.launch.process import last_lines
 from hanse.launch.surviving import SurvivingLauncher, pid_at
 from hanse.messages import Channel, Heartbeat, JobEnded, Quit, TaskAssignment, TaskKey, TaskResult
 from hanse.model import Model
 from hanse.storage.models import load_model, store_model
 
+from ..launch.much import is_too_long
 from .fake_server import JOB, SITE, FakeServer, fake_server, job_spec
 from .site import code_folder, settings, within
 
@@ -41,6 +43,12 @@ def train(model, ctx):
     if ctx.round == 1:
         import os
         os._exit(7)
+    if ctx.round == 4:
+        import threading
+        for _ in range(640):
+            print("x" * 100_000)
+        print("no more")
+        threading.Event().wait()
     return Update(Model({"w": model["w"] + float(ctx.site["add"])}), 1)
 """
 
@@ -183,6 +191,17 @@ async def test_next_agent_takes_a_process_over_and_reports_it_with_its_first_hea
     log = left.folder.log.read_text()
     assert log.count("task received") == 1
     assert log.index(" connected ") < log.index("task received"), "one log, of what came before and after"
+
+
+async def test_log_of_a_process_that_was_taken_over_and_prints_on_and_on_is_bounded(left: Left) -> None:
+    left.server.heartbeat_s = 0.05
+    async with left.next_agent():
+        await left.server.up()
+        left.give(4)
+        while last_lines(left.folder.log, 1, start=0) != "no more" or is_too_long(left.folder.log):
+            await left.server.next(Heartbeat)
+        assert left.folder.log.stat().st_size > 640 * 100_000
+        assert pid_at(left.folder.path) == left.process.pid
 
 
 async def test_end_of_a_process_that_was_taken_over_is_told_with_its_attempt_and_last_lines(left: Left) -> None:

@@ -23,7 +23,7 @@ from hanse.coordination.runs import (
     after_death,
     heartbeat_sync,
 )
-from hanse.errors import Conflict, NotFound, Unauthorized, UpdateRejected
+from hanse.errors import Conflict, NotFound, ProcessHung, Unauthorized, UpdateRejected
 from hanse.ids import ClientName, JobId
 from hanse.messages import ModelRef, TaskAssignment, TaskFault, TaskKey, TaskResult, UpdateRef
 
@@ -48,6 +48,13 @@ def run_in_round_1(**options: int) -> Run:
     run = Run(JOB, [TWO, ONE], **options)
     run.committed(0)
     return run
+
+
+def restarted(verdict: Restart | GiveUp | None) -> int:
+    """Return which start of the process *verdict* says comes next."""
+    assert isinstance(verdict, Restart)
+    assert verdict.reason.startswith("the job's process at site-")
+    return verdict.attempt
 
 
 def run_with(state: ClientState, client: ClientName = ONE) -> Run:
@@ -257,8 +264,8 @@ def test_a_process_that_an_earlier_server_started_dies_as_any_other() -> None:
     run = resumed_run()
     run.stream_up(ONE, now=101)
 
-    assert run.process_ended(ONE, attempt=1, status=1, now=102) == Restart(2)
-    assert run.process_ended(TWO, attempt=2, status=1, now=103) == Restart(3)
+    assert restarted(run.process_ended(ONE, attempt=1, status=1, now=102)) == 2
+    assert restarted(run.process_ended(TWO, attempt=2, status=1, now=103)) == 3
     assert run.participant(ONE) == Participant(ONE, STARTING, since=102, attempt=2, deaths=1)
     assert run.participant(TWO) == Participant(TWO, STARTING, since=103, attempt=3, deaths=1)
 
@@ -544,7 +551,7 @@ def test_a_replaced_streams_end_hurts_nobody() -> None:
 
 def test_a_dead_processs_stream_does_not_make_its_successor_suspect() -> None:
     run = run_with(RUNNING)
-    assert run.process_ended(ONE, attempt=1, status=-9, now=3) == Restart(2)
+    assert restarted(run.process_ended(ONE, attempt=1, status=-9, now=3)) == 2
 
     assert not run.stream_down(ONE, now=4, stream="job")
     assert run.participant(ONE).state is STARTING
@@ -618,8 +625,8 @@ def test_a_process_that_dies_is_started_again_a_bounded_number_of_times() -> Non
     run = run_in_round_1(process_tries=3)
     run.starting(ONE, now=1)
 
-    assert run.process_ended(ONE, attempt=1, status=-9, now=2) == Restart(2)
-    assert run.process_ended(ONE, attempt=2, status=1, now=3) == Restart(3)
+    assert restarted(run.process_ended(ONE, attempt=1, status=-9, now=2)) == 2
+    assert restarted(run.process_ended(ONE, attempt=2, status=1, now=3)) == 3
     verdict = run.process_ended(ONE, attempt=3, status=-11, now=4, last_line="Segmentation fault")
     assert verdict == GiveUp(
         "the job's process at site-1 was killed by signal 11; its log ends with: Segmentation fault; "
@@ -633,9 +640,9 @@ def test_a_process_that_has_got_on_in_between_may_die_again() -> None:
     run.starting(ONE, now=1)
     run.issue([task(ONE), task(ONE, name="evaluate")])
 
-    assert run.process_ended(ONE, attempt=1, status=-9, now=2) == Restart(2)
+    assert restarted(run.process_ended(ONE, attempt=1, status=-9, now=2)) == 2
     run.accept(answer(key(ONE)), sender=ONE)
-    assert run.process_ended(ONE, attempt=2, status=-9, now=3) == Restart(3)
+    assert restarted(run.process_ended(ONE, attempt=2, status=-9, now=3)) == 3
     assert isinstance(run.process_ended(ONE, attempt=3, status=-9, now=4), GiveUp)
 
 
@@ -644,7 +651,7 @@ def test_starts_that_nobody_died_for_are_not_counted() -> None:
     for now in range(1, 9):  # a site that is stopped and started again
         run.starting(ONE, now=now)
 
-    assert run.process_ended(ONE, attempt=8, status=-9, now=9) == Restart(9)
+    assert restarted(run.process_ended(ONE, attempt=8, status=-9, now=9)) == 9
 
 
 def test_a_report_about_an_earlier_start_changes_nothing() -> None:
@@ -674,6 +681,9 @@ def test_a_process_that_ends_of_its_own_accord_is_not_started_again() -> None:
 
 
 def test_with_a_single_try_the_reason_counts_nothing() -> None:
+    assert after_death("server", attempt=1, tries=2, status=-9, cause="process-hung") == Restart(
+        2, ProcessHung("server", -9).reason
+    )
     assert after_death("server", attempt=1, tries=1, status=2) == GiveUp(
         "the job's process at server ended with status 2"
     )

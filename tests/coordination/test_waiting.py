@@ -13,6 +13,7 @@ from hanse.coordination.waiting import (
     Phase,
     RunProcess,
     StoreTrouble,
+    as_heard,
     asks_taken_up,
     views_of,
     waiting_of_running,
@@ -198,6 +199,29 @@ def test_a_process_that_is_being_started_is_waited_for() -> None:
     (waiting,) = told(run_in_round_1(ONE), process=RunProcess(Phase.STARTING, 80.0, 3))
 
     assert waiting == Waiting("the run's process at the server to begin (start 3)", since=posix(80))
+
+
+def test_a_process_that_says_nothing_is_told_beside_the_clients_that_work_on_and_until_when() -> None:
+    run = run_in_round_1(ONE)
+    asks = issued(run, key(ONE))
+    silent = as_heard(WORKING, heard_at=60.0, now=100.0, silent_s=600.0)
+
+    process, clients = told(run, *asks, process=silent)
+
+    assert process == Waiting(
+        "the run's process at the server, which no longer says that it lives",
+        since=posix(60),
+        until=posix(660),
+        then="it is killed and started again, and goes on with round 1",
+    )
+    assert [view.name for view in clients.whom] == [ONE]
+
+
+def test_a_process_is_as_it_was_while_it_is_heard_of_or_is_not_there() -> None:
+    paused = RunProcess(Phase.PAUSING, 80.0, 2, until=101.0, reason="it died")
+
+    assert as_heard(WORKING, heard_at=98.0, now=100.0, silent_s=600.0) is WORKING
+    assert as_heard(paused, heard_at=0.0, now=100.0, silent_s=600.0) is paused
 
 
 def test_a_store_that_fails_comes_first() -> None:

@@ -87,6 +87,23 @@ def test_a_killed_run_process_is_started_again_and_asks_nothing_twice(
     assert ended["result"] == undisturbed
 
 
+def test_a_run_process_that_hangs_is_killed_and_started_again(
+    running: Deployment, tmp_path: Path, undisturbed: str
+) -> None:
+    running.end("server")
+    running.programs["server"] = [sys.executable, "-m", "tests.e2e.impatient"]
+    running.start("server")
+    waiting = gate(tmp_path, "site-2")
+    job = running.hanse("job", "submit", str(JOB))["job_id"]
+    with waiting.open("wb"):
+        hanging = running.job_process("server")
+        hanging.suspend()
+    ended = running.hanse("job", "wait", job)
+    assert (ended["state"], ended["reason"]) == ("completed", "")
+    assert ended["result"] == undisturbed
+    assert not hanging.is_running()
+
+
 def test_a_killed_client_process_is_started_again_and_gets_its_task_again(
     running: Deployment, tmp_path: Path, undisturbed: str
 ) -> None:

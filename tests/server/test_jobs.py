@@ -3,9 +3,11 @@
 import asyncio
 import errno
 import os
+import queue
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from hanse.errors import (
 from hanse.events import EventType, Refused
 from hanse.ids import ClientName, Digest, JobId
 from hanse.job import JobState, Resources, WorkflowSpec
+from hanse.launch.long_logs import TAIL_BYTES
 from hanse.launch.process import Handle
 from hanse.messages import (
     AbortJob,
@@ -53,12 +56,14 @@ from hanse.messages import (
     UpdateRef,
 )
 from hanse.model import Model
-from hanse.server import FederatedServer, active_run
-from hanse.server.active_run import DEPLOY_TIMEOUT_S
+from hanse.server import FederatedServer
+from hanse.server.active_run import DEPLOY_TIMEOUT_S, ActiveRun
 from hanse.server.federated_server import TaskMetaInfo
+from hanse.storage.memory import MemoryStore
 from hanse.storage.models import allocate, read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
 
+from ..launch.much import MUCH, is_too_long, log_much
 from .job_world import (
     ScriptedLauncher,
     Site,
@@ -1039,30 +1044,84 @@ def test_a_runs_process_that_dies_is_started_again_and_then_given_up(
     assert len({run.credentials.token for run in launcher.specs}) == 2
 
 
-def test_the_log_of_a_run_is_kept_short_while_its_process_runs(
+class BeatingStore(MemoryStore):
+    """A store that tells of each beat of its server's lease; *failures* of them find it away."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.beats: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.failures = failures
+
+    async def renew_lease(self, epoch: int, **more: Any) -> Any:
+        self.beats.put(None)
+        if self.failures:
+            self.failures -= 1
+            raise StoreFailed("renewing the lease", "the database is away")
+        return await super().renew_lease(epoch, **more)
+
+
+@pytest.mark.parametrize("failures", [0, 1_000_000])
+def test_the_log_of_a_run_whose_process_does_nothing_but_print_is_shortened_at_each_beat_of_the_lease(
+    deployed: MakeServer, dialler: Dialler, tmp_path: Path, failures: int
+) -> None:
+    launcher, store = on_loop(ScriptedLauncher), BeatingStore(failures)
+    server = deployed(
+        arguments=args(tmp_path / "ws", launcher=launcher, settings=settings(lease_s=0.3)), snapshot_persistor=store
+    )
+    Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    launcher.next()
+
+    log = server.jobs.run_folder(job_id).log
+    for _ in range(2):
+        log_much(log)
+        while is_too_long(log):
+            store.beats.get(timeout=20)
+    assert log.read_bytes().endswith(MUCH[-TAIL_BYTES:])
+    assert wait(store.job(job_id)).state is JobState.RUNNING
+
+
+def test_a_run_whose_process_says_nothing_any_more_is_given_another_and_fails_of_the_last(
     start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked_at: list[Path] = []
-
-    @asynccontextmanager
-    async def bounded(path: Path) -> AsyncIterator[None]:
-        looked_at.append(path)
-        yield
-        looked_at.remove(path)
-
-    monkeypatch.setattr(active_run, "bounded_log", bounded)
-    launcher = on_loop(ScriptedLauncher)
+    monkeypatch.setattr("hanse.server.active_run.RUN_SILENT_S", 0.2)
+    launcher = on_loop(partial(ScriptedLauncher, "the last line"))
     server = start(launcher=launcher)
     Site(dialler, server, "site-1")
-    job_id = submit(server, tmp_path, min_clients=1, process_tries=1)
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=2)
 
-    process = launcher.next()
-    started_with = list(looked_at)
-    launcher.end(process, 1)
+    record = outcome(server, job_id)
 
-    assert outcome(server, job_id).state is JobState.FAILED
-    assert started_with == [tmp_path / "ws" / "runs" / job_id / "server.log"]
-    assert looked_at == []
+    assert [spec.job_id for spec in launcher.specs] == [job_id, job_id]
+    assert (record.state, record.code) == (JobState.FAILED, "process-hung")
+    assert "killed because it had not said for long that it lives" in record.reason
+    assert record.reason.endswith("; its log ends with: the last line; that was start 2 of 2")
+
+
+def test_a_run_whose_process_says_that_it_lives_is_left_alone(
+    deployed: MakeServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.active_run.RUN_SILENT_S", silent_s := 2.0)
+    launcher, beats = Threads(), threading.Semaphore(0)
+    beat = ActiveRun.beats
+
+    def beats_once(run: ActiveRun) -> None:
+        beat(run)
+        beats.release()
+
+    monkeypatch.setattr(ActiveRun, "beats", beats_once)
+    arguments = args(tmp_path / "ws", launcher=launcher, settings=settings())
+    server = deployed(arguments=arguments, check_engine_frequency=(every_s := 0.05))
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task = site.task()
+    for _ in range(int(1.5 * silent_s / every_s)):
+        assert beats.acquire(timeout=20)
+    site.train = plus(1)
+    site.send(answer(task, w(1)))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert len(launcher.started) == 1
 
 
 def test_a_run_whose_process_the_machine_does_not_start_goes_on_when_it_does_and_says_so_meanwhile(

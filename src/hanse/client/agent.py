@@ -214,6 +214,7 @@ class ClientAgent:
         _log.info("registered", extra={"target": self._connector.target, "client": self._settings.name})
 
     def _on_waiting(self, reason: str) -> None:
+        self._jobs.shorten_logs()  # nothing beats without a server, and what runs here goes on
         self._waiting_for = f"the server: {reason}"
         _log.info("waiting for the server", extra={"reason": reason})
 
@@ -275,6 +276,7 @@ class ClientAgent:
                 continue
 
     async def _beat_once(self) -> None:
+        self._jobs.shorten_logs()
         heartbeat = Heartbeat(self._jobs.running, self._settings.resources, self._release)
         reply = await self._uplink.ask(Channel.SERVER, "heartbeat", heartbeat, timeout_s=3 * self._heartbeat_s)
         answer = reply.payload

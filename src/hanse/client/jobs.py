@@ -29,7 +29,7 @@ from hanse.coordination.policy import may_run
 from hanse.errors import HanseError, JobInvalid, NotFound, ProtocolError, SiteRefused
 from hanse.ids import ClientName, JobId, Ssid, Token, is_job_id
 from hanse.job import JobSpec
-from hanse.launch.long_logs import bounded_log
+from hanse.launch.long_logs import LongLogs
 from hanse.launch.memory import KillCounter, cause_of
 from hanse.launch.process import Handle, Launcher
 from hanse.launch.surviving import Survivor, survivor_at
@@ -90,6 +90,7 @@ class SiteJobs:
         self._launcher, self._transfers = launcher, transfers
         self._client = ClientName(settings.name)
         self._jobs: dict[JobId, _Job] = {}
+        self._logs = LongLogs()
         self._locks: weakref.WeakValueDictionary[JobId, asyncio.Lock] = weakref.WeakValueDictionary()
         self._group: asyncio.TaskGroup | None = None
         cell = uplink.cell
@@ -117,6 +118,12 @@ class SiteJobs:
     def running(self) -> tuple[JobId, ...]:
         """The jobs with a process here, or with one whose end the server has not heard of yet; sorted."""
         return tuple(sorted(job_id for job_id, job in self._jobs.items() if job.process is not None))
+
+    def shorten_logs(self) -> None:
+        """Have the logs of the jobs here shortened, as far as they are too long; returns at once."""
+        if self._group is not None:
+            shortening = self._logs.shorten([job.folder.log for job in self._jobs.values()])
+            self._group.create_task(shortening, name="shorten logs")
 
     def abort(self, job_id: JobId, reason: str) -> None:
         """End *job_id*, if it is here, and forget it; returns at once."""
@@ -273,8 +280,7 @@ class SiteJobs:
 
     async def _watch(self, job: _Job, process: _Process) -> None:
         """Wait for the process to end; if nobody asked it to, tell the server until it has heard."""
-        async with bounded_log(job.folder.log):
-            status = await process.handle.wait()
+        status = await process.handle.wait()
         if process.is_asked:
             return
         cause = cause_of(status, kills_before=process.kills.before, kills_after=process.kills.read())

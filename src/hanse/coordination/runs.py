@@ -28,11 +28,12 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, Self, TypeAlias
 
-from hanse.errors import Conflict, NotFound, OutOfMemory, ProcessDied, Unauthorized, UpdateRejected
+from hanse.errors import Conflict, NotFound, OutOfMemory, ProcessDied, ProcessHung, Unauthorized, UpdateRejected
 from hanse.ids import ClientName, JobId
 from hanse.messages import TaskAssignment, TaskKey, TaskResult
 
 NOTHING_COMMITTED: Final = -1
+_CAUSES: Final = {each.code: each for each in (OutOfMemory, ProcessHung)}
 
 
 class ClientState(StrEnum):
@@ -114,9 +115,10 @@ Reception: TypeAlias = Accepted | Duplicate | Stale | Early
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Start the process again, as its *attempt*-th start."""
+    """Start the process again, as its *attempt*-th start; *reason* says how it died."""
 
     attempt: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +166,11 @@ def after_death(
     at most *tries* times without. One that ended with status 0 has ended of its own accord, and would again. *cause* is
     the code of what ended it, where that is known.
     """
-    died = (OutOfMemory if cause == OutOfMemory.code else ProcessDied)(where, status, last_line)
+    died = _CAUSES.get(cause, ProcessDied)(where, status, last_line)
     if status == 0:
         return GiveUp(f"{died}; it ended before the run was over", died.code)
     if attempt < tries:
-        return Restart(attempt + 1)
+        return Restart(attempt + 1, str(died))
     return GiveUp(f"{died}; that was start {attempt} of {tries}" if tries > 1 else str(died), died.code)
 
 
@@ -510,7 +512,7 @@ class Run:
             self._move(client, ClientState.FAILED, now=now, attempt=attempt, reason=verdict.reason)
             return verdict
         self._move(client, ClientState.STARTING, now=now, attempt=attempt + 1)
-        return Restart(attempt + 1)
+        return Restart(attempt + 1, verdict.reason)
 
     def _move(
         self, client: ClientName, to: ClientState, *, now: float, attempt: int | None = None, reason: str = ""

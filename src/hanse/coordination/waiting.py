@@ -19,6 +19,8 @@ from hanse.messages import ClientView, IssueTasks, TaskKey, Waiting
 
 GIVEN_UP: Final = "the job is given up (no-clients)"
 HINDERED: Final = "the job fails, unless that was mended; it is tried again every few seconds"
+TOLD_AFTER: Final = 0.05
+"""A silence of this part of what is waited for is told of: 30 seconds of ten minutes, ten beats."""
 NOT_DEPLOYED: Final = "it goes on without those that have not, or is scheduled again if they are too few"
 
 
@@ -39,6 +41,7 @@ class Phase(StrEnum):
     WORKING = "working"
     PAUSING = "pausing"
     HINDERED = "hindered"
+    SILENT = "silent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class RunProcess:
 
     One that is ``PAUSING`` died because of *reason*, and is started again at *until*. One that is ``HINDERED`` cannot
     go on because of *reason*, is tried again every few seconds, and given up at *until*. One that is ``WORKING`` has
-    had nothing new to work on *since* then: an answer, or the commit of a round.
+    had nothing new to work on *since* then: an answer, or the commit of a round. One that is ``SILENT`` was last heard
+    of *since* then, and is killed at *until*.
     """
 
     phase: Phase
@@ -198,10 +202,27 @@ def _waiting_for_process(run: Run, process: RunProcess, posix: Callable[[float],
             until = posix(process.until) if process.until is not None else 0.0
             what = f"the run's process at the server, which cannot go on ({process.reason})"
             return Waiting(what, since=since, until=until, then=HINDERED)
+        case Phase.SILENT:
+            until = posix(process.until) if process.until is not None else 0.0
+            what = "the run's process at the server, which no longer says that it lives"
+            return Waiting(
+                what,
+                since=since,
+                until=until,
+                then=f"it is killed and started again, and goes on with round {run.round}",
+            )
         case Phase.STARTING:
             return Waiting(f"the run's process at the server to begin (start {process.attempt})", since=since)
         case Phase.WORKING:
             return Waiting(f"the run's process at the server, which {_doing(run)}", since=since)
+
+
+def as_heard(process: RunProcess, *, heard_at: float, now: float, silent_s: float) -> RunProcess:
+    """Return how *process* stands that was last heard of at *heard_at*, and is killed after *silent_s* of silence."""
+    is_there = process.phase in (Phase.STARTING, Phase.WORKING)
+    if not is_there or now - heard_at < silent_s * TOLD_AFTER:
+        return process
+    return RunProcess(Phase.SILENT, heard_at, process.attempt, until=heard_at + silent_s)
 
 
 def _doing(run: Run) -> str:

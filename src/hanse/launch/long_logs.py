@@ -2,6 +2,9 @@
 
 A hole is made in the file there: the disk gets its space back, and the rest stays where it was, at the same offsets. So
 nothing that is being written can be lost, whoever writes, and neither can the last lines.
+
+A file tells nobody how long it gets, so whoever runs processes has their logs shortened at each of its own beats
+(``LongLogs``). A log exceeds its limit by what is written between two of them.
 """
 
 import asyncio
@@ -11,8 +14,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -20,8 +22,6 @@ from hanse.launch.process import MAX_LOG_BYTES
 
 HEAD_BYTES: Final = 1024 * 1024
 TAIL_BYTES: Final = MAX_LOG_BYTES // 2
-CHECK_EVERY_S: Final = 1.0
-"""How often a log's size is looked at: it exceeds its limit by what is written meanwhile."""
 
 _BLOCK_BYTES: Final = 512
 """The unit of ``st_blocks``: stat(2)."""
@@ -32,18 +32,28 @@ _PUNCH_HOLE: Final = 0x02
 _log = logging.getLogger(__name__)
 
 
-@asynccontextmanager
-async def bounded_log(path: Path, *, check_every_s: float = CHECK_EVERY_S) -> AsyncIterator[None]:
-    """Keep what the log at *path* occupies within ``MAX_LOG_BYTES`` until the end of the block.
+class LongLogs:
+    """The logs of processes that run; a beat of whoever runs them keeps what they occupy within ``MAX_LOG_BYTES``."""
 
-    Where the system or the file's disk has no holes, a warning says so and the log grows.
-    """
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(_shorten_every(check_every_s, path), name=f"size of {path}")
-        try:
-            yield
-        finally:
-            task.cancel()
+    def __init__(self) -> None:
+        self._shortening = asyncio.Lock()
+        self._unlimited: set[Path] = set()
+
+    async def shorten(self, paths: Iterable[Path]) -> None:
+        """Do as ``shorten`` with each of *paths*; nothing while an earlier call still does, as on a slow disk.
+
+        Where the system or the file's disk has no holes, a warning says so, once for each log, and the log grows.
+        """
+        if self._shortening.locked():
+            return
+        async with self._shortening:
+            for path in paths:
+                try:
+                    await asyncio.to_thread(shorten, path)
+                except OSError as error:
+                    if path not in self._unlimited:
+                        _log.warning("a log's size is not limited", extra={"path": str(path), "reason": error.strerror})
+                    self._unlimited.add(path)
 
 
 def shorten(path: Path) -> None:
@@ -63,16 +73,6 @@ def shorten(path: Path) -> None:
                 _make_hole(log, HEAD_BYTES, hole_bytes)
         finally:
             os.close(log)
-
-
-async def _shorten_every(period_s: float, path: Path) -> None:
-    while True:
-        await asyncio.sleep(period_s)  # a file tells nobody how long it gets
-        try:
-            await asyncio.to_thread(shorten, path)
-        except OSError as error:
-            _log.warning("a log's size is not limited", extra={"path": str(path), "reason": error.strerror})
-            return
 
 
 def _make_hole(descriptor: int, start: int, count: int) -> None:

@@ -32,6 +32,7 @@ from hanse.coordination.waiting import (
     Phase,
     RunProcess,
     StoreTrouble,
+    as_heard,
     asks_taken_up,
     views_of,
     waiting_of_running,
@@ -45,6 +46,7 @@ from hanse.errors import (
     NotInService,
     OutOfMemory,
     ProcessDied,
+    ProcessHung,
     ProtocolError,
     SiteRefused,
     StoreFailed,
@@ -57,7 +59,6 @@ from hanse.events import EventType, FLContext, Handlers
 from hanse.ids import SERVER, ClientName, Digest, Fqcn, JobId, job_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.launch.log_lines import FieldLogger
-from hanse.launch.long_logs import bounded_log
 from hanse.launch.process import Handle, Launcher
 from hanse.learning.workflow import CLIENT_LOST, LONGEST_WAIT_S
 from hanse.messages import (
@@ -112,6 +113,11 @@ LONGEST_PAUSE_S: Final = 10.0
 """A run's process that died is started again at once, then after ever longer pauses, up to this."""
 HINDERED_PAUSE_S: Final = 5.0
 """A run's process that cannot go on, by no fault of its own, is tried again after this: nobody tells of space again."""
+RUN_SILENT_S: Final = 600.0
+"""A run's process that has not said for so long that it lives is killed: it is stopped, or its code hangs.
+
+It says so every few seconds, but not while a workflow's code computes without giving way, which may take minutes.
+"""
 STOP_GRACE_S: Final = 5.0
 """How long a job's process may take to end once asked."""
 MAX_LOGS_PER_S: Final = 200
@@ -192,6 +198,8 @@ class ActiveRun:
         }
         self._handle: Handle | None = None
         self._process = RunProcess(Phase.STARTING, services.now())
+        self._heard_at = services.now()
+        self._beat = asyncio.Event()
         self._asks: tuple[Ask, ...] = asks_taken_up(run, now=services.now())
         self._store_trouble: StoreTrouble | None = None
         self._hindrance: RunEnded | None = None
@@ -322,13 +330,13 @@ class ActiveRun:
         attempt, hindered_since = 0, None
         while not self._over.is_set():
             attempt, seen = attempt + 1, self._progress
-            status = await self._live_process(attempt)
+            status, cause = await self._live_process(attempt)
             if self._over.is_set():
                 return
             if self._progress > seen:
                 attempt, hindered_since = 1, None
             if self._hindrance is None:
-                await self._follow_death(attempt, status)
+                await self._follow_death(attempt, status, cause)
                 continue
             if self._hindrance.code == TensorDamaged.code and await self._mend():
                 continue
@@ -336,9 +344,13 @@ class ActiveRun:
             await self._wait_out(self._hindrance, attempt, since=hindered_since)
             attempt -= 1  # it was not this process's doing
 
-    async def _live_process(self, attempt: int) -> int:
-        """Start the run's process, and return its status when it has ended; that of one that cannot start is 0."""
+    async def _live_process(self, attempt: int) -> tuple[int, str]:
+        """Start the run's process, and return its status when it has ended, and the code of why, if that is known.
+
+        The status of one that cannot start is 0.
+        """
         self._hindrance = None
+        self.beats()
         self._process = RunProcess(Phase.STARTING, self._services.now(), attempt)
         try:
             self._handle = handle = await self._services.launcher.launch(
@@ -347,32 +359,53 @@ class ActiveRun:
         except OSError as error:
             failed = start_failure("the run's process", error, self.folder.path)
             self._hindrance = RunEnded(completed=False, code=failed.code, reason=failed.reason, again=True)
-            return 0
+            return 0, ""
         over = asyncio.create_task(self._over.wait(), name=f"end of {self.job_id}")  # awaited below
         ended = asyncio.create_task(handle.wait(), name=f"process of {self.job_id}")  # awaited below
+        silent = asyncio.create_task(self._fallen_silent(), name=f"silence of {self.job_id}")  # awaited below
         try:
-            async with bounded_log(self.folder.log):
-                await asyncio.wait({over, ended}, return_when=asyncio.FIRST_COMPLETED)
-            return await handle.stop(STOP_GRACE_S)
+            await asyncio.wait({over, ended, silent}, return_when=asyncio.FIRST_COMPLETED)
+            is_hung = silent.done() and not (over.done() or ended.done())
+            return await handle.stop(STOP_GRACE_S), ProcessHung.code if is_hung else ""
         finally:
-            over.cancel()
-            ended.cancel()
-            await asyncio.gather(over, ended, return_exceptions=True)
+            for task in (over, ended, silent):
+                task.cancel()
+            await asyncio.gather(over, ended, silent, return_exceptions=True)
             await handle.stop(STOP_GRACE_S)
 
-    async def _follow_death(self, attempt: int, status: int) -> None:
-        """Wait before the run's process, which died with *status*, is started again; or end the job."""
+    async def _fallen_silent(self) -> None:
+        """Return when the run's process has said nothing for ``RUN_SILENT_S``.
+
+        A first half of it may have been this process's own pause, in which nothing that was said was read.
+        """
+        halves = 0
+        while halves < 2:
+            self._beat.clear()
+            try:
+                async with asyncio.timeout(RUN_SILENT_S / 2):
+                    await self._beat.wait()
+                halves = 0
+            except TimeoutError:
+                halves += 1
+
+    async def _follow_death(self, attempt: int, status: int, cause: str) -> None:
+        """Wait before the run's process, which died with *status* of *cause*, is started again; or end the job."""
         log_tail = await self._own_log_tail()
         last_line = shortened(log_tail.strip().rpartition("\n")[2])
         verdict = after_death(
-            SERVER, attempt=attempt, tries=self.record.spec.process_tries, status=status, last_line=last_line
+            SERVER,
+            attempt=attempt,
+            tries=self.record.spec.process_tries,
+            status=status,
+            last_line=last_line,
+            cause=cause,
         )
         if isinstance(verdict, GiveUp):
             await self.end_once_stored(JobState.FAILED, code=verdict.code, reason=verdict.reason, log_tail=log_tail)
             return
         pause_s = min(RESTART_PAUSE_S * (attempt - 1), LONGEST_PAUSE_S)
-        now, died = self._services.now(), ProcessDied(SERVER, status, last_line)
-        self._process = RunProcess(Phase.PAUSING, now, verdict.attempt, until=now + pause_s, reason=died.reason)
+        now = self._services.now()
+        self._process = RunProcess(Phase.PAUSING, now, verdict.attempt, until=now + pause_s, reason=verdict.reason)
         self._log.warning("the run's process died and is started again", extra={"status": status, "pause_s": pause_s})
         await self._is_over_within(pause_s)
 
@@ -450,6 +483,11 @@ class ActiveRun:
         return msgspec.msgpack.encode(spec)
 
     # what the run's process asks
+
+    def beats(self) -> None:
+        """Take note that the run's process lives."""
+        self._heard_at = self._services.now()
+        self._beat.set()
 
     async def attach(self) -> RunSnapshot:
         """Return where the run stands, having handed over its answers: its process is there, and begins or goes on.
@@ -957,7 +995,7 @@ class ActiveRun:
         return waiting_of_running(
             self.run,
             asks=self._asks,
-            process=self._process,
+            process=as_heard(self._process, heard_at=self._heard_at, now=self._services.now(), silent_s=RUN_SILENT_S),
             store=self._store_trouble,
             absent=self._services.absent(),
             now=self._services.now(),

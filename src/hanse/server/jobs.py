@@ -46,6 +46,7 @@ from hanse.errors import (
 from hanse.events import EventType, FLContext
 from hanse.ids import ClientName, Fqcn, JobId, job_cell, split_cell
 from hanse.job import ENDED, JobRecord, JobState, move
+from hanse.launch.long_logs import LongLogs
 from hanse.learning.workflow import WORKFLOWS, load_workflow
 from hanse.messages import (
     AbortJob,
@@ -125,6 +126,7 @@ class Jobs:
         self._clients = clients
         self._limits = limits
         self._runs: dict[JobId, ActiveRun] = {}
+        self._logs = LongLogs()
         self._lives: dict[JobId, asyncio.Task[None]] = {}
         self._taking: dict[JobId, JobRecord] = {}
         self._postponed: dict[JobId, tuple[float, str]] = {}
@@ -349,6 +351,10 @@ class Jobs:
                 await self._fail(record, "no-clients", reason)
             case _:
                 pass
+
+    async def shorten_logs(self) -> None:
+        """Shorten the logs of the runs here, as far as they are too long."""
+        await self._logs.shorten([run.folder.log for run in self._runs.values()])
 
     async def _watch_clients(self) -> None:
         """Tell runs of clients that are lost: woken by the earliest deadline of a suspect client, or by a change."""

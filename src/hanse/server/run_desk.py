@@ -77,7 +77,7 @@ class RunDesk:
         await self._sender_run(message)[0].ended(expect(message, RunEnded))
 
     def _on_run_heartbeat(self, message: Message) -> None:
-        self._sender_run(message)
+        self._sender_run(message)[0].beats()
 
     async def _on_result(self, message: Message) -> None:
         run, client = self._sender_run(message)

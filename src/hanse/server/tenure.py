@@ -76,8 +76,8 @@ class HeldLease:
         """Whether no other server can hold the lease: who was paused for longer than it lasts must ask first."""
         return not self._is_contended or self._clock() < self._good_until
 
-    async def keep(self) -> None:
-        """Renew the lease until cancelled.
+    async def keep(self, *, on_beat: Callable[[], object]) -> None:
+        """Renew the lease until cancelled; each time, *on_beat* is called first.
 
         Raises:
             StaleEpoch: it is another's.
@@ -86,6 +86,7 @@ class HeldLease:
         ttl_s = self.lease.ttl_s
         while True:
             await asyncio.sleep(max(self._next_beat_s(), 0.0))  # a beat is due at a time, not on an event
+            on_beat()
             began = self._clock()
             try:
                 async with asyncio.timeout(max(self._good_until - began, ttl_s / BEATS)):
@@ -150,7 +151,11 @@ class Tenure:
     async def _serve(self, ready: asyncio.Event) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._lease.keep(), name="keep the lease")
+                # A run's own process may be past beating, in code that does nothing but print.
+                keeping = self._lease.keep(
+                    on_beat=lambda: group.create_task(self.jobs.shorten_logs(), name="shorten logs")
+                )
+                group.create_task(keeping, name="keep the lease")
                 await self.jobs.serve(ready)
         except* Exception as errors:
             if not ready.is_set():
