@@ -17,8 +17,8 @@ ENDS_SOON_S: Final = 30 * 86_400.0
 """How long before its end a certificate is warned of."""
 
 EXPECTED_S: Final = 90 * 86_400.0
-"""How long after the end of its certificate a client is still said to need a new one: a site that has gone without for a
-quarter of a year has left the project."""
+"""How long after the end of its certificate a client is still said to need a new one: a site that has gone without for
+a quarter of a year has left the project."""
 
 
 class CertificateEnds:

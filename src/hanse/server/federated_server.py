@@ -734,9 +734,7 @@ class FederatedServer(BaseServer):
             pass  # the clients show their certificates to this server's successor
         except StoreFailed as failed:
             self._clients.put_back_ends(ends)
-            _log.warning(
-                "when certificates end was not kept", extra={"clients": sorted(ends), "reason": failed.reason}
-            )
+            _log.warning("when certificates end was not kept", extra={"clients": sorted(ends), "reason": failed.reason})
 
     def _keep_ends_soon(self, services: RunServices) -> None:
         """Do ``_keep_ends`` for what must not wait."""
