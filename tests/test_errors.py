@@ -41,6 +41,7 @@ STABLE = {
     "VersionMismatch": ("version-mismatch", 12, False),
     "StoreFailed": ("store-failed", 12, True),
     "NoSpace": ("no-space", 12, True),
+    "NotStarted": ("not-started", 12, True),
     "TensorDamaged": ("tensor-damaged", 12, True),
     "TensorsLost": ("tensors-lost", 12, False),
     "StaleEpoch": ("stale-epoch", 12, False),
@@ -94,6 +95,10 @@ SENTENCES = {
     ),
     errors.NoSpace("writing x", disk="/data", folder="/data/ws", why="No space left on device"): (
         "writing x failed: the disk mounted at /data, which holds /data/ws, is full (No space left on device)"
+    ),
+    errors.NotStarted("the run's process", "Too many open files", folder="/runs/j1"): (
+        "the run's process could not be started: Too many open files; check the machine's memory, its limits on open "
+        "files and processes, and the rights in /runs/j1"
     ),
     errors.TensorDamaged("ab12", folder="/data/tensors"): (
         "tensor ab12 in /data/tensors is missing or damaged: its file holds not what was written; check that disk"

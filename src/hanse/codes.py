@@ -228,6 +228,11 @@ _ALL: Final = (
         "Make room there, or move the workspace to a larger disk. Logs and results of old jobs can be deleted.",
     ),
     Code(
+        "not-started",
+        "The machine did not let a job's process be started; it is tried again.",
+        "Look at what the sentence names: memory, limits on open files and processes (ulimit -a), a folder's rights.",
+    ),
+    Code(
         "tensor-damaged",
         "A tensor's file is missing, or holds other bytes than it was given; it was not used.",
         "Check the disk that the sentence names. What a client has answered is asked for again by itself.",

@@ -33,6 +33,7 @@
         ├── StoreFailed          the database or the disk
         │   ├── NoSpace          ... which is full
         │   └── TensorDamaged    ... which gives back other bytes than it was given
+        ├── NotStarted           the machine lets no process be started
         ├── TensorsLost          a run's tensors are missing or damaged
         └── StaleEpoch           this server's tenure has ended; nothing was written
 
@@ -381,6 +382,19 @@ class TensorDamaged(StoreFailed):
             f"tensor {digest} in {folder} is missing or damaged: its file holds not what was written; check that disk"
         )
         self.digest, self.folder = digest, folder
+
+
+class NotStarted(EnvironmentFault):
+    """The machine did not let *what*, a process, be started; *folder* is where it would have run."""
+
+    code = "not-started"
+
+    def __init__(self, what: str, why: str, *, folder: str) -> None:
+        super().__init__(
+            f"{what} could not be started: {why}; check the machine's memory, its limits on open files and processes, "
+            f"and the rights in {folder}"
+        )
+        self.what, self.why, self.folder = what, why, folder
 
 
 class TensorsLost(EnvironmentFault):

@@ -364,8 +364,12 @@ async def test_process_that_cannot_be_started_is_told_to_the_server_and_the_agen
         await server.up()
         await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
         here.launcher.error = OSError(12, "Cannot allocate memory")
-        with pytest.raises(RemoteError):
+        with pytest.raises(
+            RemoteError, match="the job's process at site-1 could not be started: Cannot allocate"
+        ) as told:
             await server.ask("start", server.start())
+        assert told.value.error_code == "not-started"
+        assert told.value.retryable
         here.launcher.error = None
         await server.ask("start", server.start())
 

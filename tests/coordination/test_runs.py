@@ -585,16 +585,18 @@ def test_a_client_whose_process_cannot_be_started_is_lost_no_later_for_being_tri
 
     for now in (8, 13, 17):
         run.starting(ONE, now=now)
-        run.not_started(ONE, now=now + 0.5)
+        run.not_started(ONE, "no memory", now=now + 0.5)
         assert run.participant(ONE).since == 3
+        assert run.participant(ONE).reason == "no memory"
 
     assert run.lost(18, 15) == [ONE]
+    assert run.participant(ONE).reason == "not connected for 15 s: no memory"
 
 
 def test_a_start_that_failed_says_nothing_of_a_process_that_is_connected() -> None:
     run = run_with(RUNNING)
 
-    run.not_started(ONE, now=5)
+    run.not_started(ONE, "no memory", now=5)
 
     assert run.participant(ONE).state is RUNNING
 

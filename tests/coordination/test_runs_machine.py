@@ -189,7 +189,7 @@ class Runs(RuleBasedStateMachine):
         before = self.run.participant(client)
         if self.run.starting(client, now=self.now) is None:
             return
-        self.run.not_started(client, now=self.now)
+        self.run.not_started(client, "no memory", now=self.now)
         after = self.run.participant(client)
         assert after.state is ClientState.SUSPECT
         assert after.since == (before.since if before.state is ClientState.SUSPECT else self.now)

@@ -1,6 +1,8 @@
 """Jobs over the wire: submitted, deployed, started, answered, committed, ended, and what is refused on the way."""
 
 import asyncio
+import errno
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
@@ -25,6 +27,7 @@ from hanse.errors import (
 from hanse.events import EventType, Refused
 from hanse.ids import ClientName, Digest, JobId
 from hanse.job import JobState, Resources, WorkflowSpec
+from hanse.launch.process import Handle
 from hanse.messages import (
     AbortJob,
     Attach,
@@ -1062,6 +1065,31 @@ def test_the_log_of_a_run_is_kept_short_while_its_process_runs(
     assert looked_at == []
 
 
+def test_a_run_whose_process_the_machine_does_not_start_goes_on_when_it_does_and_says_so_meanwhile(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.active_run.HINDERED_PAUSE_S", 0.05)
+    limit, reasons = threading.Event(), []
+
+    class Limited(Threads):
+        async def launch(self, module: str, **more: Any) -> Handle:
+            if limit.is_set():
+                return await super().launch(module, **more)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    server = start(launcher=Limited())
+    Site(dialler, server, "site-1", train=plus(1))
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=1)
+    while not reasons:
+        waiting = wait(server.jobs.board.view(job_id)).waiting
+        reasons = [each for each in waiting if "cannot go on" in each.what]
+    limit.set()
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert "the run's process could not be started: Too many open files" in reasons[0].what
+    assert reasons[0].until > reasons[0].since
+
+
 def test_a_run_whose_disk_is_full_goes_on_when_there_is_space_and_cancels_nothing_meanwhile(
     start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1470,6 +1498,21 @@ def test_a_server_started_again_deletes_the_tensors_of_runs_that_ended_when_it_w
     start()
     assert [path.name for path in sorted(runs.iterdir())] == ["ended-1", "ended-2"]
     assert [path.name for run in (ended, other) for path in run.iterdir()] == ["result", "result"]
+
+
+def test_a_server_started_again_deletes_a_submission_that_the_store_was_never_told_of(
+    start: StartServer, tmp_path: Path
+) -> None:
+    first = start()
+    waiting, never_told = (submit(first, tmp_path, min_clients=1) for _ in range(2))
+    first.close()
+    runs = tmp_path / "ws" / "runs"
+    (runs / never_told).rename(runs / "tiny-00c0ffee")
+    (runs / "mine").mkdir()
+
+    start()
+
+    assert {path.name for path in runs.iterdir()} == {waiting, "mine"}
 
 
 def test_two_servers_do_not_share_a_workspace(start: StartServer, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hanse.errors import NoSpace, StoreFailed
-from hanse.storage.disk import database_failure, disk_failure, mount_point
+from hanse.errors import NoSpace, NotStarted, StoreFailed
+from hanse.storage.disk import database_failure, disk_failure, mount_point, start_failure
 from hanse.storage.tensors import TensorFiles
 
 
@@ -31,6 +31,15 @@ def test_another_failure_of_the_disk_says_what_and_where() -> None:
     )
     assert type(disk_failure("opening /srv/store.db", denied, Path("/srv"))) is StoreFailed
     assert "(in" not in disk_failure("opening /srv/store.db", denied, Path("/srv")).reason
+
+
+def test_a_process_that_cannot_be_started_is_not_the_disks_fault_unless_that_is_full() -> None:
+    full = start_failure("the run's process", OSError(errno.ENOSPC, "No space left on device"), Path("/srv"))
+    limited = start_failure("the run's process", OSError(errno.EMFILE, "Too many open files"), Path("/srv"))
+
+    assert isinstance(full, NoSpace)
+    assert isinstance(limited, NotStarted)
+    assert (limited.why, limited.folder) == ("Too many open files", "/srv")
 
 
 def test_a_path_is_on_the_disk_that_is_mounted_nearest_above_it(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from hanse.launch.process import Handle, Launcher
 from hanse.launch.surviving import Survivor, survivor_at
 from hanse.messages import AbortJob, Channel, Credentials, DeployJob, JobCredentials, JobEnded, Message, StartJob
 from hanse.settings import ClientSettings
+from hanse.storage.disk import start_failure
 from hanse.storage.packages import MAX_PACKAGE_BYTES, comes_with, unpack_package
 from hanse.storage.tensors import TensorFiles
 
@@ -227,13 +228,16 @@ class SiteJobs:
         terms, authority = self._terms(job.deployed, job.folder), start.identity.authority
         await asyncio.to_thread(job.folder.note, StartedJob(job.deployed, start.attempt, terms, authority))
         kills = KillCounter()
-        handle = await self._launcher.launch(
-            PROCESS_MODULE,
-            spec=msgspec.msgpack.encode(self._process_spec(job.deployed, job.folder, start.identity)),
-            log_path=job.folder.log,
-            env={},
-            name=f"job {start.job_id}",
-        )
+        try:
+            handle = await self._launcher.launch(
+                PROCESS_MODULE,
+                spec=msgspec.msgpack.encode(self._process_spec(job.deployed, job.folder, start.identity)),
+                log_path=job.folder.log,
+                env={},
+                name=f"job {start.job_id}",
+            )
+        except OSError as error:
+            raise start_failure(f"the job's process at {self._client}", error, job.folder.path) from error
         if self._group is None:  # the agent has begun to stop meanwhile
             await handle.stop(STOP_GRACE_S)
         self._run(job, _Process(handle, start.attempt, kills, authority))

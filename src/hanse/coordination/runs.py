@@ -432,10 +432,10 @@ class Run:
             self._suspect_since[client] = part.since
         return self._move(client, ClientState.STARTING, now=now, attempt=part.attempt + 1).attempt
 
-    def not_started(self, client: ClientName, *, now: float) -> None:
+    def not_started(self, client: ClientName, reason: str, *, now: float) -> None:
         """Note that *client*'s process could not be started: a client that was suspect before is so since then."""
         if self.participant(client).state is ClientState.STARTING:
-            self._move(client, ClientState.SUSPECT, now=self._suspect_since.pop(client, now))
+            self._move(client, ClientState.SUSPECT, now=self._suspect_since.pop(client, now), reason=reason)
 
     def stream_up(self, client: ClientName, *, now: float, stream: object = None) -> ClientState | None:
         """Note that *client*'s job cell is connected; return what its state was, ``None`` when it has ended its part.
@@ -471,9 +471,11 @@ class Run:
 
     def lost(self, now: float, lost_after_s: float) -> list[ClientName]:
         """Return the clients that are lost since the last call: suspect for *lost_after_s* seconds or longer."""
-        newly = [part.name for part in self._suspects() if part.since + lost_after_s <= now]
-        for client in newly:
-            self._move(client, ClientState.LOST, now=now, reason=f"not connected for {lost_after_s:g} s")
+        late = [part for part in self._suspects() if part.since + lost_after_s <= now]
+        for part in late:
+            reason = f"not connected for {lost_after_s:g} s"
+            self._move(part.name, ClientState.LOST, now=now, reason=": ".join(filter(None, (reason, part.reason))))
+        newly = [part.name for part in late]
         self._lost.update(newly)
         return newly
 

@@ -41,7 +41,6 @@ from hanse.errors import (
     Conflict,
     HanseError,
     InternalError,
-    NoSpace,
     NotFound,
     NotInService,
     OutOfMemory,
@@ -94,7 +93,7 @@ from hanse.server.lifetime import start_in
 from hanse.server.run_folder import RunFolder
 from hanse.server.run_spec import RunProcessSpec
 from hanse.server.run_tensors import needed_tensors, without_lost
-from hanse.storage.disk import disk_failure
+from hanse.storage.disk import start_failure
 from hanse.storage.models import check_ref, digests_of, state_digests
 from hanse.storage.records import RunState, Store
 from hanse.storage.tensors import TensorFiles
@@ -346,9 +345,7 @@ class ActiveRun:
                 PROCESS_MODULE, spec=self._process_spec(), log_path=self.folder.log, env={}, name=f"run {self.job_id}"
             )
         except OSError as error:
-            failed = disk_failure("starting the run's process", error, self.folder.path)
-            if not isinstance(failed, NoSpace):
-                raise
+            failed = start_failure("the run's process", error, self.folder.path)
             self._hindrance = RunEnded(completed=False, code=failed.code, reason=failed.reason, again=True)
             return 0
         over = asyncio.create_task(self._over.wait(), name=f"end of {self.job_id}")  # awaited below
@@ -863,7 +860,7 @@ class ActiveRun:
         """Tell the run of the clients that are lost by now."""
         absent = self._services.absent()
         for client in self.run.lost(self._services.now(), lost_after_s):
-            reason = with_absence(f"{client} was not connected for {lost_after_s:g} s", client, absent)
+            reason = with_absence(f"{client} was {self.run.participant(client).reason}", client, absent)
             self._log.warning("client lost", extra={"client": client, "reason": reason})
             code = absent[client].code if client in absent else CLIENT_LOST
             self._troubles[client] = Trouble(code, self.log_tail(client))
@@ -930,7 +927,7 @@ class ActiveRun:
             if error.retryable:
                 self._log.info("client not started", extra={"client": client, "reason": error.reason})
                 self._unstarted.add(client)
-                self.run.not_started(client, now=services.now())
+                self.run.not_started(client, error.reason, now=services.now())
                 self._suspect()
             elif self.run.failed(client, error.reason, now=services.now()):
                 self._troubles[client] = Trouble(code_of(error))

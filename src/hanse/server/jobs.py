@@ -178,7 +178,8 @@ class Jobs:
 
     async def _take_up(self) -> None:
         running = await self._services.store.jobs(states=(JobState.RUNNING,))
-        await asyncio.to_thread(self._clear_leftovers, {record.job_id for record in running})
+        for job_id in await asyncio.to_thread(self._clear_leftovers, {record.job_id for record in running}):
+            await self._clear_unknown(job_id)
         for record in running:
             self._taking_up[record.job_id] = TakingUp(frozenset(record.clients), self._services.wall())
             self._live(record, self._resume(record))
@@ -218,15 +219,30 @@ class Jobs:
                 self._taking_up[record.job_id] = replace(self._taking_up[record.job_id], reason=failed.reason)
             await asyncio.sleep(POSTPONED_S)  # a bucket, or a full disk, tells nobody when it is well again
 
-    def _clear_leftovers(self, running: Collection[JobId]) -> None:
-        """Delete what earlier tenures have left: submissions that broke off, tensors of runs that are not *running*."""
+    def _clear_leftovers(self, running: Collection[JobId]) -> list[JobId]:
+        """Delete what earlier tenures have left: submissions that broke off, tensors of runs that are not *running*.
+
+        Return the jobs that have never run here: who submitted them may have been killed before the store had them.
+        """
+        idle = []
         for path in self._folders.glob(f"{_INCOMING}*"):
             number = path.name.removeprefix(_INCOMING).partition("-")[0]
             if number.isdigit() and int(number) < self._services.epoch:
                 shutil.rmtree(path, ignore_errors=True)
         for path in self._folders.glob("*/"):
-            if path.name not in running:
-                self.run_folder(JobId(path.name)).delete_earlier_tensors()
+            if path.name not in running and not path.name.startswith(_INCOMING):
+                folder = self.run_folder(JobId(path.name))
+                folder.delete_earlier_tensors()
+                if folder.package.is_dir() and not folder.log.exists():
+                    idle.append(JobId(path.name))
+        return idle
+
+    async def _clear_unknown(self, job_id: JobId) -> None:
+        """Delete the files of a job that has never run, unless the store has it."""
+        try:
+            await self._services.store.job(job_id)
+        except NotFound:
+            await asyncio.to_thread(shutil.rmtree, self.run_folder(job_id).path, ignore_errors=True)
 
     async def _clear_bucket(self, objects: Objects) -> None:
         """Delete the tensors that runs have left in the bucket, in this tenure or in earlier ones, until cancelled."""

@@ -1,4 +1,4 @@
-"""Which error stands for what the disk, or the database, did not do: a full one is told apart, and named."""
+"""Which error stands for what the disk, the database or the machine did not do; a full disk is told apart."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import sqlite3
 from pathlib import Path
 from typing import Final
 
-from hanse.errors import NoSpace, StoreFailed
+from hanse.errors import NoSpace, NotStarted, StoreFailed
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _DISK_FULL: Final = "53100"
@@ -19,6 +19,12 @@ def disk_failure(doing: str, error: OSError, folder: Path) -> StoreFailed:
     if error.errno in _FULL:
         return NoSpace(doing, disk=str(mount_point(folder)), folder=str(folder), why=why)
     return StoreFailed(doing, why if str(folder) in doing else f"{why} (in {folder})")
+
+
+def start_failure(what: str, error: OSError, folder: Path) -> NoSpace | NotStarted:
+    """Return the error that says that *what*, a process in *folder*, could not be started because of *error*."""
+    failed = disk_failure(f"starting {what}", error, folder)
+    return failed if isinstance(failed, NoSpace) else NotStarted(what, error.strerror or str(error), folder=str(folder))
 
 
 def database_failure(error: BaseException, name: str, *, doing: str = "using") -> StoreFailed:
