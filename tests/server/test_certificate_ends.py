@@ -3,6 +3,7 @@
 Over real mutual TLS; what moves is the server's time of day, by which certificates and tokens end.
 """
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -20,10 +21,23 @@ from hanse.ids import JobId
 from hanse.job import JobState, WorkflowSpec
 from hanse.messages import Channel, ClientList, DisableClient, Heartbeat, ListClients, Quit, Registered, Renew
 from hanse.server import FederatedServer
+from hanse.server.overseer import ScriptedOverseer
 from hanse.storage.memory import MemoryStore
+from hanse.storage.records import Lease
 
 from .job_world import Site, Threads, outcome, submit
-from .world import WITHIN_S, Dialler, Project, args, names, on_loop, peer_of, settings, wait
+from .world import (
+    WITHIN_S,
+    Dialler,
+    Project,
+    appoint,
+    args,
+    names,
+    on_loop,
+    peer_of,
+    settings,
+    wait,
+)
 
 MakeServer = Callable[..., FederatedServer]
 LIFETIME = timedelta(minutes=10)
@@ -330,10 +344,13 @@ def test_a_client_that_is_disabled_is_not_said_to_need_a_certificate(
 
 
 class NotedStore(MemoryStore):
-    """A store that notes which certificates' ends it was told, and fails at that when a test says so."""
+    """A store that notes which certificates' ends it was told, and fails at that, or holds its lease up, for a test."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.asked_for_lease = threading.Event()
+        self.may_lease = asyncio.Event()
+        self.may_lease.set()
         self.failure: Exception | None = None
         self.told: list[dict[str, float]] = []
         self._heard = threading.Condition()
@@ -345,6 +362,11 @@ class NotedStore(MemoryStore):
         if self.failure is not None:
             raise self.failure
         await super().keep_certificate_ends(epoch, ends, since_s=since_s)
+
+    async def take_lease(self, *arguments: Any, **more: Any) -> Lease:
+        self.asked_for_lease.set()
+        await self.may_lease.wait()
+        return await super().take_lease(*arguments, **more)
 
     def hears(self, times: int) -> None:
         """Return when the store has been told something that many times."""
@@ -447,6 +469,38 @@ def test_who_comes_back_with_a_new_certificate_is_welcome_at_the_next_server(
     found = noted.listed(dialler)
     assert ([each.remark for each in found.clients], found.expired) == ([""], {})
     assert store.kept() == {"site-1": project.site("site-1").expires.timestamp()}
+
+
+def test_what_a_server_sees_while_it_is_about_to_serve_it_keeps_when_it_does(
+    deployed: MakeServer, project: Project, store: NotedStore, dialler: Dialler, tmp_path: Path
+) -> None:
+    now, year = datetime.now(UTC).timestamp(), 365 * 86_400.0
+    wait(_opened_and_kept(store, {"site-1": now, "site-2": now, "site-3": now - year}, since_s=0.0))
+    overseer = ScriptedOverseer()
+    server = deployed(snapshot_persistor=store, overseer_agent=overseer, max_num_clients=3)
+    server.wall = lambda: now
+    store.asked_for_lease.clear()
+    on_loop(store.may_lease.clear)
+    turning = threading.Thread(target=lambda: appoint(overseer, server), daemon=True)
+    turning.start()
+    assert store.asked_for_lease.wait(WITHIN_S)
+
+    site = dialler.site(server, "site-1")
+    short_lived = project.issued(tmp_path, "site-1", now=datetime.now(UTC), lifetime=LIFETIME)
+    dialler.site(server, identity=short_lived, credentials=site.credentials)
+    on_loop(store.may_lease.set)
+    turning.join(WITHIN_S)
+
+    store.hears(2)
+    assert store.kept() == {"site-1": short_lived.expires.timestamp(), "site-2": now}
+    assert server.clients.expired() == {"site-2": now}
+
+
+async def _opened_and_kept(store: NotedStore, ends: Mapping[str, float], *, since_s: float) -> None:
+    async with store:
+        lease = await store.take_lease("before", name="before", target="", ttl_s=1.0)
+        await store.keep_certificate_ends(lease.epoch, ends, since_s=since_s)
+        await store.release_lease(lease.epoch)
 
 
 def test_a_client_comes_in_though_the_store_does_not_keep_the_end_of_its_certificate_and_the_next_one_has_it_kept(
