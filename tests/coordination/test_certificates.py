@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from hanse.coordination.certificates import (
     ENDS_SOON_S,
+    EXPECTED_S,
     CertificateEnds,
     remark_on,
 )
@@ -42,11 +43,80 @@ def test_a_name_that_has_shown_no_certificate_passes() -> None:
 
 
 def test_the_certificate_that_was_shown_last_counts() -> None:
-    certificates = seen((SITE, END))
-    assert not certificates.note(SITE, END)
-    assert certificates.note(SITE, END + DAY)
+    certificates = seen((SITE, END), (SITE, END + DAY))
     certificates.demand_valid(SITE, END)
     assert certificates.of(SITE) == END + DAY
+
+
+def test_who_has_gone_without_a_certificate_for_long_is_not_expected_any_more_and_does_not_pass_either() -> None:
+    certificates = seen((SITE, END))
+    assert certificates.ended(END + EXPECTED_S) == {SITE: END}
+    assert certificates.ended(END + EXPECTED_S + 1) == {}
+
+    assert certificates.has_ended(SITE, END + EXPECTED_S + 1)
+    with pytest.raises(CertificateExpired):
+        certificates.demand_valid(SITE, END + EXPECTED_S + 1)
+
+
+def test_what_a_certificate_calls_for_is_said_once_of_each() -> None:
+    certificates = seen((SITE, END))
+    assert certificates.warning(SITE, END - ENDS_SOON_S - 1) == ""
+    assert certificates.warning(SITE, END - DAY) == remark_on(END, END - DAY)
+    assert certificates.warning(SITE, END - 1) == ""
+
+    certificates.note(SITE, END + DAY)
+    assert certificates.warning(SITE, END) == remark_on(END + DAY, END)
+    assert certificates.warning("site-2", END) == ""
+
+
+# what the store is told -----------------------------------------------------------------------------------------------
+
+
+def test_the_store_is_told_of_each_certificate_once() -> None:
+    certificates = seen((SITE, END), ("site-2", END))
+    assert certificates.take_news() == {SITE: END, "site-2": END}
+
+    certificates.note(SITE, END)
+    assert certificates.take_news() == {}
+    certificates.note(SITE, END + DAY)
+    assert certificates.take_news() == {SITE: END + DAY}
+
+
+def test_what_the_store_did_not_keep_is_told_again_unless_there_is_a_newer_certificate() -> None:
+    certificates = seen((SITE, END), ("site-2", END))
+    news = certificates.take_news()
+    certificates.note(SITE, END + DAY)
+
+    certificates.put_back(news)
+
+    assert certificates.take_news() == {SITE: END + DAY, "site-2": END}
+    certificates.note("site-2", END + DAY)
+    assert certificates.take_news() == {"site-2": END + DAY}
+
+
+def test_what_was_told_after_the_newer_certificate_is_not_put_back() -> None:
+    certificates = seen((SITE, END))
+    older = certificates.take_news()
+    certificates.note(SITE, END + DAY)
+    certificates.take_news()
+
+    certificates.put_back(older)
+
+    assert certificates.take_news() == {}
+
+
+def test_a_server_knows_what_the_store_has_kept_and_what_it_has_seen_itself_and_not_told_yet() -> None:
+    certificates = seen((SITE, END), ("site-2", END))
+    certificates.take_news()
+    certificates.note(SITE, END + DAY)
+
+    certificates.restore({SITE: END - DAY, "site-3": END})
+
+    assert (certificates.of(SITE), certificates.of("site-2"), certificates.of("site-3")) == (END + DAY, None, END)
+    assert certificates.take_news() == {SITE: END + DAY}
+    certificates.note("site-3", END)  # which the store has
+    assert certificates.take_news() == {}
+    assert certificates.warning("site-3", END - 1) == remark_on(END, END - 1)  # this server has not said it yet
 
 
 @given(now_s=st.floats(END - 10 * DAY, END - 1e-3), longest_s=st.floats(1e-3, 20 * DAY))

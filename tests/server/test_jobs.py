@@ -1518,6 +1518,22 @@ def test_a_client_without_its_process_is_given_one_by_the_server_started_again(
     assert outcome(second, job_id).state is JobState.COMPLETED
 
 
+def test_a_run_that_is_taken_up_does_not_wait_for_ever_for_a_client_that_does_not_come_back(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    first = start()
+    site = Site(dialler, first, "site-1")
+    job_id = submit(first, tmp_path, min_clients=1)
+    site.task()
+    dialler.close()
+    first.close()
+
+    record = outcome(start(lost_after_s=0.05), job_id)
+
+    assert (record.state, record.code) == (JobState.FAILED, "too-few-clients")
+    assert (record.client, record.cause) == ("site-1", "client-lost")
+
+
 def test_a_job_that_waited_waits_again_after_a_restart(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
     first = start()
     job_id = submit(first, tmp_path, min_clients=1)

@@ -7,6 +7,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,24 @@ def test_a_server_that_says_nothing_is_succeeded_and_serves_nobody_when_it_wakes
     on_loop(first.store.beats.set)
     first.becomes(ServiceState.COLD)
     Site(dialler, second.server, "site-1")
+
+
+def test_the_server_that_takes_over_knows_whose_certificate_has_ended(
+    two: tuple[Pair, Pair], dialler: Dialler, project: Project, tmp_path: Path
+) -> None:
+    first, second = two
+    identity = project.issued(tmp_path, "site-1", now=datetime.now(UTC), lifetime=timedelta(minutes=10))
+    dialler.site(first.server, identity=identity)
+    dialler.site(first.server, "site-2")
+    end = identity.expires.timestamp()
+    for each in two:
+        each.server.wall = lambda: end
+    assert first.server.clients.expired() == {"site-1": end}
+
+    on_loop(first.store.beats.clear)
+    second.becomes(ServiceState.HOT)
+
+    assert second.server.clients.expired() == {"site-1": end}
 
 
 def test_a_server_whose_store_is_away_stops_serving_and_comes_back_with_it(start: Callable[[str], Pair]) -> None:

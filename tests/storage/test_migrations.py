@@ -140,6 +140,16 @@ async def test_its_disabled_clients_and_its_audit_log_are_there(upgraded: SqlSto
     ]
 
 
+async def test_of_its_clients_tokens_and_certificates_are_known_from_then_on(upgraded: SqlStore) -> None:
+    epoch = (await upgraded.take_lease("server:1", name="server", target="", ttl_s=4.0)).epoch
+    assert (await upgraded.kept_tokens(), await upgraded.certificate_ends()) == ({}, {})
+
+    await upgraded.keep_token(epoch, "site-1", DIGEST, now_s=300.0, until_s=400.0)
+    await upgraded.keep_certificate_ends(epoch, {"site-1": 500.0}, since_s=0.0)
+
+    assert (await upgraded.kept_tokens(), await upgraded.certificate_ends()) == ({"site-1": DIGEST}, {"site-1": 500.0})
+
+
 async def test_its_lease_is_free_and_the_tenure_of_its_last_server_over(upgraded: SqlStore) -> None:
     assert await upgraded.lease() == Lease(4, "", Ssid(f"{STORE_ID}-4"))
     with pytest.raises(StaleEpoch):

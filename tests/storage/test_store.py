@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import os
 import signal
 import sys
@@ -56,7 +57,8 @@ async def everything(store: Store) -> object:
     """Return all that *store* shows, to compare before and after."""
     jobs = await store.jobs()
     runs = [(await store.snapshot(job.job_id), await store.rounds(job.job_id)) for job in jobs]
-    return jobs, runs, await store.disabled_clients(), await store.kept_tokens(), await store.audit_log()
+    clients = await store.disabled_clients(), await store.kept_tokens(), await store.certificate_ends()
+    return jobs, runs, clients, await store.audit_log()
 
 
 # The lease ------------------------------------------------------------------------------------------------------------
@@ -272,6 +274,7 @@ async def test_no_write_of_an_ended_epoch_changes_anything(running: Store) -> No
         running.end_run(EPOCH, ended(record()), was=JobState.RUNNING),
         running.set_disabled(EPOCH, "site-1", True, reason="why"),
         running.keep_token(EPOCH, "site-1", "", now_s=1.0, until_s=2.0),
+        running.keep_certificate_ends(EPOCH, {"site-1": 2.0}, since_s=1.0),
         running.audit(EPOCH, AuditEntry(1.0, "a", "b", "c", "ok")),
     ]
 
@@ -734,6 +737,8 @@ async def test_what_is_not_valid_is_refused_before_anything_is_written(running: 
         running.keep_token(EPOCH, "no.name", "", now_s=1.0, until_s=2.0),
         running.keep_token(EPOCH, "site-1", "no digest", now_s=1.0, until_s=2.0),
         running.keep_token(EPOCH, "site-1", "", now_s=2.0, until_s=2.0),
+        running.keep_certificate_ends(EPOCH, {"site-1": 2.0, "no.name": 2.0}, since_s=1.0),
+        running.keep_certificate_ends(EPOCH, {"site-1": math.inf}, since_s=1.0),
         running.audit(EPOCH, changed(AuditEntry(1.0, "a", "b", "c", "ok"), actor=3)),
         running.audit(EPOCH, AuditEntry(1.0, "a\0", "b", "c", "ok")),
         running.release_lease(EPOCH, successor="no.name"),
@@ -789,6 +794,31 @@ async def test_no_token_of_a_client_that_was_disabled_counts_once_it_is_enabled(
     await store.set_disabled(EPOCH, "site-1", False)
 
     assert await store.kept_tokens() == {"site-1": ""}
+
+
+async def test_of_each_client_the_end_of_its_last_certificate_is_remembered(store: Store) -> None:
+    await store.keep_certificate_ends(EPOCH, {"site-2": 50.0, "site-1": 60.0}, since_s=1.0)
+    assert list((await store.certificate_ends()).items()) == [("site-1", 60.0), ("site-2", 50.0)]
+
+    await store.keep_certificate_ends(EPOCH, {"site-2": 40.0}, since_s=1.0)  # a new one may end sooner
+    for _ in range(2):  # whoever does not know whether it was written writes it again
+        await store.keep_certificate_ends(EPOCH, {"site-3": 70.0}, since_s=1.0)
+    assert await store.certificate_ends() == {"site-1": 60.0, "site-2": 40.0, "site-3": 70.0}
+
+
+async def test_certificates_that_ended_long_ago_are_forgotten_with_the_next_that_is_remembered(store: Store) -> None:
+    await store.keep_certificate_ends(EPOCH, {"site-1": 10.0, "site-2": 11.0, "site-3": 12.0}, since_s=1.0)
+
+    await store.keep_certificate_ends(EPOCH, {"site-4": 10.0, "site-1": 90.0}, since_s=11.0)
+
+    assert await store.certificate_ends() == {"site-1": 90.0, "site-2": 11.0, "site-3": 12.0}
+
+
+async def test_a_client_that_is_disabled_has_the_certificate_that_it_had(store: Store) -> None:
+    await store.keep_certificate_ends(EPOCH, {"site-1": 10.0}, since_s=1.0)
+    await store.set_disabled(EPOCH, "site-1", True)
+
+    assert await store.certificate_ends() == {"site-1": 10.0}
 
 
 async def test_the_audit_log_gives_the_latest_entries_first(store: Store) -> None:

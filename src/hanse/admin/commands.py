@@ -205,7 +205,7 @@ class _Desk:
         expired = {
             str(name): expired_text(ended_at)
             for name, ended_at in self._server.clients.expired().items()
-            if name not in registered and name not in disabled
+            if name not in registered
         }
         return ok(ClientList(tuple(clients), disabled, refused, expired))
 

@@ -302,9 +302,32 @@ class Clients:
             self._ends_of(peer.kind).demand_valid(split_cell(peer.fqcn)[0], self._wall())
 
     def expired(self) -> dict[ClientName, float]:
-        """Return the clients, registered or not, whose certificate has ended, each with when (POSIX seconds)."""
+        """Return the clients, registered or not, whose certificate has ended, each with when (POSIX seconds).
+
+        Not those that are disabled, which could not come with a new one either.
+        """
         with self._lock:
-            return self._certificates.ended(self._wall())
+            ended, disabled = self._certificates.ended(self._wall()), self._registry.disabled()
+        return {name: ended_at for name, ended_at in ended.items() if name not in disabled}
+
+    def take_ends(self) -> dict[str, float]:
+        """Return when clients' certificates end, as far as the store is to be told; see ``CertificateEnds``."""
+        with self._lock:
+            return self._certificates.take_news()
+
+    def put_back_ends(self, ends: Mapping[str, float]) -> None:
+        """Have ``take_ends`` return *ends* again, for the store did not keep them."""
+        with self._lock:
+            self._certificates.put_back(ends)
+
+    def restore_ends(self, kept: Mapping[str, float]) -> None:
+        """Know when clients' certificates end from what the store has *kept*.
+
+        Not where clients prove nothing: what they do not show here must not keep them out.
+        """
+        if self.identities.identification is not None:
+            with self._lock:
+                self._certificates.restore(kept)
 
     def certificate_of(self, name: ClientName) -> tuple[float, str]:
         """Return when *name*'s certificate ends (POSIX seconds, 0: not known), and what people should know of that."""
@@ -327,11 +350,12 @@ class Clients:
         """Return the clients as the schedule sees them; *taken* tells the jobs that run at one."""
         with self._lock:
             clients = list(self._registry.snapshot().values())
-            expired = self._certificates.ended(self._wall())
+            now_s = self._wall()
             connected = {
                 client.name
                 for client in clients
-                if self._registry.presence(client.name) is Presence.CONNECTED and client.name not in expired
+                if self._registry.presence(client.name) is Presence.CONNECTED
+                and not self._certificates.has_ended(client.name, now_s)
             }
         found = []
         for client in clients:
@@ -375,8 +399,8 @@ class Clients:
         return self._admins_certificates if role.partition(":")[0] == PeerKind.ADMIN else self._certificates
 
     def _note_end(self, ends: CertificateEnds, name: str, expires: datetime) -> None:
-        is_new = ends.note(name, expires.timestamp())
-        if is_new and (remark := remark_on(expires.timestamp(), self._wall())):
+        ends.note(name, expires.timestamp())
+        if remark := ends.warning(name, self._wall()):
             _log.warning("a participant needs a new certificate", extra={"participant": name, "reason": remark})
 
     def _renewed_s(self, peer: Peer, name: str) -> float:

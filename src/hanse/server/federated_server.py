@@ -28,7 +28,7 @@ from hanse.cell.listener import Listener
 from hanse.cell.loop import background_loop, run
 from hanse.cell.refusals import RemoteError, refuse
 from hanse.coordination.absence import Absence
-from hanse.coordination.certificates import expired_text
+from hanse.coordination.certificates import EXPECTED_S, expired_text
 from hanse.coordination.policy import PeerKind
 from hanse.coordination.registry import Presence, fingerprint
 from hanse.coordination.service import (
@@ -544,6 +544,7 @@ class FederatedServer(BaseServer):
         earlier = {name: counting for name, counting in kept.items() if name not in self._registered_early}
         for client in self._clients.count_only(earlier):
             self._forget(client)
+        self._clients.restore_ends(await deployed.store.certificate_ends())
         lease = HeldLease(deployed.store, held.lease, is_contended=is_contended, taken_at=held.taken_at)
         services = RunServices(
             project=self.project_name,
@@ -570,6 +571,7 @@ class FederatedServer(BaseServer):
         )
         while self._registered_early:
             await self._store_token(services, self._registered_early.pop())
+        self._keep_ends_soon(services)
         return Tenure(lease, jobs, on_lost=on_lost)
 
     async def _taken_lease(self, deployed: _Deployed) -> Lease:
@@ -704,6 +706,8 @@ class FederatedServer(BaseServer):
             await services.store.keep_token(services.epoch, name, counting, now_s=now_s, until_s=until_s)
         except (StaleEpoch, StoreFailed) as failed:
             raise NotInService(f"Server not in service: {failed.reason}") from failed
+        if ends := self._clients.take_ends():
+            await self._keep_ends(services, ends)
 
     def _keep_token_soon(self, name: ClientName) -> None:
         """Do ``_keep_token`` for what did not come by a stream, which must not wait."""
@@ -717,6 +721,25 @@ class FederatedServer(BaseServer):
                 _log.warning("which token counts was not kept", extra={"client": name, "reason": error.reason})
 
         asyncio.run_coroutine_threadsafe(keep(), background_loop())
+
+    async def _keep_ends(self, services: RunServices, ends: Mapping[str, float]) -> None:
+        """Have the store remember *ends*: when clients' certificates end, where it has not been told.
+
+        No client is refused because it cannot be. Then only this server knows, and tries again with the next client
+        that comes or renews its token.
+        """
+        try:
+            await services.store.keep_certificate_ends(services.epoch, ends, since_s=services.wall() - EXPECTED_S)
+        except StaleEpoch:
+            pass  # the clients show their certificates to this server's successor
+        except StoreFailed as failed:
+            self._clients.put_back_ends(ends)
+            _log.warning("when certificates end was not kept", extra={"clients": sorted(ends), "reason": failed.reason})
+
+    def _keep_ends_soon(self, services: RunServices) -> None:
+        """Do ``_keep_ends`` for what must not wait."""
+        if ends := self._clients.take_ends():
+            asyncio.run_coroutine_threadsafe(self._keep_ends(services, ends), background_loop())
 
     def _job_failure(self, request: Message) -> Payload:
         failure = expect(request, JobFailure)
@@ -791,8 +814,9 @@ class FederatedServer(BaseServer):
         if peer.kind == PeerKind.CLIENT:
             self._refused.forget(peer.fqcn)
             self._note_stream(peer.fqcn)
-        if self._primacy.tenure is not None:
-            self._primacy.tenure.jobs.link_up(peer)
+        if (tenure := self._primacy.tenure) is not None:
+            self._keep_ends_soon(tenure.jobs.services)
+            tenure.jobs.link_up(peer)
 
     def _link_down(self, peer: Peer, reason: str) -> None:
         if peer.kind == PeerKind.CLIENT:

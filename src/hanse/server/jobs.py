@@ -536,6 +536,7 @@ class Jobs:
         )
         self._runs[record.job_id] = active
         self._taking_up.pop(record.job_id, None)
+        self._suspects.set()  # all clients of a run that is taken up are, until they come
         try:
             for client in record.clients:  # those whose process went on while the server was away
                 if (peer := self._services.cell.peer(job_cell(client, record.job_id))) is not None:

@@ -6,7 +6,7 @@ changes happen in one step of the event loop.
 """
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -26,6 +26,7 @@ from hanse.storage.records import (
     Standby,
     check_audit,
     check_carried,
+    check_certificate_ends,
     check_commit,
     check_disabling,
     check_epoch,
@@ -85,6 +86,7 @@ class MemoryStore:
         self._jobs: dict[JobId, _Job] = {}
         self._disabled: dict[str, str] = {}
         self._tokens: dict[str, tuple[str, float]] = {}
+        self._certificate_ends: dict[str, float] = {}
         self._audit: list[AuditEntry] = []
 
     async def open(self) -> None:
@@ -269,6 +271,18 @@ class MemoryStore:
         """See ``Store``."""
         self._check_open()
         return {name: fingerprint for name, (fingerprint, _) in sorted(self._tokens.items())}
+
+    async def keep_certificate_ends(self, epoch: int, ends: Mapping[str, float], *, since_s: float) -> None:
+        """See ``Store``."""
+        check_certificate_ends(ends)
+        self._fence(epoch)
+        known = self._certificate_ends | dict(ends)
+        self._certificate_ends = {client: ends_at for client, ends_at in known.items() if ends_at >= since_s}
+
+    async def certificate_ends(self) -> dict[str, float]:
+        """See ``Store``."""
+        self._check_open()
+        return dict(sorted(self._certificate_ends.items()))
 
     async def audit(self, epoch: int, entry: AuditEntry) -> None:
         """See ``Store``."""

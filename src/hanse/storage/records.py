@@ -14,7 +14,7 @@ them before they change anything.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
@@ -272,6 +272,17 @@ class Store(Protocol):
         """Return the fingerprint of the one token that counts, by client, as ``keep_token`` was told."""
         ...
 
+    async def keep_certificate_ends(self, epoch: int, ends: Mapping[str, float], *, since_s: float) -> None:
+        """Remember when the certificates of clients end, in place of what was to be remembered of those.
+
+        Those, of any client, that ended before *since_s* are forgotten.
+        """
+        ...
+
+    async def certificate_ends(self) -> dict[str, float]:
+        """Return when clients' certificates end, as ``keep_certificate_ends`` was told."""
+        ...
+
     async def audit(self, epoch: int, entry: AuditEntry) -> None:
         """Append *entry* to the audit log."""
         ...
@@ -447,6 +458,13 @@ def check_token(client: str, fingerprint: str, *, now_s: float, until_s: float) 
     _expect(is_name(client), "client", client, "a participant's name")
     _expect(fingerprint == "" or is_digest(fingerprint), "fingerprint", fingerprint, "a digest, or nothing")
     _expect(0 <= now_s < until_s < math.inf, "until_s", until_s, "a time after now")
+
+
+def check_certificate_ends(ends: Mapping[str, float]) -> None:
+    """Check when the certificates of clients are to end."""
+    for client, ends_at in ends.items():
+        _expect(is_name(client), "client", client, "a participant's name")
+        _expect(math.isfinite(ends_at), f"the end of {client}'s certificate", ends_at, "a time")
 
 
 def check_audit(entry: AuditEntry) -> None:

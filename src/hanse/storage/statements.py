@@ -12,7 +12,20 @@ from sqlalchemy import Column, ColumnElement, Table, bindparam, delete, insert, 
 from hanse.job import JobState
 from hanse.messages import TaskKey
 from hanse.storage.records import AuditEntry, Standby
-from hanse.storage.tables import audit, disabled, jobs, lease, meta, models, rounds, standbys, states, tasks, tokens
+from hanse.storage.tables import (
+    audit,
+    certificate_ends,
+    disabled,
+    jobs,
+    lease,
+    meta,
+    models,
+    rounds,
+    standbys,
+    states,
+    tasks,
+    tokens,
+)
 from hanse.storage.transaction import Statement
 
 NO_LIMIT: Final = 2**31 - 1
@@ -105,6 +118,13 @@ ADD_TOKEN: Final = Statement(insert(tokens).values(_row(*tokens.c)))
 VOID_TOKEN: Final = Statement(update(tokens).where(_given(tokens.c.client)).values(_row(tokens.c.fingerprint)))
 DELETE_TOKEN: Final = Statement(delete(tokens).where(_given(tokens.c.client)))
 DELETE_OLD_TOKENS: Final = Statement(delete(tokens).where(tokens.c.until_s <= bindparam("now_s")))
+
+CERTIFICATE_ENDS: Final = Statement(select(certificate_ends.c.client, certificate_ends.c.ends_at))
+ADD_CERTIFICATE_END: Final = Statement(insert(certificate_ends).values(_row(*certificate_ends.c)))
+DELETE_CERTIFICATE_END: Final = Statement(delete(certificate_ends).where(_given(certificate_ends.c.client)))
+DELETE_OLD_CERTIFICATE_ENDS: Final = Statement(
+    delete(certificate_ends).where(certificate_ends.c.ends_at < bindparam("since_s"))
+)
 
 _AUDIT_COLUMNS: Final = [audit.c[name] for name in AuditEntry.__struct_fields__]
 ADD_AUDIT: Final = Statement(insert(audit).values(_row(*_AUDIT_COLUMNS)))

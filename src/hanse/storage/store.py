@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +34,7 @@ from hanse.storage.records import (
     Store,
     check_audit,
     check_carried,
+    check_certificate_ends,
     check_commit,
     check_disabling,
     check_epoch,
@@ -376,6 +377,23 @@ class SqlStore:
     async def kept_tokens(self) -> dict[str, str]:
         """See ``Store``."""
         return await self._read(lambda transaction: dict(sorted(transaction.rows(sql.TOKENS))))
+
+    async def keep_certificate_ends(self, epoch: int, ends: Mapping[str, float], *, since_s: float) -> None:
+        """See ``Store``."""
+        check_certificate_ends(ends)
+        rows = [{"client": client, "ends_at": ends_at} for client, ends_at in ends.items()]
+
+        def keep(transaction: Transaction) -> None:
+            _fence(transaction, epoch)
+            transaction.run_many(sql.DELETE_CERTIFICATE_END, [{"of_client": client} for client in ends])
+            transaction.run_many(sql.ADD_CERTIFICATE_END, rows)
+            transaction.run(sql.DELETE_OLD_CERTIFICATE_ENDS, {"since_s": since_s})
+
+        await self._write(keep)
+
+    async def certificate_ends(self) -> dict[str, float]:
+        """See ``Store``."""
+        return await self._read(lambda transaction: dict(sorted(transaction.rows(sql.CERTIFICATE_ENDS))))
 
     async def audit(self, epoch: int, entry: AuditEntry) -> None:
         """See ``Store``."""

@@ -23,7 +23,7 @@ from sqlalchemy import (
     text,
 )
 
-SCHEMA_VERSION: Final = "0003"
+SCHEMA_VERSION: Final = "0004"
 """The migration that makes the schema below."""
 FIRST_RELEASE: Final = "0001"
 """The schema of the first release, which did not note it down as the later ones do."""
@@ -126,6 +126,13 @@ tokens = Table(
     Index("tokens_by_until", "until_s"),
 )
 """The fingerprint of the one token of each client that counts (nothing: none does), and how long that matters."""
+
+certificate_ends = Table(
+    "certificate_ends",
+    metadata,
+    Column("client", String, primary_key=True),
+    Column("ends_at", Double, nullable=False),
+)
 
 audit = Table(
     "audit",
