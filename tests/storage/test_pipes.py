@@ -242,6 +242,39 @@ async def test_a_pipe_that_is_taken_for_a_dead_ones_in_the_making_is_made_anew(
     assert await store.renew_lease(epoch) == await waiting
 
 
+async def test_a_pipe_that_is_read_just_before_it_is_deleted_as_a_dead_ones_is_made_anew(
+    store: SqlStore, other: SqlStore, epoch: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who tells found that nobody reads it, is slow, and deletes it when somebody does."""
+    mkfifo, unlink, real_open = os.mkfifo, os.unlink, os.open
+    taken_for_dead: list[str] = []
+    deleted: list[str] = []
+
+    def make(name: str, mode: int, *, dir_fd: int) -> None:
+        mkfifo(name, mode, dir_fd=dir_fd)
+        if not deleted:
+            Listeners(folder).tell()
+
+    def note(name: str, *, dir_fd: int) -> None:
+        taken_for_dead.append(name)
+
+    def open_and_delete(path: str | Path, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        descriptor = real_open(path, flags, mode, dir_fd=dir_fd)
+        if flags & os.O_RDWR and path in taken_for_dead:
+            unlink(path, dir_fd=dir_fd)
+            deleted.append(str(path))
+        return descriptor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipes.os, "mkfifo", make)
+        patch.setattr(pipes.os, "unlink", note)
+        patch.setattr(pipes.os, "open", open_and_delete)
+        waiting = await standby(other)
+
+    assert len(deleted) == len(pipes_in(folder)) == 1
+    assert await store.renew_lease(epoch) == await waiting
+
+
 async def test_a_word_between_the_opening_of_a_pipe_and_its_name_is_heard(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
