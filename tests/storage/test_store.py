@@ -944,7 +944,7 @@ async def test_of_many_who_may_take_the_lease_at_once_one_gets_it(where: Where, 
 
 async def test_who_waits_for_the_lease_hears_of_what_another_server_does_to_it(where: Where) -> None:
     async with SqlStore(where) as one, SqlStore(where) as other:
-        seen = await one.take_lease("a:1", name="a", target="", ttl_s=0.05)  # so that SQLite is looked at soon
+        seen = await take(one, "server-1")
         for move in (one.renew_lease, one.release_lease):
             waiting = asyncio.ensure_future(other.lease_moved(seen, within_s=3600.0))
             await other.standbys()

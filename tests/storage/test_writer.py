@@ -1,4 +1,5 @@
 import asyncio
+import sqlite3
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -33,6 +34,7 @@ class Database:
     """A writer over a table of numbers, which can be held up."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.numbers = Numbers(path)
         self.writer = Writer(self.numbers)
         self.go_on = threading.Event()
@@ -123,6 +125,38 @@ async def test_a_group_larger_than_the_limit_is_split(database: Database) -> Non
 
     assert database.numbers.begun == 3
     assert len(await database.all()) == MAX_GROUP + 1
+
+
+async def test_what_a_transaction_is_to_tell_is_told_when_others_can_see_what_it_did(database: Database) -> None:
+    seen: list[list[tuple[int]]] = []
+
+    def look() -> None:
+        other = sqlite3.connect(database.path)
+        seen.append(other.execute("SELECT number FROM numbers").fetchall())
+        other.close()
+
+    def add_and_tell(transaction: Transaction) -> None:
+        transaction.call_when_committed(look)
+        transaction.run(ADD, {"number": 1})
+
+    await database.writer.write(add_and_tell)
+
+    assert seen == [[(1,)]]
+    assert await database.add(2) == 2
+    assert len(seen) == 1
+
+
+async def test_what_a_transaction_that_fails_was_to_tell_is_not_told(database: Database) -> None:
+    told: list[str] = []
+
+    def tell_and_fail(transaction: Transaction) -> None:
+        transaction.call_when_committed(lambda: told.append("done"))
+        transaction.run(Statement(text("INSERT INTO nowhere VALUES (1)")))
+
+    with pytest.raises(StoreFailed):
+        await database.writer.write(tell_and_fail)
+
+    assert told == []
 
 
 async def test_what_was_asked_for_before_the_close_is_done(database: Database) -> None:

@@ -64,12 +64,9 @@ class Database(Protocol):
         ...
 
     def announce(self, transaction: Transaction) -> None:
-        """Tell all listeners that the lease has moved, as soon as *transaction* is committed."""
+        """Tell all listeners, in every process, that the lease has moved, as soon as *transaction* is committed."""
         ...
 
-    def listener(self, heard: Callable[[], None]) -> Listener | None:
-        """Return what calls *heard*, in its event loop, when the lease has moved or may have.
-
-        ``None``: this database tells nobody.
-        """
+    def listener(self, heard: Callable[[], None]) -> Listener:
+        """Return what calls *heard*, in its event loop, when the lease has moved or may have."""
         ...

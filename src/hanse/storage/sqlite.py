@@ -1,4 +1,7 @@
-"""SQLite, in a file: write-ahead log, every commit synced, and a write lock that one process at a time has."""
+"""SQLite, in a file: write-ahead log, every commit synced, and a write lock that one process at a time has.
+
+All who use the file are on one machine, so they tell each other by pipes beside it (``pipes``).
+"""
 
 import fcntl
 import os
@@ -12,6 +15,7 @@ from sqlalchemy import Connection, NullPool, create_engine, event
 from sqlalchemy.dialects.sqlite import dialect
 
 from hanse.storage.disk import disk_failure
+from hanse.storage.pipes import Listeners, PipeListener
 from hanse.storage.transaction import DriverConnection, Transaction
 
 BUSY_TIMEOUT_S: Final = 5.0
@@ -27,6 +31,9 @@ class SqliteDatabase:
         self._path = path
         self.name = str(path)
         self.dialect = dialect(paramstyle="named")
+        # By whatever links somebody comes to the file, SQLite puts its own files, and we the pipes, beside it.
+        self._folder = Path(f"{os.path.realpath(path)}-listeners")
+        self._listeners = Listeners(self._folder)
 
     def connect(self) -> DriverConnection:
         """See ``Database``."""
@@ -65,11 +72,12 @@ class SqliteDatabase:
             yield connection
 
     def announce(self, transaction: Transaction) -> None:
-        """Do nothing: a file tells nobody."""
-
-    def listener(self, heard: Callable[[], None]) -> None:
         """See ``Database``."""
-        return
+        transaction.call_when_committed(self._listeners.tell)
+
+    def listener(self, heard: Callable[[], None]) -> PipeListener:
+        """See ``Database``."""
+        return PipeListener(self._folder, heard, name=self.name)
 
     def _make(self) -> None:
         """Make the file if there is none.

@@ -65,9 +65,6 @@ __all__ = ["AuditEntry", "Lease", "RunState", "SqlStore", "Standby", "Store"]
 
 T = TypeVar("T")
 
-LOOKS: Final = 8
-"""How often a lease is looked at within its time to live, where nobody tells that it has moved."""
-
 ANSWERS_BITS: Final = 32
 """Answers are numbered as they are accepted, by the only server that has the epoch; so many bits are for the number."""
 
@@ -132,14 +129,11 @@ class SqlStore:
             if self._listener is not None:
                 await self._listener.listen()
             moved = self._moved
-            lease, now = await self.lease(), loop.time()
-            if has_moved(lease, seen) or now >= deadline:
+            lease = await self.lease()
+            if has_moved(lease, seen) or loop.time() >= deadline:
                 return lease
-            # A file tells nobody, so its lease is looked at in time for a handover to be quick; that costs a read.
-            is_told = self._listener is not None or not seen.ttl_s
-            next_look = deadline if is_told else min(deadline, now + seen.ttl_s / LOOKS)
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(next_look):
+                async with asyncio.timeout_at(deadline):
                     await moved.wait()
 
     async def take_lease(
@@ -155,7 +149,7 @@ class SqlStore:
             transaction.run(sql.DELETE_STANDBY, {"of_name": name})
             return self._set_lease(transaction, taken, epoch=lease.epoch + 1)
 
-        return await self._move_lease(take)
+        return await self._write(take)
 
     async def renew_lease(self, epoch: int) -> Lease:
         """See ``Store``."""
@@ -164,7 +158,7 @@ class SqlStore:
             lease = self._held_lease(transaction, epoch)
             return self._set_lease(transaction, msgspec.structs.replace(lease, beat=lease.beat + 1), epoch=epoch)
 
-        return await self._move_lease(renew)
+        return await self._write(renew)
 
     async def release_lease(self, epoch: int, *, successor: str = "") -> None:
         """See ``Store``."""
@@ -175,7 +169,7 @@ class SqlStore:
             free = Lease(0, "", lease.ssid, ttl_s=lease.ttl_s, successor=successor)
             return self._set_lease(transaction, free, epoch=epoch + 1)
 
-        await self._move_lease(release)
+        await self._write(release)
 
     async def note_standby(self, standby: Standby) -> None:
         """See ``Store``."""
@@ -442,11 +436,6 @@ class SqlStore:
                 return store_id
         except DBAPIError as error:
             raise database_failure(error.orig or error, self._name, doing="opening") from error
-
-    async def _move_lease(self, operation: Callable[[Transaction], Lease]) -> Lease:
-        lease = await self._write(operation)
-        self._wake()
-        return lease
 
     def _wake(self) -> None:
         moved, self._moved = self._moved, asyncio.Event()

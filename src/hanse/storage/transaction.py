@@ -4,7 +4,7 @@ SQLAlchemy writes the SQL of either database. It could run it, too, but takes te
 for the work, and a run waits for each of its transactions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from sqlalchemy import ClauseElement, Dialect
@@ -79,6 +79,16 @@ class Transaction:
 
     def __init__(self, cursor: Cursor, dialect: Dialect) -> None:
         self._cursor, self._dialect = cursor, dialect
+        self._calls: list[Callable[[], None]] = []
+
+    def call_when_committed(self, call: Callable[[], None]) -> None:
+        """Have *call* called once this transaction is committed, if it is; it must neither wait nor raise."""
+        self._calls.append(call)
+
+    def make_calls(self) -> None:
+        """Make those calls; whoever commits does so afterwards."""
+        for call in self._calls:
+            call()
 
     def run(self, statement: Statement, parameters: Mapping[str, Any] = _NOTHING) -> int:
         """Run *statement* and return how many rows it changed."""

@@ -133,21 +133,28 @@ class Writer:
         connection = self._connection = self._connection or self._database.connect()
         outcomes: list[_Outcome] | None = None
         try:
-            outcomes = self._run_all(connection, group)
+            transaction = self._begin(connection, group)
+            outcomes = self._run_all(transaction, group, undo_all=connection.rollback)
             connection.commit()
-            return outcomes
         except Exception:
             self._roll_back(connection)
             is_lost_before_commit = outcomes is None and self._connection is None
             if not (may_retry and is_lost_before_commit and time.monotonic() - began <= RETRY_WITHIN_S):
                 raise
+        else:
+            transaction.make_calls()
+            return outcomes
         return self._commit_together(group, may_retry=False)
 
-    def _run_all(self, connection: DriverConnection, group: list[_Request]) -> list[_Outcome]:
+    def _begin(self, connection: DriverConnection, group: list[_Request]) -> Transaction:
         self._database.begin(connection, is_write=any(request.is_write for request in group))
-        transaction = Transaction(connection.cursor(), self._database.dialect)
+        return Transaction(connection.cursor(), self._database.dialect)
+
+    def _run_all(
+        self, transaction: Transaction, group: list[_Request], *, undo_all: Callable[[], object]
+    ) -> list[_Outcome]:
         if len(group) == 1:  # nobody else's work to keep: a savepoint would only cost time
-            return [self._attempt(transaction, group[0], undo=connection.rollback)]
+            return [self._attempt(transaction, group[0], undo=undo_all)]
         outcomes = []
         for request in group:
             transaction.run(_SAVEPOINT)
