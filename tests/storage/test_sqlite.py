@@ -1,7 +1,9 @@
 """What SQLite adds to the contract of ``test_store``: a file, its rights, and what can be wrong with it."""
 
 import asyncio
+import fcntl
 import json
+import os
 import sqlite3
 import stat
 import subprocess
@@ -164,6 +166,23 @@ async def test_a_file_that_another_process_writes_for_too_long_is_named_with_the
         other.close()
 
         await store.add_job(epoch, record())
+
+
+async def test_a_process_that_stopped_while_it_opened_the_file_is_waited_for_a_while_and_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 0.1)
+    path.parent.mkdir(mode=0o700)
+    store = SqlStore(path)
+    other = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    with pytest.raises(StoreFailed, match="a process that opens a database there is stopped; end it"):
+        await store.open()
+    os.close(other)
+
+    async with store:
+        assert await store.jobs() == []
 
 
 async def test_a_full_disk_is_named_as_the_cause_and_nothing_is_half_written(path: Path) -> None:

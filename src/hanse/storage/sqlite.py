@@ -6,6 +6,7 @@ All who use the file are on one machine, so they tell each other by pipes beside
 import fcntl
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Final
 from sqlalchemy import Connection, NullPool, create_engine, event
 from sqlalchemy.dialects.sqlite import dialect
 
+from hanse.errors import StoreFailed
 from hanse.storage.disk import disk_failure
 from hanse.storage.pipes import Listeners, PipeListener
 from hanse.storage.transaction import DriverConnection, Transaction
@@ -101,7 +103,32 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise disk_failure(f"opening {folder}", error, folder) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor, folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """Lock *descriptor*, which is open on *folder*, against all others.
+
+    Raises:
+        StoreFailed: another process had it locked for ``BUSY_TIMEOUT_S``.
+    """
+    with suppress(BlockingIOError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    own, taken = os.dup(descriptor), threading.Event()  # the lock is both's, and lasts until both are closed
+
+    def take() -> None:
+        try:
+            fcntl.flock(own, fcntl.LOCK_EX)
+            taken.set()
+        finally:
+            os.close(own)
+
+    threading.Thread(target=take, name=f"lock {folder}", daemon=True).start()  # nothing else ends its wait in time
+    if not taken.wait(BUSY_TIMEOUT_S):
+        raise StoreFailed(
+            f"opening {folder}", "a process that opens a database there is stopped; end it, or have it go on"
+        )
