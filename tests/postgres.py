@@ -85,7 +85,8 @@ class Postgres:
         name = "emptied"
         if not self.execute(f"SELECT 1 FROM pg_database WHERE datname = '{name}'"):
             self.execute(f"CREATE DATABASE {name}")
-        self.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+        within_ms = 30_000  # who is told to end may still be ending, with its locks
+        self.execute(f"SELECT pg_terminate_backend(pid, {within_ms}) FROM pg_stat_activity WHERE datname = '{name}'")
         self.execute("DROP SCHEMA public CASCADE", database=name)
         self.execute("CREATE SCHEMA public", database=name)
         return name
