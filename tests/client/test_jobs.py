@@ -169,6 +169,28 @@ async def test_end_that_nobody_asked_for_is_reported_with_the_logs_last_lines(tm
         assert await server.next(JobEnded) == JobEnded(JOB, 2, -9, "the last line")
 
 
+async def test_job_whose_process_has_ended_is_told_with_each_heartbeat_until_the_server_is_done_with_it(
+    tmp_path: Path,
+) -> None:
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        assert (await server.next(Heartbeat)).ended == (), "it has not run"
+        await server.ask("start", server.start())
+        while (await server.next(Heartbeat)).jobs != (JOB,):
+            continue
+        here.launcher.launched[0].end(1)
+        while (heartbeat := await server.next(Heartbeat)).ended != (JOB,):
+            assert heartbeat.ended == ()
+        assert heartbeat.jobs == ()
+
+        server.abort = (JOB,)
+        while (await server.next(Heartbeat)).ended:
+            continue
+
+        assert [path.name for path in (here.workspace / "jobs" / JOB).iterdir()] == ["job.log"]
+
+
 async def test_site_decides_how_much_of_its_log_leaves_it(tmp_path: Path) -> None:
     for lines, told in ((0, ""), (1, "the last line")):
         policy = SitePolicy(log_lines=lines)

@@ -9,6 +9,7 @@ import asyncio
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -188,6 +189,14 @@ class Bench:
         assert rounds == undisturbed.rounds, f"its rounds were {rounds}, and not {undisturbed.rounds}"
         journal.check_written(self.store, view.job_id, undisturbed.writes, rounds=len(undisturbed.rounds) - 1)
         self.check_left_nothing(view.job_id)
+
+    def check_worked_once(self, job_id: str) -> None:
+        """Assert that no client of that job, whose processes have lived throughout, worked on any task twice."""
+        for name in self.running.names:
+            log = (self.running.workspace(name) / "jobs" / job_id / "job.log").read_text()
+            received = Counter(re.findall(r"task received job=\S+ (task=\S+ round=\d+)", log))
+            assert len(received) >= ROUNDS, f"{name} worked on {sorted(received)} only"
+            assert set(received.values()) == {1}, f"{name} worked more than once on a task: {received}"
 
     def check_left_nothing(self, job_id: str) -> None:
         """Assert that soon neither a process nor a file is left of the job but what is meant to stay."""

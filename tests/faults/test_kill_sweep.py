@@ -52,6 +52,8 @@ def test_killed_at_a_step_the_run_completes_with_the_same_bytes(
     try:
         view = run(made.run([Disturbance(step, kill)]), RUN_WITHIN_S)
         made.check(view)
+        if victim in ("server", "run"):
+            made.check_worked_once(view.job_id)
         outcome = "ok" if killed == [1] else "ok, none there"
     finally:
         mark("one process killed", str(STEPS[step]), victim, f"{outcome} {time.perf_counter() - began:.1f} s")

@@ -35,6 +35,7 @@ RETURN_CODES: Final[Mapping[type[HanseError], ReturnCode]] = {
     errors.MissingDependency: ReturnCode.REFUSED,
     errors.ProcessDied: ReturnCode.REFUSED,
     errors.OutOfMemory: ReturnCode.REFUSED,
+    errors.ProcessHung: ReturnCode.REFUSED,
     errors.UpdateRejected: ReturnCode.REFUSED,
     errors.WorkflowError: ReturnCode.ABORT_RUN,
     errors.WorkflowFailed: ReturnCode.ABORT_RUN,
@@ -47,6 +48,7 @@ RETURN_CODES: Final[Mapping[type[HanseError], ReturnCode]] = {
     errors.StoreFailed: ReturnCode.INTERNAL,
     errors.NoSpace: ReturnCode.INTERNAL,
     errors.TensorDamaged: ReturnCode.INTERNAL,
+    errors.NotStarted: ReturnCode.INTERNAL,
     errors.TensorsLost: ReturnCode.ABORT_RUN,
     errors.StaleEpoch: ReturnCode.COMM_ERROR,
 }

@@ -67,6 +67,7 @@ class _Job:
     deployed: DeployJob
     folder: JobFolder
     process: _Process | None = None
+    has_run: bool = False
 
 
 class SiteJobs:
@@ -118,6 +119,11 @@ class SiteJobs:
     def running(self) -> tuple[JobId, ...]:
         """The jobs with a process here, or with one whose end the server has not heard of yet; sorted."""
         return tuple(sorted(job_id for job_id, job in self._jobs.items() if job.process is not None))
+
+    @property
+    def ended(self) -> tuple[JobId, ...]:
+        """The jobs whose process has ended here, as the server has heard; sorted."""
+        return tuple(sorted(job_id for job_id, job in self._jobs.items() if job.has_run and job.process is None))
 
     def shorten_logs(self) -> None:
         """Have the logs of the jobs here shortened, as far as they are too long; returns at once."""
@@ -252,7 +258,7 @@ class SiteJobs:
 
     def _run(self, job: _Job, process: _Process) -> None:
         group = self._serving_group()
-        job.process = process
+        job.process, job.has_run = process, True
         process.watcher = group.create_task(self._watch(job, process), name=f"watch job {job.deployed.job_id}")
 
     def _terms(self, deployed: DeployJob, folder: JobFolder) -> str:

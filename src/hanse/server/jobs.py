@@ -710,8 +710,13 @@ class Jobs:
 
     # what clients tell
 
-    def heartbeat(self, client: ClientName, reported: Collection[JobId]) -> tuple[JobId, ...]:
-        """Take note of the jobs that *client* reports, and return those that it should abort; from any thread."""
+    def heartbeat(
+        self, client: ClientName, reported: Collection[JobId], ended: Collection[JobId] = ()
+    ) -> tuple[JobId, ...]:
+        """Take note of the jobs that *client* reports, and return those that it should abort; from any thread.
+
+        Of those whose process has *ended* there, it should abort those that have ended here, too.
+        """
         # In this order: a run that is taken up at this moment is in the one or the other, or in both.
         expected = {job_id for job_id, coming in list(self._taking_up.items()) if client in coming.clients}
         expected |= {job_id for job_id, run in list(self._runs.items()) if client in run.run.clients}
@@ -719,7 +724,8 @@ class Jobs:
         self._known[client] = sync.known
         self._loop.call_soon_threadsafe(self._heard, client, sync, expected)
         starting = set(self._lives) - set(self._runs)
-        return tuple(job_id for job_id in sync.abort if job_id not in starting)[:MAX_ABORTS]
+        over = [job_id for job_id in ended if self._knows_runs and job_id not in {*expected, *self._lives}]
+        return tuple(job_id for job_id in (*sync.abort, *over) if job_id not in starting)[:MAX_ABORTS]
 
     def _heard(self, client: ClientName, sync: Sync, expected: Collection[JobId]) -> None:
         for job_id in expected:
