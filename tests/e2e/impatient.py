@@ -3,8 +3,8 @@
 import sys
 
 from hanse.cli import main
-from hanse.server import active_run
+from hanse.server import run_process
 
 if __name__ == "__main__":
-    active_run.RUN_SILENT_S = 8.0  # type: ignore[misc]
+    run_process.RUN_SILENT_S = 8.0  # type: ignore[misc]
     sys.exit(main())

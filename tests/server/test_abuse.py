@@ -217,7 +217,7 @@ def test_a_store_that_fails_for_a_while_ends_no_tenure(
 def test_a_job_that_a_client_ends_while_the_store_is_full_ends_for_its_reason_once_it_can(
     start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hanse.server.active_run.HINDERED_PAUSE_S", 0.01)
+    monkeypatch.setattr("hanse.server.active_run.STORE_PAUSE_S", 0.01)
     server = start()
     site = Site(dialler, server, "site-1", starts=False)
     job_id = submit(server, tmp_path, min_clients=1)
@@ -379,7 +379,7 @@ def test_an_answer_that_could_not_be_journalled_is_when_it_is_sent_again(
 def test_a_job_whose_process_is_given_up_while_the_store_is_full_ends_for_that_reason(
     start: StartServer, store: TroubledStore, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hanse.server.active_run.HINDERED_PAUSE_S", 0.01)
+    monkeypatch.setattr("hanse.server.active_run.STORE_PAUSE_S", 0.01)
     launcher = on_loop(ScriptedLauncher)
     server = start(launcher)
     Site(dialler, server, "site-1")

@@ -1105,7 +1105,7 @@ def test_the_log_of_a_run_whose_process_does_nothing_but_print_is_shortened_at_e
 def test_a_run_whose_process_says_nothing_any_more_is_given_another_and_fails_of_the_last(
     start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hanse.server.active_run.RUN_SILENT_S", 0.2)
+    monkeypatch.setattr("hanse.server.run_process.RUN_SILENT_S", 0.2)
     launcher = on_loop(partial(ScriptedLauncher, "the last line"))
     server = start(launcher=launcher)
     Site(dialler, server, "site-1")
@@ -1122,7 +1122,7 @@ def test_a_run_whose_process_says_nothing_any_more_is_given_another_and_fails_of
 def test_a_run_whose_process_says_that_it_lives_is_left_alone(
     deployed: MakeServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hanse.server.active_run.RUN_SILENT_S", silent_s := 2.0)
+    monkeypatch.setattr("hanse.server.run_process.RUN_SILENT_S", silent_s := 2.0)
     launcher, beats = Threads(), threading.Semaphore(0)
     beat = ActiveRun.beats
 
@@ -1148,7 +1148,7 @@ def test_a_run_whose_process_says_that_it_lives_is_left_alone(
 def test_a_run_whose_process_the_machine_does_not_start_goes_on_when_it_does_and_says_so_meanwhile(
     start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hanse.server.active_run.HINDERED_PAUSE_S", 0.05)
+    monkeypatch.setattr("hanse.server.run_process.HINDERED_PAUSE_S", 0.05)
     limit, reasons = threading.Event(), []
 
     class Limited(Threads):
@@ -1173,7 +1173,7 @@ def test_a_run_whose_process_the_machine_does_not_start_goes_on_when_it_does_and
 def test_a_run_whose_disk_is_full_goes_on_when_there_is_space_and_cancels_nothing_meanwhile(
     start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hanse.server.active_run.HINDERED_PAUSE_S", 0.05)
+    monkeypatch.setattr("hanse.server.run_process.HINDERED_PAUSE_S", 0.05)
     full = [NO_SPACE] * 3
 
     def no_space_at_first(*arguments: Any) -> Model:
@@ -1205,8 +1205,8 @@ def test_a_run_whose_disk_is_full_goes_on_when_there_is_space_and_cancels_nothin
 def test_a_run_that_stays_without_space_ends_with_that_reason(
     start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hanse.server.active_run.HINDERED_PAUSE_S", 0.05)
-    monkeypatch.setattr("hanse.server.active_run.LONGEST_WAIT_S", 0.1)
+    monkeypatch.setattr("hanse.server.run_process.HINDERED_PAUSE_S", 0.05)
+    monkeypatch.setattr("hanse.server.run_process.LONGEST_WAIT_S", 0.1)
 
     def no_space(*arguments: Any) -> Model:
         raise NO_SPACE

@@ -6,7 +6,7 @@ import pytest
 
 from hanse.errors import InternalError, NotFound
 from hanse.ids import JobId
-from hanse.server.active_run import RunFolder
+from hanse.server.run_folder import RunFolder
 from hanse.simulator.launcher import TaskHandle, TaskLauncher
 from hanse.simulator.pool import FunctionCrew
 

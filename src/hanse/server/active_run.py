@@ -4,11 +4,11 @@ The run's process (workflow, aggregation) and each client's process talk to thei
 Whatever counts is in the store before anybody is told that it does: an answer before its sender hears that it was
 accepted, a round before the next one begins. Meanwhile work goes on: a task is on its way to its client, and an answer
 to the run's process, while they are being written, for whatever comes of them is written behind them, by one writer.
-``coordination.runs.Run`` holds the decisions and mirrors the journal; this class owns the processes, the tensor files
-and the order of things.
+``coordination.runs.Run`` holds the decisions and mirrors the journal; ``run_process.OwnProcess`` keeps the run's own
+process alive; this class owns the clients' processes, the tensor files and the order of things.
 
-Who is started when: clients' processes when the run begins, when one died and may be tried again, and when a client's
-agent comes back without one. The run's own process is started again when it dies, bounded in tries without progress.
+Clients' processes are started when the run begins, when one died and may be tried again, and when a client's agent
+comes back without one.
 """
 
 import asyncio
@@ -25,14 +25,11 @@ from typing import Any, Final
 import msgspec
 
 from hanse.cell.cell import Cell, RemoteError
-from hanse.coordination.absence import Absence, with_absence
-from hanse.coordination.runs import Accepted, ClientState, Duplicate, Early, GiveUp, Restart, Run, Stale, after_death
+from hanse.coordination.absence import with_absence
+from hanse.coordination.runs import Accepted, ClientState, Duplicate, Early, GiveUp, Restart, Run, Stale
 from hanse.coordination.waiting import (
     Ask,
-    Phase,
-    RunProcess,
     StoreTrouble,
-    as_heard,
     asks_taken_up,
     views_of,
     waiting_of_running,
@@ -46,21 +43,18 @@ from hanse.errors import (
     NotInService,
     OutOfMemory,
     ProcessDied,
-    ProcessHung,
     ProtocolError,
     SiteRefused,
     StoreFailed,
-    TensorDamaged,
     TensorsLost,
     UpdateRejected,
     WorkflowFailed,
 )
-from hanse.events import EventType, FLContext, Handlers
+from hanse.events import EventType, FLContext
 from hanse.ids import SERVER, ClientName, Digest, Fqcn, JobId, job_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.launch.log_lines import FieldLogger
-from hanse.launch.process import Handle, Launcher
-from hanse.learning.workflow import CLIENT_LOST, LONGEST_WAIT_S
+from hanse.learning.workflow import CLIENT_LOST
 from hanse.messages import (
     AbortJob,
     AbortRun,
@@ -70,7 +64,6 @@ from hanse.messages import (
     CommitRound,
     DeployJob,
     IssueTasks,
-    JobCredentials,
     JobEnded,
     JobEvent,
     LogMetrics,
@@ -88,15 +81,15 @@ from hanse.messages import (
     Waiting,
 )
 from hanse.model import TensorMismatch
-from hanse.server.bounds import MAX_CODE_CHARS, TAIL_LINES, check_metrics, ending, shortened
+from hanse.server.bounds import MAX_CODE_CHARS, check_metrics, ending, shortened
 from hanse.server.inbox import Inbox
 from hanse.server.lifetime import start_in
 from hanse.server.run_folder import RunFolder
-from hanse.server.run_spec import RunProcessSpec
+from hanse.server.run_process import OwnProcess, is_set_within
+from hanse.server.run_services import RunServices
 from hanse.server.run_tensors import needed_tensors, without_lost
-from hanse.storage.disk import start_failure
 from hanse.storage.models import check_ref, digests_of, state_digests
-from hanse.storage.records import RunState, Store
+from hanse.storage.records import RunState
 from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
@@ -108,18 +101,8 @@ HAND_OVER_TIMEOUT_S: Final = 30.0
 """How long a run's process may take to hear of an answer; it has a loop of its own for that."""
 CONNECT_WITHIN_S: Final = 120.0
 """How long a client's process that was started may take to connect before the run counts its client as suspect."""
-RESTART_PAUSE_S: Final = 1.0
-LONGEST_PAUSE_S: Final = 10.0
-"""A run's process that died is started again at once, then after ever longer pauses, up to this."""
-HINDERED_PAUSE_S: Final = 5.0
-"""A run's process that cannot go on, by no fault of its own, is tried again after this: nobody tells of space again."""
-RUN_SILENT_S: Final = 600.0
-"""A run's process that has not said for so long that it lives is killed: it is stopped, or its code hangs.
-
-It says so every few seconds, but not while a workflow's code computes without giving way, which may take minutes.
-"""
-STOP_GRACE_S: Final = 5.0
-"""How long a job's process may take to end once asked."""
+STORE_PAUSE_S: Final = 5.0
+"""What the store did not take is tried again after this: nobody tells when it would."""
 MAX_LOGS_PER_S: Final = 200
 """More events with metrics of one client are dropped; a site's own part sends half as many at most."""
 ABORTED: Final = "aborted"
@@ -129,29 +112,6 @@ ENDINGS: Final = {
     JobState.FAILED: EventType.JOB_FAILED,
     JobState.ABORTED: EventType.JOB_ABORTED,
 }
-PROCESS_MODULE: Final = "hanse.server.job_process"
-
-
-@dataclass(frozen=True, slots=True)
-class RunServices:
-    """What a run uses of its server.
-
-    ``credentials`` makes those of one job's cell; ``absent`` tells of clients that are not there why, as far as it is
-    known.
-    """
-
-    project: str
-    epoch: int
-    store: Store
-    cell: Cell
-    launcher: Launcher
-    credentials: Callable[[Fqcn, JobId], JobCredentials]
-    handlers: Handlers
-    now: Callable[[], float]
-    wall: Callable[[], float]
-    run_url: str
-    check_frequency_s: float = 3.0
-    absent: Callable[[], Mapping[ClientName, Absence]] = dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,13 +156,9 @@ class ActiveRun:
             for answer in run.answers
             if answer.fault is not None
         }
-        self._handle: Handle | None = None
-        self._process = RunProcess(Phase.STARTING, services.now())
-        self._heard_at = services.now()
-        self._beat = asyncio.Event()
+        self._process = OwnProcess(record, folder, services, over=self._over, mend=self._mend)
         self._asks: tuple[Ask, ...] = asks_taken_up(run, now=services.now())
         self._store_trouble: StoreTrouble | None = None
-        self._hindrance: RunEnded | None = None
         self._inboxes: dict[ClientName, Inbox] = {}
         self._arriving: Counter[Digest] = Counter()
         self._durable: set[Digest] = set()
@@ -216,7 +172,6 @@ class ActiveRun:
         self._committing = asyncio.Lock()
         self._attaching = 0
         self._logged: dict[ClientName, tuple[int, int]] = {}
-        self._progress = 0
         self._round_announced = -1
         self._round_done = run.committed_round
 
@@ -250,7 +205,9 @@ class ActiveRun:
                 else:
                     for client in self.run.clients:
                         self._spawn(self._start_client(client), f"start {client} of {self.job_id}")
-                await self._supervise()
+                if (given_up := await self._process.keep_alive()) is not None:
+                    code, reason, log_tail = given_up.code, given_up.reason, given_up.log_tail
+                    await self.end_once_stored(JobState.FAILED, code=code, reason=reason, log_tail=log_tail)
                 self._group = None
                 for task in self._work:
                     task.cancel()
@@ -310,7 +267,7 @@ class ActiveRun:
                 return
             except StoreFailed as failed:
                 self._log.error("the end waits for the store", extra={"code": code, "reason": failed.reason})
-            if await self._is_over_within(HINDERED_PAUSE_S):
+            if await is_set_within(self._over, STORE_PAUSE_S):
                 return
 
     async def _stored_end(self, record: JobRecord) -> JobRecord:
@@ -325,90 +282,6 @@ class ActiveRun:
             return stored
         return record
 
-    async def _supervise(self) -> None:
-        """Keep the run's own process alive until the job has ended."""
-        attempt, hindered_since = 0, None
-        while not self._over.is_set():
-            attempt, seen = attempt + 1, self._progress
-            status, cause = await self._live_process(attempt)
-            if self._over.is_set():
-                return
-            if self._progress > seen:
-                attempt, hindered_since = 1, None
-            if self._hindrance is None:
-                await self._follow_death(attempt, status, cause)
-                continue
-            if self._hindrance.code == TensorDamaged.code and await self._mend():
-                continue
-            hindered_since = self._services.now() if hindered_since is None else hindered_since
-            await self._wait_out(self._hindrance, attempt, since=hindered_since)
-            attempt -= 1  # it was not this process's doing
-
-    async def _live_process(self, attempt: int) -> tuple[int, str]:
-        """Start the run's process, and return its status when it has ended, and the code of why, if that is known.
-
-        The status of one that cannot start is 0.
-        """
-        self._hindrance = None
-        self.beats()
-        self._process = RunProcess(Phase.STARTING, self._services.now(), attempt)
-        try:
-            self._handle = handle = await self._services.launcher.launch(
-                PROCESS_MODULE, spec=self._process_spec(), log_path=self.folder.log, env={}, name=f"run {self.job_id}"
-            )
-        except OSError as error:
-            failed = start_failure("the run's process", error, self.folder.path)
-            self._hindrance = RunEnded(completed=False, code=failed.code, reason=failed.reason, again=True)
-            return 0, ""
-        over = asyncio.create_task(self._over.wait(), name=f"end of {self.job_id}")  # awaited below
-        ended = asyncio.create_task(handle.wait(), name=f"process of {self.job_id}")  # awaited below
-        silent = asyncio.create_task(self._fallen_silent(), name=f"silence of {self.job_id}")  # awaited below
-        try:
-            await asyncio.wait({over, ended, silent}, return_when=asyncio.FIRST_COMPLETED)
-            is_hung = silent.done() and not (over.done() or ended.done())
-            return await handle.stop(STOP_GRACE_S), ProcessHung.code if is_hung else ""
-        finally:
-            for task in (over, ended, silent):
-                task.cancel()
-            await asyncio.gather(over, ended, silent, return_exceptions=True)
-            await handle.stop(STOP_GRACE_S)
-
-    async def _fallen_silent(self) -> None:
-        """Return when the run's process has said nothing for ``RUN_SILENT_S``.
-
-        A first half of it may have been this process's own pause, in which nothing that was said was read.
-        """
-        halves = 0
-        while halves < 2:
-            self._beat.clear()
-            try:
-                async with asyncio.timeout(RUN_SILENT_S / 2):
-                    await self._beat.wait()
-                halves = 0
-            except TimeoutError:
-                halves += 1
-
-    async def _follow_death(self, attempt: int, status: int, cause: str) -> None:
-        """Wait before the run's process, which died with *status* of *cause*, is started again; or end the job."""
-        log_tail = await self._own_log_tail()
-        last_line = shortened(log_tail.strip().rpartition("\n")[2])
-        verdict = after_death(
-            SERVER,
-            attempt=attempt,
-            tries=self.record.spec.process_tries,
-            status=status,
-            last_line=last_line,
-            cause=cause,
-        )
-        if isinstance(verdict, GiveUp):
-            await self.end_once_stored(JobState.FAILED, code=verdict.code, reason=verdict.reason, log_tail=log_tail)
-            return
-        pause_s = min(RESTART_PAUSE_S * (attempt - 1), LONGEST_PAUSE_S)
-        now = self._services.now()
-        self._process = RunProcess(Phase.PAUSING, now, verdict.attempt, until=now + pause_s, reason=verdict.reason)
-        self._log.warning("the run's process died and is started again", extra={"status": status, "pause_s": pause_s})
-        await self._is_over_within(pause_s)
-
     async def _mend(self) -> bool:
         """Do as ``_ask_for_lost``, as soon as the store lets it: a process that begins before that fails."""
         while True:
@@ -416,7 +289,7 @@ class ActiveRun:
                 return await self._ask_for_lost()
             except StoreFailed as failed:
                 self.store_failed(failed)
-            if await self._is_over_within(HINDERED_PAUSE_S):
+            if await is_set_within(self._over, STORE_PAUSE_S):
                 return True
 
     async def _ask_for_lost(self) -> bool:
@@ -444,50 +317,11 @@ class ActiveRun:
             await self._send(task)
         return True
 
-    async def _wait_out(self, hindrance: RunEnded, attempt: int, *, since: float) -> None:
-        """Wait before the run's process, hindered *since* then, is tried again; end the job when that was for long."""
-        now, reason = self._services.now(), hindrance.reason
-        if now - since > LONGEST_WAIT_S:
-            log_tail = await self._own_log_tail()
-            await self.end_once_stored(JobState.FAILED, code=hindrance.code, reason=reason, log_tail=log_tail)
-            return
-        self._process = RunProcess(Phase.HINDERED, since, attempt, until=since + LONGEST_WAIT_S, reason=reason)
-        self._log.warning("the run's process cannot go on and is tried again", extra={"reason": reason})
-        await self._is_over_within(HINDERED_PAUSE_S)
-
-    async def _is_over_within(self, seconds: float) -> bool:
-        """Wait *seconds*, or until the job has ended; return whether it has."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._over.wait()
-        return self._over.is_set()
-
-    async def _own_log_tail(self) -> str:
-        """Return the last lines that the run's process has logged."""
-        if self._handle is None:
-            return ""
-        return ending(await asyncio.to_thread(self._handle.log_tail, TAIL_LINES))
-
-    def _process_spec(self) -> bytes:
-        fqcn = job_cell(SERVER, self.job_id)
-        spec = RunProcessSpec(
-            job_id=self.job_id,
-            project=self._services.project,
-            spec=self.record.spec,
-            folder=str(self.folder.path),
-            epoch=self.folder.epoch,
-            parent_url=self._services.run_url,
-            credentials=self._services.credentials(fqcn, self.job_id).credentials,
-            check_frequency_s=self._services.check_frequency_s,
-        )
-        return msgspec.msgpack.encode(spec)
-
     # what the run's process asks
 
     def beats(self) -> None:
         """Take note that the run's process lives."""
-        self._heard_at = self._services.now()
-        self._beat.set()
+        self._process.beats()
 
     async def attach(self) -> RunSnapshot:
         """Return where the run stands, having handed over its answers: its process is there, and begins or goes on.
@@ -498,7 +332,7 @@ class ActiveRun:
         self._attaching += 1  # an answer that is accepted meanwhile waits for those before it
         try:
             state = await self._caught_up()
-            self._works()
+            self._process.works()
             handed: dict[TaskKey, TaskResult] = {}
             while coming := [answer for answer in self.run.answers if handed.get(answer.key) is not answer]:
                 await self._hand_over(coming)
@@ -609,8 +443,7 @@ class ActiveRun:
 
     async def _end_round(self, state: StateRef, carried: Collection[TaskKey]) -> None:
         """Take note that *state* is committed, and delete what only its round needed."""
-        self._progress += 1
-        self._works()
+        self._process.progressed()
         self._named = state_digests(state)
         self._withheld.clear()
         self._unwritten = {key: answer for key, answer in self._unwritten.items() if key in carried}
@@ -656,7 +489,7 @@ class ActiveRun:
     async def ended(self, end: RunEnded) -> None:
         """Take the run's process's word that it has reached its end, or cannot go on just now."""
         if end.again:
-            self._hindrance = end
+            self._process.hindered(end)
             return
         if not end.completed and end.code == ABORTED:
             await self.end(JobState.ABORTED, code=ABORTED, reason=end.reason)
@@ -664,7 +497,7 @@ class ActiveRun:
         if not end.completed:
             code, reason = end.code or WorkflowFailed.code, end.reason or "no reason given"
             if end.client not in self.run.clients:
-                await self.end(JobState.FAILED, code=code, reason=reason, log_tail=await self._own_log_tail())
+                await self.end(JobState.FAILED, code=code, reason=reason, log_tail=await self._process.log_tail())
                 return
             trouble = self._troubles.get(ClientName(end.client), Trouble())
             await self.end(
@@ -810,8 +643,7 @@ class ActiveRun:
             return
         self._unwritten[result.key] = result
         self._inboxes.pop(sender, None)
-        if self._process.phase is Phase.WORKING:
-            self._works()
+        self._process.gets_answer()
         if result.fault is not None:
             self._troubles[sender] = Trouble(result.fault.code, result.fault.log_tail)
         elif sender in self._troubles:
@@ -976,7 +808,7 @@ class ActiveRun:
 
     async def _expect_cell_of(self, client: ClientName, attempt: int) -> None:
         """Take *client* for suspect if the process that it has started does not connect in time."""
-        if await self._is_over_within(CONNECT_WITHIN_S):
+        if await is_set_within(self._over, CONNECT_WITHIN_S):
             return
         part = self.run.participant(client)
         if (part.state, part.attempt) == (ClientState.STARTING, attempt):
@@ -995,7 +827,7 @@ class ActiveRun:
         return waiting_of_running(
             self.run,
             asks=self._asks,
-            process=as_heard(self._process, heard_at=self._heard_at, now=self._services.now(), silent_s=RUN_SILENT_S),
+            process=self._process.standing,
             store=self._store_trouble,
             absent=self._services.absent(),
             now=self._services.now(),
@@ -1021,10 +853,6 @@ class ActiveRun:
             self.store_failed(failed)
             raise
         self._store_trouble = None
-
-    def _works(self) -> None:
-        """Take note that the run's process has something new to work on."""
-        self._process = RunProcess(Phase.WORKING, self._services.now(), self._process.attempt)
 
     # telling
 

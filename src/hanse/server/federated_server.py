@@ -78,7 +78,6 @@ from hanse.messages import (
     ok,
 )
 from hanse.run.authoring import package_of
-from hanse.server.active_run import RunServices
 from hanse.server.admittance import Admittance
 from hanse.server.base_server import AdminServer, BaseServer
 from hanse.server.clients import Clients, Lifetimes
@@ -93,6 +92,7 @@ from hanse.server.refused import RefusedPeers
 from hanse.server.run_desk import answer_not_in_service
 from hanse.server.run_host import RunHost
 from hanse.server.run_manager import RunManager
+from hanse.server.run_services import RunServices
 from hanse.server.run_spec import WITHHELD
 from hanse.server.tenure import HeldLease, Tenure, boot_time
 from hanse.settings import ServerSettings

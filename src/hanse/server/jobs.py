@@ -58,7 +58,6 @@ from hanse.messages import (
 from hanse.server.active_run import (
     DEPLOY_TIMEOUT_S,
     ActiveRun,
-    RunServices,
     cause_of,
     code_of,
     deploy,
@@ -70,6 +69,7 @@ from hanse.server.lifetime import start_in
 from hanse.server.run_desk import RunDesk
 from hanse.server.run_folder import RunFolder
 from hanse.server.run_mirror import RunMirror, tensors_in
+from hanse.server.run_services import RunServices
 from hanse.server.run_tensors import needed_tensors, without_lost
 from hanse.storage.objects import Objects
 from hanse.storage.packages import unpack_package

@@ -39,10 +39,10 @@ from hanse.job import JobSpec
 from hanse.learning.workflow import WORKFLOWS
 from hanse.model import Model, Update
 from hanse.run.loading import initial_model_of
-from hanse.server.active_run import PROCESS_MODULE as RUN_MODULE
 from hanse.server.job_cell import connect
 from hanse.server.run_folder import RunFolder
 from hanse.server.run_manager import LocalRun, RunManager
+from hanse.server.run_process import PROCESS_MODULE as RUN_MODULE
 from hanse.server.run_spec import RunProcessSpec
 from hanse.simulator.code import turn
 from hanse.simulator.exchange import (

@@ -1,0 +1,34 @@
+"""What every run of a server uses of it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hanse.cell.cell import Cell
+from hanse.coordination.absence import Absence
+from hanse.events import Handlers
+from hanse.ids import ClientName, Fqcn, JobId
+from hanse.launch.process import Launcher
+from hanse.messages import JobCredentials
+from hanse.storage.records import Store
+
+
+@dataclass(frozen=True, slots=True)
+class RunServices:
+    """What a run uses of its server.
+
+    ``credentials`` makes those of one job's cell; ``absent`` tells of clients that are not there why, as far as it is
+    known.
+    """
+
+    project: str
+    epoch: int
+    store: Store
+    cell: Cell
+    launcher: Launcher
+    credentials: Callable[[Fqcn, JobId], JobCredentials]
+    handlers: Handlers
+    now: Callable[[], float]
+    wall: Callable[[], float]
+    run_url: str
+    check_frequency_s: float = 3.0
+    absent: Callable[[], Mapping[ClientName, Absence]] = dict
