@@ -237,12 +237,15 @@ class ProcessDied(SiteError):
     retryable = True
 
     def __init__(self, where: str, status: int, last_line: str = "") -> None:
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        if status == UNKNOWN_STATUS:
-            how = "ended, and its agent, which had not started it, cannot tell how"
         tail = f"; its log ends with: {last_line}" if last_line else ""
-        super().__init__(f"the job's process at {where} {how}{tail}")
+        super().__init__(f"the job's process at {where} {self._how(status)}{tail}")
         self.where, self.status, self.last_line = where, status, last_line
+
+    @staticmethod
+    def _how(status: int) -> str:
+        if status == UNKNOWN_STATUS:
+            return "ended, and its agent, which had not started it, cannot tell how"
+        return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
 class OutOfMemory(ProcessDied):
@@ -250,12 +253,10 @@ class OutOfMemory(ProcessDied):
 
     code = "out-of-memory"
 
-    def __init__(self, where: str, status: int, last_line: str = "") -> None:
-        tail = f"; its log ends with: {last_line}" if last_line else ""
-        super(ProcessDied, self).__init__(
-            f"the job's process at {where} was killed because it had used up the memory that it may use{tail}"
-        )
-        self.where, self.status, self.last_line = where, status, last_line
+    @staticmethod
+    def _how(status: int) -> str:
+        del status
+        return "was killed because it had used up the memory that it may use"
 
 
 class ProcessHung(ProcessDied):
@@ -263,13 +264,13 @@ class ProcessHung(ProcessDied):
 
     code = "process-hung"
 
-    def __init__(self, where: str, status: int, last_line: str = "") -> None:
-        tail = f"; its log ends with: {last_line}" if last_line else ""
-        super(ProcessDied, self).__init__(
-            f"the job's process at {where} was killed because it had not said for long that it lives; code there that "
-            f"computes for long belongs into a thread (asyncio.to_thread){tail}"
+    @staticmethod
+    def _how(status: int) -> str:
+        del status
+        return (
+            "was killed because it had not said for long that it lives; code there that computes for long belongs "
+            "into a thread (asyncio.to_thread)"
         )
-        self.where, self.status, self.last_line = where, status, last_line
 
 
 class UpdateRejected(SiteError):
