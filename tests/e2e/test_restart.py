@@ -38,6 +38,13 @@ def gate(folder: Path, client: str) -> Path:
     return path
 
 
+def serve_by(running: Deployment, program: str) -> None:
+    """Have the server be, from now on, the one that the module *program* of these tests makes of it."""
+    running.end("server")
+    running.programs["server"] = [sys.executable, "-m", f"tests.e2e.{program}"]
+    running.start("server")
+
+
 def test_a_killed_server_goes_on_where_it_was_when_it_is_started_again(
     running: Deployment, tmp_path: Path, undisturbed: str
 ) -> None:
@@ -55,9 +62,7 @@ def test_a_killed_server_goes_on_where_it_was_when_it_is_started_again(
 def test_a_task_that_was_out_before_it_was_in_the_journal_is_done_once(
     running: Deployment, tmp_path: Path, undisturbed: str
 ) -> None:
-    running.end("server")
-    running.programs["server"] = [sys.executable, "-m", "tests.e2e.unjournalled"]
-    running.start("server")
+    serve_by(running, "unjournalled")
     waiting = gate(tmp_path, "site-1")
     job = running.hanse("job", "submit", str(JOB))["job_id"]
     with waiting.open("wb"):
@@ -90,9 +95,7 @@ def test_a_killed_run_process_is_started_again_and_asks_nothing_twice(
 def test_a_run_process_that_hangs_is_killed_and_started_again(
     running: Deployment, tmp_path: Path, undisturbed: str
 ) -> None:
-    running.end("server")
-    running.programs["server"] = [sys.executable, "-m", "tests.e2e.impatient"]
-    running.start("server")
+    serve_by(running, "impatient")
     waiting = gate(tmp_path, "site-2")
     job = running.hanse("job", "submit", str(JOB))["job_id"]
     with waiting.open("wb"):
