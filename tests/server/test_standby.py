@@ -20,7 +20,8 @@ from hanse.model import Model
 from hanse.server import FederatedServer
 from hanse.server.lifetime import holder_of
 from hanse.server.overseer import LeaseOverseer, OverseerAgent
-from hanse.storage.records import Lease
+from hanse.storage.memory import MemoryStore
+from hanse.storage.records import Lease, Standby
 from hanse.storage.store import SqlStore
 
 from .job_world import Site, Threads, outcome, plus, submit
@@ -124,15 +125,51 @@ def test_who_comes_to_a_server_that_stands_by_is_told_who_serves(two: tuple[Pair
         dialler.site(second.server, "site-1")
 
 
-def test_a_server_that_stands_by_is_listed(two: tuple[Pair, Pair]) -> None:
+def test_a_server_that_stands_by_is_listed_from_its_start_on(two: tuple[Pair, Pair]) -> None:
     first, _ = two
 
-    async def listed() -> None:
-        seen = await first.store.lease()
-        while [each.name for each in await first.store.standbys()] != ["server-2"]:
-            seen = await first.store.lease_moved(seen, within_s=LEASE_S)
+    assert [each.name for each in wait(first.store.standbys())] == ["server-2"]
 
-    wait(listed())
+
+class Noting(MemoryStore):
+    """A store that says when a server has told it that it stands by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: asyncio.Queue[Standby] = asyncio.Queue()
+
+    async def note_standby(self, standby: Standby) -> None:
+        await super().note_standby(standby)
+        self.noted.put_nowait(standby)
+
+
+def test_a_server_that_has_handed_over_says_that_it_stands_by_without_waiting_for_its_time() -> None:
+    store = on_loop(Noting)
+    wait(store.open())
+    overseer = LeaseOverseer(
+        store, holder="one", name="server-1", target="server-1:1", ttl_s=LEASE_S, clock=lambda: 0.0
+    )
+
+    def taken_by_another() -> int:
+        return wait(store.take_lease("two", name="server-2", target="server-2:1", ttl_s=LEASE_S)).epoch
+
+    async def taken_by_it() -> int:
+        lease = await store.lease()
+        while lease.holder != "one":
+            lease = await store.lease_moved(lease, within_s=WITHIN_S)
+        return lease.epoch
+
+    epoch = taken_by_another()
+    overseer.start(lambda agent: None)
+    try:
+        assert wait(store.noted.get()).name == "server-1"
+        wait(store.release_lease(epoch, successor="server-1"))
+        wait(store.release_lease(wait(taken_by_it()), successor="server-2"))
+        taken_by_another()
+
+        assert wait(store.noted.get()).name == "server-1"
+    finally:
+        overseer.end()
 
 
 def test_a_server_that_says_nothing_is_succeeded_and_serves_nobody_when_it_wakes(

@@ -140,6 +140,7 @@ class LeaseOverseer:
             lease = self._seen
             if lease is not None and lease.holder in ("", self._holder):
                 await self._take()
+            await self._note_standing_by()
         except StoreFailed as failed:
             _log.error("the lease cannot be looked at", extra={"reason": failed.reason})
         self._primary = self._judged()
@@ -191,6 +192,7 @@ class LeaseOverseer:
                 self._holder, name=self._name, target=self._target, ttl_s=self._ttl_s, seen=self._seen
             )
             self._held = HeldFor(lease, taken_at)
+            self._noted_at = None  # the store has forgotten that it stood by
             self._note(lease)
             _log.info("the lease is taken", extra={"epoch": lease.epoch, "server": self._name})
 
