@@ -65,7 +65,11 @@ def main() -> int:
             say(f"grandchild {grandchild.pid}")
             return 0
         case ["survive", grace_s]:
+            # Threads inherit it, so SIGTERM comes to the main one: where coverage is measured it has a handler, which
+            # runs in that thread and would not wake it from its wait.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             LifeLine().watch(grace_s=float(grace_s), on_alone=end)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             say("surviving")
             threading.Event().wait()
         case ["fork-and-end"]:

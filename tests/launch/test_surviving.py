@@ -109,7 +109,7 @@ async def test_process_goes_on_when_its_parent_is_killed_and_another_takes_it_ov
         assert survivor.pid == pid
         survivor.take_over()
 
-        assert await survivor.stop(60) == -signal.SIGTERM
+        assert await survivor.stop() == -signal.SIGTERM
         assert await survivor.wait() == -signal.SIGTERM, "waiting again gives the same"
         assert await survivor.stop() == -signal.SIGTERM, "stopping what has ended is fine"
         assert survivor.log_tail().splitlines()[0] == "surviving"
@@ -138,7 +138,7 @@ async def test_process_that_was_taken_over_waits_anew_when_that_agent_is_gone_to
             os.close(survivor._life_line)  # as the kernel does when the agent dies
             survivor._life_line = None
         assert survivor.pid == pid
-        assert await survivor.stop(60) == -signal.SIGTERM
+        assert await survivor.stop() == -signal.SIGTERM
 
 
 async def test_end_of_a_process_that_was_taken_over_is_noticed_with_its_status(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ async def test_life_line_that_is_gone_ends_the_process_and_cannot_be_taken(tmp_p
         with pytest.raises(FileNotFoundError):
             survivor.take_over()
 
-        assert await survivor.stop(60) == -signal.SIGTERM
+        assert await survivor.stop() == -signal.SIGTERM
 
 
 async def test_stubborn_process_is_killed_with_its_group(tmp_path: Path) -> None:
