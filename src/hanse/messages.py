@@ -219,7 +219,7 @@ class Quit(msgspec.Struct, frozen=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A client is alive, and runs these jobs; of the jobs *ended* it has all but a process, which has ended.
+    """A client is alive, and runs these jobs; of the jobs that are *idle* it has files, and no process.
 
     What it offers and its release are those that it registered with: a server that was started again, or took over,
     knows them from here.
@@ -228,7 +228,7 @@ class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
     jobs: tuple[JobId, ...] = ()
     resources: Resources = Resources()
     release: str = ""
-    ended: tuple[JobId, ...] = ()
+    idle: tuple[JobId, ...] = ()
 
 
 class HeartbeatReply(msgspec.Struct, frozen=True):

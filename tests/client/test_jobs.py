@@ -169,26 +169,46 @@ async def test_end_that_nobody_asked_for_is_reported_with_the_logs_last_lines(tm
         assert await server.next(JobEnded) == JobEnded(JOB, 2, -9, "the last line")
 
 
-async def test_job_whose_process_has_ended_is_told_with_each_heartbeat_until_the_server_is_done_with_it(
+async def test_job_without_a_process_is_told_with_each_heartbeat_until_the_server_is_done_with_it(
     tmp_path: Path,
 ) -> None:
     async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
         await server.up()
         await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
-        assert (await server.next(Heartbeat)).ended == (), "it has not run"
+        await has_told(server, running=(), idle=(JOB,))
         await server.ask("start", server.start())
-        while (await server.next(Heartbeat)).jobs != (JOB,):
-            continue
+        await has_told(server, running=(JOB,), idle=())
         here.launcher.launched[0].end(1)
-        while (heartbeat := await server.next(Heartbeat)).ended != (JOB,):
-            assert heartbeat.ended == ()
-        assert heartbeat.jobs == ()
+        await has_told(server, running=(), idle=(JOB,))
 
         server.abort = (JOB,)
-        while (await server.next(Heartbeat)).ended:
-            continue
+        await has_told(server, running=(), idle=())
 
         assert [path.name for path in (here.workspace / "jobs" / JOB).iterdir()] == ["job.log"]
+
+
+async def test_job_that_could_not_be_deployed_is_told_like_one_without_a_process_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        with pytest.raises(RemoteError, match="a module of the job, or one installed at the site"):
+            await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec("absent:app")))
+        with pytest.raises(RemoteError, match="there is no deployed job"):
+            await server.ask("start", server.start())
+        await has_told(server, running=(), idle=(JOB,))
+        assert (here.workspace / "jobs" / JOB / "package").is_dir()
+
+        server.abort = (JOB,)
+        await has_told(server, running=(), idle=())
+
+        assert list((here.workspace / "jobs").iterdir()) == []
+
+
+async def has_told(server: FakeServer, *, running: tuple[JobId, ...], idle: tuple[JobId, ...]) -> None:
+    """Wait for a heartbeat with these jobs."""
+    while ((heartbeat := await server.next(Heartbeat)).jobs, heartbeat.idle) != (running, idle):
+        continue
 
 
 async def test_site_decides_how_much_of_its_log_leaves_it(tmp_path: Path) -> None:

@@ -941,25 +941,29 @@ def test_a_task_is_sent_again_to_a_process_that_is_started_again(
     assert outcome(server, job_id).state is JobState.COMPLETED
 
 
-def test_a_job_that_has_ended_while_a_client_was_away_is_aborted_there_though_its_process_has_ended(
+def test_a_client_that_holds_a_job_without_a_process_is_told_once_the_job_has_ended(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:
     server = start()
     site = Site(dialler, server, "site-1")
-    job_id = submit(server, tmp_path, min_clients=1, process_tries=2, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    running = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
     task = site.task()
+    waiting = submit(server, tmp_path, min_clients=2)
 
-    def aborted() -> tuple[JobId, ...]:
-        reply = site.wire.ask(Channel.SERVER, "heartbeat", Heartbeat((), ended=(job_id,))).payload
-        assert isinstance(reply, HeartbeatReply)
-        return reply.abort_jobs
+    def told(*idle: str) -> list[JobId]:
+        """Return the jobs that site-1 is told to abort once it has told that these are idle there."""
+        site.wire.ask(Channel.SERVER, "heartbeat", Heartbeat(idle=(*map(JobId, idle), JobId("unknown"))))
+        aborted: list[JobId] = []
+        while "unknown" not in aborted:  # the last to be looked up
+            aborted.append(site.wire.told(Channel.JOB, "abort").job_id)
+        return aborted[:-1]
 
-    assert aborted() == (), "it goes on, and its process may be started again"
+    assert told(running, waiting) == [], "its process may be started again, and the other will be"
     site.send(answer(task, w(1)))
-    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert outcome(server, running).state is JobState.COMPLETED
     site.wire.told(Channel.JOB, "abort")
 
-    assert aborted() == (job_id,)
+    assert told(running, waiting) == [running]
 
 
 def test_a_job_that_a_client_lists_no_longer_is_dead(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:

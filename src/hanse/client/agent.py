@@ -277,7 +277,7 @@ class ClientAgent:
 
     async def _beat_once(self) -> None:
         self._jobs.shorten_logs()
-        heartbeat = Heartbeat(self._jobs.running, self._settings.resources, self._release, self._jobs.ended)
+        heartbeat = Heartbeat(self._jobs.running, self._settings.resources, self._release, self._jobs.idle)
         reply = await self._uplink.ask(Channel.SERVER, "heartbeat", heartbeat, timeout_s=3 * self._heartbeat_s)
         answer = reply.payload
         if not isinstance(answer, HeartbeatReply):

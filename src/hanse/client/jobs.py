@@ -64,10 +64,12 @@ class _Process:
 
 @dataclass(slots=True, eq=False)
 class _Job:
+    """A job with a folder here, in which its package is once it ``is_here``."""
+
     deployed: DeployJob
     folder: JobFolder
     process: _Process | None = None
-    has_run: bool = False
+    is_here: bool = False
 
 
 class SiteJobs:
@@ -121,9 +123,9 @@ class SiteJobs:
         return tuple(sorted(job_id for job_id, job in self._jobs.items() if job.process is not None))
 
     @property
-    def ended(self) -> tuple[JobId, ...]:
-        """The jobs whose process has ended here, as the server has heard; sorted."""
-        return tuple(sorted(job_id for job_id, job in self._jobs.items() if job.has_run and job.process is None))
+    def idle(self) -> tuple[JobId, ...]:
+        """The jobs that have files here, if only a part of a package, but no process; sorted."""
+        return tuple(sorted(job_id for job_id, job in self._jobs.items() if job.process is None))
 
     def shorten_logs(self) -> None:
         """Have the logs of the jobs here shortened, as far as they are too long; returns at once."""
@@ -167,7 +169,7 @@ class SiteJobs:
             raise SiteRefused(self._client, refusal)
         async with self._lock_of(deploy.job_id):
             job = self._jobs.get(deploy.job_id)
-            if job is None or job.deployed.package != deploy.package:
+            if job is None or not job.is_here or job.deployed.package != deploy.package:
                 await self._deploy(deploy)
 
     async def _on_start(self, message: Message) -> None:
@@ -176,7 +178,7 @@ class SiteJobs:
             raise ProtocolError("payload", got=start, expected="StartJob")
         async with self._lock_of(start.job_id):
             job = self._jobs.get(start.job_id)
-            if job is None:
+            if job is None or not job.is_here:
                 raise NotFound("deployed job", start.job_id)
             if job.process is not None and job.process.attempt >= start.attempt:
                 return  # asked again because the answer was lost
@@ -216,7 +218,7 @@ class SiteJobs:
         except OSError as error:
             _log.warning("a job's process is ended: it cannot be taken over", extra={**extra, "reason": error.strerror})
             return None
-        job = _Job(started.deployed, folder)
+        job = _Job(started.deployed, folder, is_here=True)
         self._run(job, _Process(survivor, started.attempt, KillCounter(survivor.pid), started.authority))
         _log.info("job taken over from an agent that was killed", extra={**extra, "attempt": started.attempt})
         return job
@@ -225,6 +227,7 @@ class SiteJobs:
 
     async def _deploy(self, deploy: DeployJob) -> None:
         folder = JobFolder(self._workspace / "jobs" / deploy.job_id)
+        self._jobs[deploy.job_id] = job = _Job(deploy, folder)
         packages = await asyncio.to_thread(TensorFiles, folder.package)
         partial = await asyncio.to_thread(packages.begin, deploy.package, deploy.package_bytes)
         await self._transfers.download(f"job/{deploy.job_id}", deploy.package, deploy.package_bytes, partial)
@@ -233,7 +236,7 @@ class SiteJobs:
             raise JobInvalid("package", got=f"another definition of {spec.name}", expected="the one that was announced")
         if not _is_there(spec, folder.code) and not _is_installed(spec):
             raise JobInvalid("client", got=spec.client, expected="a module of the job, or one installed at the site")
-        self._jobs[deploy.job_id] = _Job(deploy, folder)
+        job.is_here = True
         _log.info("job deployed", extra={"job": deploy.job_id, "job_name": deploy.name, "submitter": deploy.submitter})
 
     async def _start(self, job: _Job, start: StartJob) -> None:
@@ -258,7 +261,7 @@ class SiteJobs:
 
     def _run(self, job: _Job, process: _Process) -> None:
         group = self._serving_group()
-        job.process, job.has_run = process, True
+        job.process = process
         process.watcher = group.create_task(self._watch(job, process), name=f"watch job {job.deployed.job_id}")
 
     def _terms(self, deployed: DeployJob, folder: JobFolder) -> str:

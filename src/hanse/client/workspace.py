@@ -8,7 +8,7 @@ log alone stays.
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -89,12 +89,14 @@ class JobFolder:
             return None
 
     def clear(self) -> None:
-        """Delete all but the log; no process of the job may live."""
+        """Delete all but the log, and the folder where there is none; no process of the job may live."""
         for path in (self.package, self.code, self.tensors):
             shutil.rmtree(path, ignore_errors=True)
         for path in (self._started, self._started.with_suffix(".tmp")):
             path.unlink(missing_ok=True)
         forget(self.path)
+        with suppress(OSError):  # not empty, or not there
+            self.path.rmdir()
 
 
 def job_folders(workspace: Path) -> list[JobFolder]:

@@ -662,7 +662,7 @@ class FederatedServer(BaseServer):
             self._note_stream(Fqcn(client.name))
         self._tell_admin_server(lambda admin_server: admin_server.client_heartbeat(client))
         tenure = self._primacy.tenure
-        abort = tenure.jobs.heartbeat(client.name, heartbeat.jobs, heartbeat.ended) if tenure is not None else ()
+        abort = tenure.jobs.heartbeat(client.name, heartbeat.jobs, heartbeat.idle) if tenure is not None else ()
         return HeartbeatReply(abort, self._primacy.service.ssid)
 
     def _quit(self, request: Message) -> Payload:

@@ -80,6 +80,8 @@ _log = logging.getLogger(__name__)
 
 MAX_ABORTS: Final = 1000
 """The most jobs that one heartbeat is answered with; a client that runs more hears of the rest at its next ones."""
+MAX_DOUBTFUL: Final = 20
+"""The most jobs that are looked up for one heartbeat; they go as they are found to have ended, so others follow."""
 POSTPONED_S: Final = 5.0
 """A job that its clients could not take just now (a full disk, a broken line) is tried again after this long."""
 DELETED_WITHIN_S: Final = 30.0
@@ -711,26 +713,36 @@ class Jobs:
     # what clients tell
 
     def heartbeat(
-        self, client: ClientName, reported: Collection[JobId], ended: Collection[JobId] = ()
+        self, client: ClientName, reported: Collection[JobId], idle: Collection[JobId] = ()
     ) -> tuple[JobId, ...]:
         """Take note of the jobs that *client* reports, and return those that it should abort; from any thread.
 
-        Of those whose process has *ended* there, it should abort those that have ended here, too.
+        Of those that are *idle* there it is told which have ended: their end may have come while it was away.
         """
         # In this order: a run that is taken up at this moment is in the one or the other, or in both.
         expected = {job_id for job_id, coming in list(self._taking_up.items()) if client in coming.clients}
         expected |= {job_id for job_id, run in list(self._runs.items()) if client in run.run.clients}
         sync = heartbeat_sync(reported, expected=expected, previously=self._known.get(client, frozenset()))
         self._known[client] = sync.known
-        self._loop.call_soon_threadsafe(self._heard, client, sync, expected)
+        self._loop.call_soon_threadsafe(self._heard, client, sync, expected, tuple(idle))
         starting = set(self._lives) - set(self._runs)
-        over = [job_id for job_id in ended if self._knows_runs and job_id not in {*expected, *self._lives}]
-        return tuple(job_id for job_id in (*sync.abort, *over) if job_id not in starting)[:MAX_ABORTS]
+        return tuple(job_id for job_id in sync.abort if job_id not in starting)[:MAX_ABORTS]
 
-    def _heard(self, client: ClientName, sync: Sync, expected: Collection[JobId]) -> None:
+    def _heard(self, client: ClientName, sync: Sync, expected: Collection[JobId], idle: Collection[JobId]) -> None:
         for job_id in expected:
             if (run := self._runs.get(job_id)) is not None:
                 run.heard(client, reported=job_id in sync.known, dead=job_id in sync.dead)
+        if doubtful := [job_id for job_id in idle if job_id not in self._lives][:MAX_DOUBTFUL]:
+            name = f"look up what {client} has left"
+            start_in(self._group, self._end_left(client, doubtful), _if_it_can, name=name)
+
+    async def _end_left(self, client: ClientName, doubtful: Collection[JobId]) -> None:
+        """Have *client* abort those that have ended. Where the store cannot tell, its next heartbeat asks again."""
+        for job_id in doubtful:
+            with suppress(NotFound):
+                if (await self._services.store.job(job_id)).state not in ENDED:
+                    continue
+            _tell_quietly(self._services.cell, Fqcn(client), AbortJob(job_id, "it has ended"))
 
     def registered(self, client: ClientName) -> None:
         """Take note that *client*'s agent has registered (anew); from any thread."""
@@ -902,6 +914,13 @@ def _tell_quietly(cell: Cell, destination: Fqcn, abort: AbortJob) -> None:
         cell.tell(destination, Channel.JOB, "abort", abort)
     except HanseError as error:
         _log.debug("not told", extra={"destination": destination, "reason": error.reason})
+
+
+async def _if_it_can(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    except HanseError as error:
+        _log.info("not looked up", extra={"reason": error.reason})
 
 
 def _no_import(name: str) -> ModuleType:
