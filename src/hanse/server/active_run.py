@@ -15,8 +15,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,17 +28,14 @@ from hanse.coordination.absence import with_absence
 from hanse.coordination.runs import Accepted, ClientState, Duplicate, Early, GiveUp, Restart, Run, Stale
 from hanse.coordination.waiting import (
     Ask,
-    StoreTrouble,
     asks_taken_up,
     views_of,
     waiting_of_running,
     with_issue,
 )
 from hanse.errors import (
-    Conflict,
     HanseError,
     InternalError,
-    NotFound,
     NotInService,
     OutOfMemory,
     ProcessDied,
@@ -85,9 +81,9 @@ from hanse.server.bounds import MAX_CODE_CHARS, check_metrics, ending, shortened
 from hanse.server.inbox import Inbox
 from hanse.server.lifetime import start_in
 from hanse.server.run_folder import RunFolder
+from hanse.server.run_journal import RunJournal
 from hanse.server.run_process import OwnProcess, is_set_within
 from hanse.server.run_services import RunServices
-from hanse.server.run_tensors import needed_tensors, without_lost
 from hanse.storage.models import check_ref, digests_of, state_digests
 from hanse.storage.records import RunState
 from hanse.storage.tensors import TensorFiles
@@ -142,6 +138,7 @@ class ActiveRun:
         self.run = run
         self.folder = folder
         self.files = TensorFiles(folder.tensors)
+        self._journal = RunJournal(record.job_id, folder, self.files, services)
         self._services = services
         self._emit = emit
         self._suspect = suspect
@@ -158,14 +155,8 @@ class ActiveRun:
         }
         self._process = OwnProcess(record, folder, services, over=self._over, mend=self._mend)
         self._asks: tuple[Ask, ...] = asks_taken_up(run, now=services.now())
-        self._store_trouble: StoreTrouble | None = None
         self._inboxes: dict[ClientName, Inbox] = {}
         self._arriving: Counter[Digest] = Counter()
-        self._durable: set[Digest] = set()
-        self._unwritten: dict[TaskKey, TaskResult] = {}
-        self._writing: set[asyncio.Task[None]] = set()
-        self._issuing: set[asyncio.Task[None]] = set()
-        self._named: set[Digest] = set()  # by the journal: the committed state's tensors, and those of journalled tasks
         self._withheld: set[TaskKey] = set()  # out, but told to nobody before they are journalled
         self._refusals: dict[TaskKey, str] = {}
         self._clearing = asyncio.Lock()
@@ -248,7 +239,7 @@ class ActiveRun:
             )
             if ended is not None:
                 record = msgspec.structs.replace(record, result=ended.result, result_bytes=ended.result_bytes)
-            self.record = await self._stored_end(record)
+            self.record = await self._journal.end(record, was=self.record.state)
             self._over.set()
             self.run.end(now=self._services.now())
             self._services.handlers.tell(EventType.END_RUN, self._context(round_number=self.run.round))
@@ -270,18 +261,6 @@ class ActiveRun:
             if await is_set_within(self._over, STORE_PAUSE_S):
                 return
 
-    async def _stored_end(self, record: JobRecord) -> JobRecord:
-        """Store the job's end and return it: *record*, or the end that the store took without being able to say so."""
-        try:
-            with self._storing():
-                await self._services.store.end_run(self._services.epoch, record, was=self.record.state)
-        except Conflict:
-            stored = await self._services.store.job(self.job_id)
-            if stored.state not in ENDED:
-                raise
-            return stored
-        return record
-
     async def _mend(self) -> bool:
         """Do as ``_ask_for_lost``, as soon as the store lets it: a process that begins before that fails."""
         while True:
@@ -295,27 +274,16 @@ class ActiveRun:
     async def _ask_for_lost(self) -> bool:
         """Have the run go on without the tensors that are lost here; return whether any were.
 
-        What another place has kept is fetched from there. Answers whose tensors nobody has are taken back and asked for
-        again; the job ends if it cannot be without.
+        Answers whose tensors nobody has are asked for again; the job ends if it cannot be without.
         """
-        store, epoch = self._services.store, self._services.epoch
-        state = await store.snapshot(self.job_id)
-        needed = needed_tensors(state)
-        lost = [digest for digest in needed if not await asyncio.to_thread(self.files.verify, digest)]
-        if not lost:
-            return False
-        self._durable.difference_update(lost)
-        lost = await self.folder.restore_tensors(self.files, lost)
-        if not lost:
-            return True
         try:
-            remaining = await without_lost(store, epoch, self.job_id, state, lost)
+            tasks = await self._journal.mend()
         except TensorsLost as error:
             await self.end(JobState.FAILED, code=error.code, reason=error.reason)
             return True
-        for task in self.run.retract(remaining.tasks):
+        for task in self.run.retract(tasks or ()):
             await self._send(task)
-        return True
+        return tasks is not None
 
     # what the run's process asks
 
@@ -352,12 +320,7 @@ class ActiveRun:
     async def _caught_up(self) -> RunState:
         """Return what the journal holds, when no commit is under way and the run knows of the last one."""
         async with self._committing:
-            with self._storing():
-                state = await self._services.store.snapshot(self.job_id)
-            for model in (task.model for task in state.tasks if task.model is not None):
-                self._named.update(digests_of(model))
-            if state.state is not None:
-                self._named |= state_digests(state.state)
+            state = await self._journal.read()
             if state.state is not None and state.state.round == self.run.round:
                 # The store could not say that it had committed the round, and who would have asked again has died.
                 journalled = [task.key for task in state.tasks] + [answer.key for answer in state.answers]
@@ -370,14 +333,11 @@ class ActiveRun:
         Tasks are on their way while they are being journalled; a server that dies in between issues them again. Not so
         those with a model that the journal does not name yet: the next server would not have it for whoever is at them.
         """
-        digests = frozenset(digests_of(issue.model) if issue.model is not None else ())
         tasks = [TaskAssignment(key, issue.model, issue.config, issue.expects_model) for key in issue.keys]
         new = self.run.issue(tasks)
-        if not self._named.issuperset(digests):
+        if not self._journal.names(digests_of(issue.model) if issue.model is not None else ()):
             self._withheld.update(issue.keys)
-        writing = asyncio.create_task(self._journal(issue, tasks), name=f"journal tasks of {self.job_id}")  # see below
-        self._issuing.add(writing)
-        writing.add_done_callback(self._issuing.discard)
+        writing = self._journal.issue(issue, tasks)
         self._asks = with_issue(self._asks, issue, run=self.run, now=self._services.now())
         if new and self.run.round != self._round_announced:
             self._round_announced = self.run.round
@@ -388,7 +348,6 @@ class ActiveRun:
             else:
                 self._refusals[task.key] = reason
         await writing
-        self._named |= digests
         for key in self._withheld.intersection(issue.keys):
             self._withheld.discard(key)
             if key not in self._refusals and (known := self.run.task(key)) is not None:
@@ -398,11 +357,6 @@ class ActiveRun:
                 await self._accept(key.client, _refused(key, reason))
         asked = frozenset(issue.keys)
         await self._hand_over([answer for answer in self.run.answers if answer.key in asked])
-
-    async def _journal(self, issue: IssueTasks, tasks: Sequence[TaskAssignment]) -> None:
-        with self._storing():
-            await self._keep(digests_of(issue.model) if issue.model is not None else ())
-            await self._services.store.issue_tasks(self._services.epoch, self.job_id, tasks)
 
     async def _hand_over(self, answers: Sequence[TaskResult]) -> None:
         """Hand *answers* to the run's process, which may know them; asked and not told, as many would fill the link."""
@@ -432,21 +386,14 @@ class ActiveRun:
             if missing := self.files.missing(needed):
                 got = f"digest {missing[0]} without a file"
                 raise ProtocolError("state", got=got, expected="tensors that are stored")
-            if self._writing:  # answers of this round, which end with it
-                await asyncio.wait(tuple(self._writing))
-            with self._storing():
-                await self._keep(needed | (kept - set(self.files.missing(kept))))
-                await self._services.store.commit_round(
-                    self._services.epoch, self.job_id, commit, now_s=self._services.wall()
-                )
+            await self._journal.commit(commit, carried=kept)
             await self._end_round(commit.state, carried)
 
     async def _end_round(self, state: StateRef, carried: Collection[TaskKey]) -> None:
         """Take note that *state* is committed, and delete what only its round needed."""
         self._process.progressed()
-        self._named = state_digests(state)
+        self._journal.committed(state, carried)
         self._withheld.clear()
-        self._unwritten = {key: answer for key, answer in self._unwritten.items() if key in carried}
         for key in self.run.committed(state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
         await self._clear(state_digests(state))
@@ -460,7 +407,7 @@ class ActiveRun:
         async with self._clearing:
             begun = [inbox.begun for inbox in self._inboxes.values()]
             kept = needed.union(self._needed_by(frozenset(self.run.carried)), *begun, self._arriving)
-            self._durable &= kept
+            self._journal.retain(kept)
             doomed = await asyncio.to_thread(self.files.set_aside, kept)
             objects = mirror.set_aside(kept) if (mirror := self.folder.mirror) is not None else []
         self._spawn(self._delete_files(doomed), f"delete tensors of {self.job_id}")
@@ -473,12 +420,6 @@ class ActiveRun:
             await asyncio.to_thread(self.files.delete_files, paths)
         except StoreFailed as failed:
             self._log.warning("tensors left behind", extra={"reason": failed.reason})
-
-    async def _keep(self, digests: Collection[Digest]) -> None:
-        """Return when the run's tensors *digests* survive whatever happens to this process."""
-        if new := set(digests) - self._durable:
-            await self.folder.keep_tensors(self.files, new)
-            self._durable |= new
 
     def _needed_by(self, keys: frozenset[TaskKey]) -> set[Digest]:
         """Return the tensors of these tasks' models, and of their answers."""
@@ -512,8 +453,7 @@ class ActiveRun:
         if end.result and not (self.folder.result / end.result).is_file():
             raise ProtocolError("result", got=end.result, expected="a file in the run's folder")
         if end.result:
-            with self._storing():
-                await self.folder.keep_result(end.result)
+            await self._journal.keep_result(end.result)
         await self.end(JobState.COMPLETED, ended=end)
 
     # what clients' processes send
@@ -534,8 +474,8 @@ class ActiveRun:
     async def _judged(self, sender: ClientName, result: TaskResult, message: Message) -> None:
         match self.run.judge(result, sender=sender):
             case Duplicate():
-                if (unwritten := self._unwritten.get(result.key)) is not None:
-                    await self._write_answer(unwritten)
+                if (unwritten := self._journal.unwritten(result.key)) is not None:
+                    await self._journal.accept(unwritten)
                 return
             case Stale(reason=reason):
                 raise UpdateRejected(sender, f"a stale answer: {reason}")
@@ -641,7 +581,6 @@ class ActiveRun:
         """
         if not isinstance(self.run.accept(result, sender=sender), Accepted):
             return
-        self._unwritten[result.key] = result
         self._inboxes.pop(sender, None)
         self._process.gets_answer()
         if result.fault is not None:
@@ -650,7 +589,7 @@ class ActiveRun:
             self._troubles[sender] = Trouble(log_tail=self.log_tail(sender))
         if not self._attaching:
             self._tell_run("answer", result)
-        await self._write_answer(result)
+        await self._journal.accept(result)
         self._notify(
             EventType.RESULT_ACCEPTED,
             round_number=result.key.round,
@@ -658,32 +597,6 @@ class ActiveRun:
             metrics=result.update.metrics if result.update is not None else {},
             text=result.fault.reason if result.fault is not None else "",
         )
-
-    async def _write_answer(self, result: TaskResult) -> None:
-        """Return when the journal has the answer, or an earlier attempt of it, of which the store could not tell.
-
-        A commit that may delete its task waits for that, too.
-        """
-        writing = asyncio.create_task(
-            self._written(result), name=f"journal an answer of {self.job_id}"
-        )  # awaited below
-        self._writing.add(writing)
-        try:
-            await writing
-        finally:
-            self._writing.discard(writing)
-
-    async def _written(self, result: TaskResult) -> None:
-        model = None if result.update is None else result.update.model
-        with self._storing():
-            await self._keep(() if model is None else digests_of(model))
-            if self._issuing:  # a client may be done before its task is in the journal
-                await asyncio.wait(tuple(self._issuing))
-            try:
-                await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
-            except NotFound as error:  # the store could not take it just now
-                raise StoreFailed("accepting an answer", "its task is not in the journal yet") from error
-        self._unwritten.pop(result.key, None)
 
     async def _send(self, task: TaskAssignment) -> None:
         if (reason := self._refusal_of(task)) is None:
@@ -828,7 +741,7 @@ class ActiveRun:
             self.run,
             asks=self._asks,
             process=self._process.standing,
-            store=self._store_trouble,
+            store=self._journal.trouble,
             absent=self._services.absent(),
             now=self._services.now(),
             wall=self._services.wall(),
@@ -841,18 +754,7 @@ class ActiveRun:
 
     def store_failed(self, failed: StoreFailed) -> None:
         """Take note that the store, or the disk with the tensors, did not do what this run needs; from any thread."""
-        if self._store_trouble is None:
-            self._store_trouble = StoreTrouble(failed.reason, self._services.now())
-
-    @contextmanager
-    def _storing(self) -> Iterator[None]:
-        """Take note of how the store does what is asked of it within the block."""
-        try:
-            yield
-        except StoreFailed as failed:
-            self.store_failed(failed)
-            raise
-        self._store_trouble = None
+        self._journal.store_failed(failed)
 
     # telling
 
