@@ -4,11 +4,9 @@ The run's process (workflow, aggregation) and each client's process talk to thei
 Whatever counts is in the store before anybody is told that it does: an answer before its sender hears that it was
 accepted, a round before the next one begins. Meanwhile work goes on: a task is on its way to its client, and an answer
 to the run's process, while they are being written, for whatever comes of them is written behind them, by one writer.
-``coordination.runs.Run`` holds the decisions and mirrors the journal; ``run_process.OwnProcess`` keeps the run's own
-process alive; this class owns the clients' processes, the tensor files and the order of things.
-
-Clients' processes are started when the run begins, when one died and may be tried again, and when a client's agent
-comes back without one.
+``coordination.runs.Run`` holds the decisions and mirrors the journal; ``run_journal.RunJournal`` writes it;
+``run_process.OwnProcess`` keeps the run's own process alive, and ``client_processes.ClientProcesses`` the clients'.
+This class owns the tensor files and the order of things.
 """
 
 import asyncio
@@ -16,16 +14,14 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
 
-from hanse.cell.cell import Cell, RemoteError
-from hanse.coordination.absence import with_absence
-from hanse.coordination.runs import Accepted, ClientState, Duplicate, Early, GiveUp, Restart, Run, Stale
+from hanse.coordination.runs import Accepted, Duplicate, Early, Run, Stale
 from hanse.coordination.waiting import (
     Ask,
     asks_taken_up,
@@ -37,10 +33,7 @@ from hanse.errors import (
     HanseError,
     InternalError,
     NotInService,
-    OutOfMemory,
-    ProcessDied,
     ProtocolError,
-    SiteRefused,
     StoreFailed,
     TensorsLost,
     UpdateRejected,
@@ -50,7 +43,6 @@ from hanse.events import EventType, FLContext
 from hanse.ids import SERVER, ClientName, Digest, Fqcn, JobId, job_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.launch.log_lines import FieldLogger
-from hanse.learning.workflow import CLIENT_LOST
 from hanse.messages import (
     AbortJob,
     AbortRun,
@@ -58,16 +50,13 @@ from hanse.messages import (
     ClientChanged,
     ClientView,
     CommitRound,
-    DeployJob,
     IssueTasks,
-    JobEnded,
     JobEvent,
     LogMetrics,
     Message,
     ModelRef,
     RunEnded,
     RunSnapshot,
-    StartJob,
     StateRef,
     TaskAssignment,
     TaskCancelled,
@@ -78,6 +67,8 @@ from hanse.messages import (
 )
 from hanse.model import TensorMismatch
 from hanse.server.bounds import MAX_CODE_CHARS, check_metrics, ending, shortened
+from hanse.server.causes import cause_of, code_of
+from hanse.server.client_processes import ClientProcesses
 from hanse.server.inbox import Inbox
 from hanse.server.lifetime import start_in
 from hanse.server.run_folder import RunFolder
@@ -90,13 +81,8 @@ from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
 
-DEPLOY_TIMEOUT_S: Final = 120.0
-"""How long a client may take to fetch and unpack a job's package: 64 MiB over a slow line."""
-START_TIMEOUT_S: Final = 30.0
 HAND_OVER_TIMEOUT_S: Final = 30.0
 """How long a run's process may take to hear of an answer; it has a loop of its own for that."""
-CONNECT_WITHIN_S: Final = 120.0
-"""How long a client's process that was started may take to connect before the run counts its client as suspect."""
 STORE_PAUSE_S: Final = 5.0
 """What the store did not take is tried again after this: nobody tells when it would."""
 MAX_LOGS_PER_S: Final = 200
@@ -108,14 +94,6 @@ ENDINGS: Final = {
     JobState.FAILED: EventType.JOB_FAILED,
     JobState.ABORTED: EventType.JOB_ABORTED,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """What befell a client last, and the last lines of the log there; without a code it has got over it."""
-
-    code: str = ""
-    log_tail: str = ""
 
 
 class ActiveRun:
@@ -141,19 +119,21 @@ class ActiveRun:
         self._journal = RunJournal(record.job_id, folder, self.files, services)
         self._services = services
         self._emit = emit
-        self._suspect = suspect
         self._log = FieldLogger(_log, {"job": record.job_id})
         self._over = asyncio.Event()
         self._ending = asyncio.Lock()
         self._group: asyncio.TaskGroup | None = None
         self._work: set[asyncio.Task[None]] = set()
-        self._unstarted: set[ClientName] = set()
-        self._troubles = {
-            answer.key.client: Trouble(answer.fault.code, answer.fault.log_tail)
-            for answer in run.answers
-            if answer.fault is not None
-        }
         self._process = OwnProcess(record, folder, services, over=self._over, mend=self._mend)
+        self.processes = ClientProcesses(
+            record,
+            run,
+            services,
+            over=self._over,
+            spawn=self._spawn,
+            changed=self._changed,
+            suspect=suspect,
+        )
         self._asks: tuple[Ask, ...] = asks_taken_up(run, now=services.now())
         self._inboxes: dict[ClientName, Inbox] = {}
         self._arriving: Counter[Digest] = Counter()
@@ -190,12 +170,9 @@ class ActiveRun:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 if resumed:
-                    self._unstarted.update(self.run.clients)
-                    for client, reported in heard.items():
-                        self.heard(client, reported=reported, dead=False)
+                    self.processes.take_up(heard)
                 else:
-                    for client in self.run.clients:
-                        self._spawn(self._start_client(client), f"start {client} of {self.job_id}")
+                    self.processes.begin()
                 if (given_up := await self._process.keep_alive()) is not None:
                     code, reason, log_tail = given_up.code, given_up.reason, given_up.log_tail
                     await self.end_once_stored(JobState.FAILED, code=code, reason=reason, log_tail=log_tail)
@@ -440,7 +417,7 @@ class ActiveRun:
             if end.client not in self.run.clients:
                 await self.end(JobState.FAILED, code=code, reason=reason, log_tail=await self._process.log_tail())
                 return
-            trouble = self._troubles.get(ClientName(end.client), Trouble())
+            trouble = self.processes.trouble(ClientName(end.client))
             await self.end(
                 JobState.FAILED,
                 code=code,
@@ -583,10 +560,7 @@ class ActiveRun:
             return
         self._inboxes.pop(sender, None)
         self._process.gets_answer()
-        if result.fault is not None:
-            self._troubles[sender] = Trouble(result.fault.code, result.fault.log_tail)
-        elif sender in self._troubles:
-            self._troubles[sender] = Trouble(log_tail=self.log_tail(sender))
+        self.processes.answered(sender, result.fault)
         if not self._attaching:
             self._tell_run("answer", result)
         await self._journal.accept(result)
@@ -615,123 +589,21 @@ class ActiveRun:
         if self._tell(self._cell_of(task.key.client), Channel.TASK, "task", task):
             self._notify(EventType.TASK_SENT, round_number=task.key.round, peer=task.key.client)
 
-    # clients come, go and fail
+    # whom it reaches
 
     async def cell_up(self, client: ClientName, stream: object) -> None:
         """Take note that *client*'s process is connected: it gets the tasks that it has to answer."""
-        self._unstarted.discard(client)
-        was_lost = client in self.run.lost_clients
-        before = self.run.stream_up(client, now=self._services.now(), stream=stream)
-        if before is None:
-            return
-        if was_lost or before is ClientState.SUSPECT:
-            self._changed(client, "back")
-        for task in self.run.tasks_for(client):
-            await self._send(task)
+        if self.processes.stream_up(client, stream):
+            await self._send_out(client)
 
     async def hand_out_again(self) -> None:
         """Send every client again what it has to answer; who has it already takes no notice."""
         for client in self.run.live_clients:
-            for task in self.run.tasks_for(client):
-                await self._send(task)
+            await self._send_out(client)
 
-    def cell_down(self, client: ClientName, stream: object) -> None:
-        """Take note that a stream of *client* broke: its process's or its agent's."""
-        self.run.stream_down(client, now=self._services.now(), stream=stream)
-
-    def lose(self, lost_after_s: float) -> None:
-        """Tell the run of the clients that are lost by now."""
-        absent = self._services.absent()
-        for client in self.run.lost(self._services.now(), lost_after_s):
-            reason = with_absence(f"{client} was {self.run.participant(client).reason}", client, absent)
-            self._log.warning("client lost", extra={"client": client, "reason": reason})
-            code = absent[client].code if client in absent else CLIENT_LOST
-            self._troubles[client] = Trouble(code, self.log_tail(client))
-            self._changed(client, "lost", reason=reason)
-
-    def heard(self, client: ClientName, *, reported: bool, dead: bool) -> None:
-        """Take note of *client*'s heartbeat: whether it *reported* this job, or has lost it since (*dead*)."""
-        if reported:
-            self._unstarted.discard(client)
-        elif dead:
-            part = self.run.participant(client)
-            self.process_ended(
-                client, JobEnded(self.job_id, part.attempt, status=1, log_tail="the client no longer runs it")
-            )
-        elif client in self._unstarted and not self.has_ended:
-            self._unstarted.discard(client)
-            self._spawn(self._start_client(client), f"start {client} of {self.job_id}")
-
-    def agent_is_new(self, client: ClientName) -> None:
-        """Take note that *client*'s agent has registered anew, and may have lost the job's process.
-
-        Its next heartbeat tells; that the process is connected does not, as its end may be noticed only later.
-        """
-        if not self.has_ended:
-            self._unstarted.add(client)
-
-    def process_ended(self, client: ClientName, end: JobEnded) -> None:
-        """Take note that *client*'s process ended unasked: it is started again, or given up."""
-        log_tail = ending(end.log_tail)
-        code = OutOfMemory.code if end.cause == OutOfMemory.code else ProcessDied.code
-        self._troubles[client] = Trouble(code, log_tail)
-        verdict = self.run.process_ended(
-            client,
-            attempt=end.attempt,
-            status=end.status,
-            now=self._services.now(),
-            last_line=shortened(log_tail.strip().rpartition("\n")[2]),
-            cause=end.cause,
-        )
-        match verdict:
-            case Restart():
-                self._log.warning("a client's process died and is started again", extra={"client": client})
-                self._spawn(self._start_client(client, noted=True), f"restart {client} of {self.job_id}")
-            case GiveUp(reason=reason):
-                self._changed(client, "failed", reason=reason)
-            case None:
-                pass
-
-    def log_tail(self, client: ClientName) -> str:
-        """Return the last lines of its log that *client* told of when it last died or failed; empty when it did not."""
-        return self._troubles.get(client, Trouble()).log_tail
-
-    async def _start_client(self, client: ClientName, *, noted: bool = False) -> None:
-        services, record = self._services, self.record
-        if not noted and self.run.starting(client, now=services.now()) is None:
-            return
-        attempt = self.run.participant(client).attempt
-        try:
-            await deploy(services.cell, record, client)
-            identity = services.credentials(self._cell_of(client), self.job_id)
-            start = StartJob(self.job_id, identity, attempt)
-            await services.cell.ask(Fqcn(client), Channel.JOB, "start", start, timeout_s=START_TIMEOUT_S)
-        except HanseError as error:
-            if error.retryable:
-                self._log.info("client not started", extra={"client": client, "reason": error.reason})
-                self._unstarted.add(client)
-                self.run.not_started(client, error.reason, now=services.now())
-                self._suspect()
-            elif self.run.failed(client, error.reason, now=services.now()):
-                self._troubles[client] = Trouble(code_of(error))
-                self._changed(client, "failed", reason=SiteRefused(client, error.reason).reason)
-        else:
-            self._log.info("client started", extra={"client": client, "package": record.package})
-            await self._expect_cell_of(client, attempt)
-
-    async def _expect_cell_of(self, client: ClientName, attempt: int) -> None:
-        """Take *client* for suspect if the process that it has started does not connect in time."""
-        if await is_set_within(self._over, CONNECT_WITHIN_S):
-            return
-        part = self.run.participant(client)
-        if (part.state, part.attempt) == (ClientState.STARTING, attempt):
-            self._log.warning("a client's process has not connected", extra={"client": client})
-            self.run.stream_down(client, now=self._services.now(), stream=None)
-            self._suspect()
-
-    def _changed(self, client: ClientName, change: str, *, reason: str = "") -> None:
-        self._tell_run("client", ClientChanged(client, change, reason))
-        self._emit(JobEvent(self.job_id, f"client_{change}", self._services.wall(), client=client, text=reason))
+    async def _send_out(self, client: ClientName) -> None:
+        for task in self.run.tasks_for(client):
+            await self._send(task)
 
     # what it waits for
 
@@ -772,6 +644,10 @@ class ActiveRun:
             self._log.debug("not told", extra={"destination": destination, "topic": topic, "reason": error.reason})
             return False
         return True
+
+    def _changed(self, client: ClientName, change: str, reason: str) -> None:
+        self._tell_run("client", ClientChanged(client, change, reason))
+        self._emit(JobEvent(self.job_id, f"client_{change}", self._services.wall(), client=client, text=reason))
 
     def _context(self, *, round_number: int = 0, peer: str = "", message: Message | None = None) -> FLContext:
         return FLContext(
@@ -825,34 +701,5 @@ class ActiveRun:
             await self.end_once_stored(JobState.FAILED, code=code_of(cause), reason=cause.reason)
 
 
-def code_of(error: HanseError) -> str:
-    """Return the stable code of *error*: of one that a peer answered with, the code of what was raised there."""
-    return (error.error_code if isinstance(error, RemoteError) else "") or error.code
-
-
 def _refused(key: TaskKey, reason: str) -> TaskResult:
     return TaskResult(key, fault=TaskFault("task-refused", reason))
-
-
-def cause_of(error: Exception, *, doing: str) -> HanseError:
-    """Return the error to end a job with whose task failed with *error* while *doing* something."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error if isinstance(error, HanseError) else InternalError(doing)
-
-
-async def deploy(cell: Cell, record: JobRecord, client: ClientName) -> None:
-    """Have *client* fetch the job and check it against its policy; there already is fine.
-
-    Raises:
-        HanseError: it refuses, with its reason, or cannot be reached.
-    """
-    request = DeployJob(
-        job_id=record.job_id,
-        name=record.spec.name,
-        submitter=record.submitter,
-        spec=record.spec,
-        package=record.package,
-        package_bytes=record.package_bytes,
-    )
-    await cell.ask(Fqcn(client), Channel.JOB, "deploy", request, timeout_s=DEPLOY_TIMEOUT_S)

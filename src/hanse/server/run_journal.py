@@ -148,7 +148,7 @@ class RunJournal:
         self._kept.intersection_update(digests)
 
     async def mend(self) -> Sequence[TaskAssignment] | None:
-        """Have the journal name no tensor that is lost; return the tasks to be answered again, ``None`` if it named none.
+        """Have the journal name no tensor that is lost; return the tasks to answer again, or ``None`` where none was.
 
         What another place has kept is fetched from there; answers whose tensors nobody has are taken back.
 
