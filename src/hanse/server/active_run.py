@@ -254,11 +254,13 @@ class ActiveRun:
         Answers whose tensors nobody has are asked for again; the job ends if it cannot be without.
         """
         try:
-            tasks = await self._journal.mend()
+            async with self._committing:  # what a commit deletes is not lost
+                tasks = await self._journal.mend()
+                again = self.run.retract(tasks or ())
         except TensorsLost as error:
             await self.end(JobState.FAILED, code=error.code, reason=error.reason)
             return True
-        for task in self.run.retract(tasks or ()):
+        for task in again:
             await self._send(task)
         return tasks is not None
 
