@@ -48,6 +48,7 @@ from hanse.messages import (
     ModelRef,
     Quit,
     ReturnCode,
+    StartJob,
     SubmitJob,
     TaskAssignment,
     TaskFault,
@@ -60,6 +61,7 @@ from hanse.server import FederatedServer
 from hanse.server.active_run import ActiveRun
 from hanse.server.client_processes import DEPLOY_TIMEOUT_S
 from hanse.server.federated_server import TaskMetaInfo
+from hanse.server.payloads import expect
 from hanse.storage.memory import MemoryStore
 from hanse.storage.models import allocate, read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
@@ -984,6 +986,43 @@ def test_a_job_that_a_client_lists_no_longer_is_dead(start: StartServer, dialler
     beat()
     site.started()
 
+    assert site.attempts == [1, 2]
+
+
+class SlowToStartAgain(Site):
+    """A site at which a process is started again only when ``may_start`` is set."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        self.asked, self.may_start = asyncio.Event(), asyncio.Event()
+        super().__init__(*arguments, **more)
+
+    async def _start(self, message: Message) -> None:  # type: ignore[override] - a handler may be either
+        if expect(message, StartJob).attempt > 1:
+            self.asked.set()
+            await self.may_start.wait()
+        super()._start(message)
+
+
+def test_a_heartbeat_while_a_process_is_being_started_again_does_not_count_it_as_dead(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = SlowToStartAgain(dialler, server, "site-1")
+    workflow = WorkflowSpec("fedavg", {"rounds": 1})
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=2, workflow=workflow)
+    site.started()
+    task = site.task()
+    site.wire.ask(Channel.SERVER, "heartbeat", Heartbeat((job_id,)))
+
+    site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9))
+    wait(site.asked.wait())
+    site.wire.ask(Channel.SERVER, "heartbeat", Heartbeat(idle=(job_id,)))
+    on_loop(site.may_start.set)
+    site.started()
+    assert site.task() == task
+    site.send(answer(task, w(1)))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
     assert site.attempts == [1, 2]
 
 
