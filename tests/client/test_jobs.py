@@ -1,4 +1,6 @@
 import asyncio
+import errno
+import os
 import stat
 import threading
 from functools import partial
@@ -285,6 +287,28 @@ async def test_aborted_job_is_stopped_and_leaves_its_log(tmp_path: Path) -> None
         assert here.launcher.launched[0].is_stopped
         assert server.queue(JobEnded).empty(), "it was asked to end"
         assert JobFolder(here.workspace / "jobs" / JOB).log.read_text() == "a line"
+
+
+async def test_job_whose_files_the_disk_does_not_let_go_ends_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    other = JobId("other-1")
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        for job_id in (JOB, other):
+            await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec(), job_id=job_id))
+            await server.ask("start", server.start(job_id=job_id))
+        with monkeypatch.context() as disk:
+            disk.setattr(Path, "unlink", refuse)
+            server.cell.tell(Fqcn(SITE), Channel.JOB, "abort", AbortJob(JOB, "the lead wants it so"))
+            await has_told(server, running=(other,), idle=())
+
+        first, second = here.launcher.launched
+        assert first.is_stopped
+        assert not second.is_stopped
 
 
 async def test_stopping_the_agent_ends_its_jobs_and_leaves_only_logs(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import msgspec
 
 from hanse.errors import Conflict, StoreFailed
 from hanse.launch.held import only_holder
-from hanse.launch.surviving import end_survivor, forget
+from hanse.launch.process import SET_ASIDE
+from hanse.launch.surviving import end_survivor
 from hanse.messages import DeployJob
 
 CLIENT_FILE: Final = "client.pid"
@@ -89,12 +90,18 @@ class JobFolder:
             return None
 
     def clear(self) -> None:
-        """Delete all but the log, and the folder where there is none; no process of the job may live."""
-        for path in (self.package, self.code, self.tensors):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in (self._started, self._started.with_suffix(".tmp")):
-            path.unlink(missing_ok=True)
-        forget(self.path)
+        """Delete all but the log, and the folder where there is none; no process of the job may live.
+
+        What the disk does not let go stays, for the next agent of the workspace to delete.
+        """
+        for path in self.path.glob("*"):
+            if path.name in (self.log.name, self.log.name + SET_ASIDE):
+                continue
+            with suppress(OSError):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
         with suppress(OSError):  # not empty, or not there
             self.path.rmdir()
 

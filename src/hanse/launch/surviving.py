@@ -190,12 +190,6 @@ def end_survivor(folder: Path, *, grace_s: float) -> int | None:
     return held.pid
 
 
-def forget(folder: Path) -> None:
-    """Delete what ties a process to *folder*; there must be none."""
-    for name in (LOCK_FILE, LINE_FILE):
-        (folder / name).unlink(missing_ok=True)
-
-
 class LifeLine:
     """What a process that may outlive its agent holds of it; made once, before the process starts threads or children.
 
