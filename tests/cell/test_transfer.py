@@ -1,6 +1,7 @@
 import asyncio
 import random
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -412,6 +413,39 @@ async def test_a_transfer_over_a_connection_that_died_without_a_word_goes_on_ove
             await upload
             assert network.connections == 2
     assert there.map(digest) == memoryview(BIG)
+
+
+async def test_an_upload_goes_on_from_what_is_there_when_its_connection_broke_while_that_was_being_read(
+    there: TensorFiles,
+) -> None:
+    digest = digest_of(BIG)
+    partial = there.begin(digest, len(BIG))
+    partial.write(BIG[: 3 * CHUNK_BYTES])
+    partial.close()
+    begun = asyncio.Event()
+    asked_again, is_dropped = threading.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    class SlowFiles(CountingFiles):
+        def begin(self, digest: Digest, size: int) -> "CountingPartial":
+            if begun.is_set():
+                asked_again.set()
+                assert is_dropped.wait(10)
+                return super().begin(digest, size)
+            loop.call_soon_threadsafe(begun.set)
+            assert asked_again.wait(10)
+            first = super().begin(digest, size)
+            weakref.finalize(first, is_dropped.set)
+            return first
+
+    counted = SlowFiles(there)
+    async with moving(counted) as (_, transfers):
+        upload = asyncio.create_task(transfers.upload(SCOPE, digest, memoryview(BIG)))
+        await begun.wait()
+        await transfers.renew()
+        await upload
+    assert counted.written == len(BIG) - 3 * CHUNK_BYTES
+    assert [path.name for path in there.root.iterdir()] == [digest]
 
 
 async def test_tries_are_bounded_and_the_last_reason_is_told(here: TensorFiles) -> None:
