@@ -101,6 +101,18 @@ async def test_a_welcome_in_a_version_that_was_not_offered_is_a_mismatch() -> No
         await say_hello(near, hello())
 
 
+async def test_a_reception_that_is_closed_while_a_silent_streams_time_ends_is_closed() -> None:
+    stopping = NotInService("the server is stopping")
+    async with reception() as desk:
+        pipe = await desk.dial("memory")
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(desk.close(stopping))
+        await asyncio.sleep(0)
+        again = asyncio.create_task(desk.close(stopping))
+        await asyncio.gather(closing, again)
+        assert str(await refused_with(pipe)) == str(stopping)
+
+
 async def test_a_stream_that_says_nothing_is_closed() -> None:
     async with reception(hello_timeout_s=0.02) as desk:
         pipe = await desk.dial("memory")

@@ -448,6 +448,27 @@ async def test_an_upload_goes_on_from_what_is_there_when_its_connection_broke_wh
     assert [path.name for path in there.root.iterdir()] == [digest]
 
 
+async def test_a_connection_that_is_renewed_while_what_was_under_way_is_just_ending_is_renewed(
+    there: TensorFiles,
+) -> None:
+    digest = digest_of(BIG)
+    async with serving(scopes=scopes_of(there)) as server:
+        network = FaultyNetwork(int(server.target.rpartition(":")[2]))
+        async with network.serving() as port, transferring(f"127.0.0.1:{port}") as transfers, asyncio.timeout(10):
+            assert await transfers.missing(SCOPE, [digest]) == [digest]
+            await network.become(SPLIT)
+            upload = asyncio.create_task(transfers.upload(SCOPE, digest, memoryview(BIG)))
+            await asyncio.sleep(0)
+            await network.forget()
+            await network.become(FAIR)
+            renewed = asyncio.create_task(transfers.renew())
+            await asyncio.sleep(0)  # its time is over from here on, and it has not heard of that
+            again = asyncio.create_task(transfers.renew())
+            await asyncio.gather(renewed, again)
+            await upload
+    assert there.map(digest) == memoryview(BIG)
+
+
 async def test_tries_are_bounded_and_the_last_reason_is_told(here: TensorFiles) -> None:
     async with serving() as server:
         target = server.target
