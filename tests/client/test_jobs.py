@@ -1,8 +1,10 @@
 import asyncio
 import errno
 import os
+import shutil
 import stat
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -321,6 +323,53 @@ async def test_stopping_the_agent_ends_its_jobs_and_leaves_only_logs(tmp_path: P
 
         assert here.launcher.launched[0].is_stopped
         assert [path.name for path in (here.workspace / "jobs" / JOB).iterdir()] == ["job.log"]
+
+
+@pytest.mark.parametrize("doing", ["unpacking", "noting"])
+async def test_job_that_is_being_deployed_or_started_again_when_the_agent_stops_leaves_only_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doing: str
+) -> None:
+    loop, begun = asyncio.get_running_loop(), asyncio.Event()
+    is_cleared, is_through = threading.Event(), threading.Event()
+    clear = JobFolder.clear
+
+    def clear_and_tell(folder: JobFolder) -> None:
+        clear(folder)
+        is_cleared.set()
+
+    def slowly(work: Callable[..., Any], *arguments: Any) -> Any:
+        """Work as a slow disk does: only when the folder has been cleared, if anybody clears it meanwhile."""
+        loop.call_soon_threadsafe(begun.set)
+        is_cleared.wait(0.5)
+        try:
+            return work(*arguments)
+        finally:
+            is_through.set()
+
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        deploy = server.announce(code_folder(tmp_path / "code"), job_spec())
+        await server.ask("deploy", deploy)
+        await server.ask("start", server.start(attempt=1))
+        if doing == "unpacking":
+            server.abort = (JOB,)
+            await has_told(server, running=(), idle=())
+            monkeypatch.setattr(shutil, "copyfileobj", partial(slowly, shutil.copyfileobj))
+            asking = asyncio.create_task(server.ask("deploy", deploy))
+        else:
+            note = JobFolder.note
+            monkeypatch.setattr(JobFolder, "note", lambda folder, started: slowly(note, folder, started))
+            asking = asyncio.create_task(server.ask("start", server.start(attempt=2)))
+        await within(20, begun.wait())
+        monkeypatch.setattr(JobFolder, "clear", clear_and_tell)
+        here.agent.stop()
+        await within(20, here.running)
+        assert await asyncio.to_thread(is_through.wait, 20)
+
+        with pytest.raises(Unreachable):
+            await asking
+        assert [path.name for path in (here.workspace / "jobs" / JOB).iterdir()] == ["job.log"]
+        assert all(handle.is_stopped for handle in here.launcher.launched)
 
 
 async def test_agent_that_is_refused_for_good_leaves_no_process(tmp_path: Path) -> None:

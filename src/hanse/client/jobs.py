@@ -13,11 +13,11 @@ import hashlib
 import importlib.util
 import logging
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 import msgspec
 
@@ -38,6 +38,9 @@ from hanse.settings import ClientSettings
 from hanse.storage.disk import start_failure
 from hanse.storage.packages import MAX_PACKAGE_BYTES, comes_with, unpack_package
 from hanse.storage.tensors import TensorFiles
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -228,10 +231,10 @@ class SiteJobs:
     async def _deploy(self, deploy: DeployJob) -> None:
         folder = JobFolder(self._workspace / "jobs" / deploy.job_id)
         self._jobs[deploy.job_id] = job = _Job(deploy, folder)
-        packages = await asyncio.to_thread(TensorFiles, folder.package)
-        partial = await asyncio.to_thread(packages.begin, deploy.package, deploy.package_bytes)
+        packages = await _in_thread(TensorFiles, folder.package)
+        partial = await _in_thread(packages.begin, deploy.package, deploy.package_bytes)
         await self._transfers.download(f"job/{deploy.job_id}", deploy.package, deploy.package_bytes, partial)
-        spec = await asyncio.to_thread(unpack_package, packages.path(deploy.package), folder.code)
+        spec = await _in_thread(unpack_package, packages.path(deploy.package), folder.code)
         if spec != deploy.spec:
             raise JobInvalid("package", got=f"another definition of {spec.name}", expected="the one that was announced")
         if not _is_there(spec, folder.code) and not _is_installed(spec):
@@ -240,9 +243,8 @@ class SiteJobs:
         _log.info("job deployed", extra={"job": deploy.job_id, "job_name": deploy.name, "submitter": deploy.submitter})
 
     async def _start(self, job: _Job, start: StartJob) -> None:
-        self._serving_group()
         terms, authority = self._terms(job.deployed, job.folder), start.identity.authority
-        await asyncio.to_thread(job.folder.note, StartedJob(job.deployed, start.attempt, terms, authority))
+        await _in_thread(job.folder.note, StartedJob(job.deployed, start.attempt, terms, authority))
         kills = KillCounter()
         try:
             handle = await self._launcher.launch(
@@ -254,8 +256,6 @@ class SiteJobs:
             )
         except OSError as error:
             raise start_failure(f"the job's process at {self._client}", error, job.folder.path) from error
-        if self._group is None:  # the agent has begun to stop meanwhile
-            await handle.stop(STOP_GRACE_S)
         self._run(job, _Process(handle, start.attempt, kills, authority))
         _log.info("job started", extra={"job": start.job_id, "attempt": start.attempt, "pid": handle.pid})
 
@@ -315,13 +315,15 @@ class SiteJobs:
             _log.info("job ended", extra={"job": job_id})
 
     async def _stop_process(self, job: _Job) -> None:
-        process, job.process = job.process, None
+        process = job.process
         if process is None:
             return
         process.is_asked = True
         await process.handle.stop(STOP_GRACE_S)
         if process.watcher is not None:
             process.watcher.cancel()  # it may be reporting an end that came before
+        if job.process is process:  # what ends at the same time as another asks for it is ended once
+            job.process = None
 
     async def _stop_all(self) -> None:
         jobs = list(self._jobs.values())
@@ -338,6 +340,16 @@ class SiteJobs:
         if self._group is None:
             raise SiteRefused(self._client, "its agent is stopping")
         return self._group
+
+
+async def _in_thread(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """Return what *work* returns, done in a thread. Cancelled, this ends when *work* does: it has a job's files."""
+    working = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **named))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.gather(working, return_exceptions=True)
+        raise
 
 
 def _is_installed(spec: JobSpec) -> bool:
