@@ -25,7 +25,7 @@ from hanse.storage.packages import MAX_PACKAGE_BYTES
 
 from ..launch.much import MUCH, is_too_long, log_much
 from .fake_server import JOB, PROJECT, SITE, FakeServer, fake_server, job_identity, job_spec
-from .site import code_folder, site, within
+from .site import APP, code_folder, site, within
 
 AWAY = Unreachable("server", "it has gone")
 
@@ -61,6 +61,23 @@ async def test_what_is_asked_twice_is_done_once(tmp_path: Path) -> None:
 
         assert len(here.launcher.launched) == 1
         assert not here.launcher.launched[0].is_stopped
+
+
+async def test_job_that_is_deployed_anew_with_other_files_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code", f"{APP}more = 1\n"), job_spec()))
+        (first,) = here.launcher.launched
+        assert first.is_stopped
+        await server.ask("start", server.start())
+
+        assert len(here.launcher.launched) == 2
+        assert "more = 1" in (here.workspace / "jobs" / JOB / "code" / "app.py").read_text()
+        assert server.queue(JobEnded).empty(), "it was asked to end"
+        here.agent.stop()
+        await within(20, here.running)
 
 
 async def test_next_attempt_takes_the_place_of_a_process_that_the_server_gave_up(tmp_path: Path) -> None:

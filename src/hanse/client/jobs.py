@@ -172,8 +172,11 @@ class SiteJobs:
             raise SiteRefused(self._client, refusal)
         async with self._lock_of(deploy.job_id):
             job = self._jobs.get(deploy.job_id)
-            if job is None or not job.is_here or job.deployed.package != deploy.package:
-                await self._deploy(deploy)
+            if job is not None and job.is_here and job.deployed.package == deploy.package:
+                return
+            if job is not None:
+                await self._stop_process(job)
+            await self._deploy(deploy)
 
     async def _on_start(self, message: Message) -> None:
         start = message.payload
