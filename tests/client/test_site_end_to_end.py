@@ -18,7 +18,7 @@ import pytest
 
 from hanse.cell.listener import Listener
 from hanse.client.agent import ClientAgent
-from hanse.client.workspace import JobFolder, end_orphans, only_agent_of
+from hanse.client.workspace import JobFolder, end_orphans, job_folders, only_agent_of
 from hanse.errors import UNKNOWN_STATUS
 from hanse.ids import Fqcn
 from hanse.launch.held import HeldProcess
@@ -261,6 +261,8 @@ async def test_orphans_are_left_to_the_agent_that_runs(left: Left) -> None:
         assert not left.process.wait(0)
     assert await asyncio.to_thread(end_orphans, left.workspace, grace_s=30) == [left.process.pid]
     assert left.process.wait(0)
+    (folder,) = await asyncio.to_thread(job_folders, left.workspace)
+    assert [path.name for path in folder.path.iterdir()] == ["job.log"]
 
 
 def test_agent_at_rest_carries_no_arrays_and_no_database() -> None:

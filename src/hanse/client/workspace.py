@@ -128,11 +128,14 @@ def only_agent_of(workspace: Path) -> Iterator[int]:
 def end_orphans(workspace: Path, *, grace_s: float) -> list[int]:
     """End the jobs' processes that an agent which was killed has left in *workspace*; return their numbers. Blocks.
 
-    Where an agent runs they are its own, and left to it.
+    Their folders are cleared. Where an agent runs they are its own, and left to it.
     """
+    pids = []
     try:
         with only_agent_of(workspace):
-            pids = [end_survivor(folder.path, grace_s=grace_s) for folder in job_folders(workspace)]
+            for folder in job_folders(workspace):
+                pids.append(end_survivor(folder.path, grace_s=grace_s))
+                folder.clear()
     except Conflict:
         return []
     return [pid for pid in pids if pid is not None]
