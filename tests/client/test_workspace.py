@@ -8,7 +8,7 @@ import pytest
 
 from hanse.client.in_background import running_client
 from hanse.client.workspace import JobFolder, StartedJob, end_orphans, job_folders, only_agent_of
-from hanse.errors import Conflict, StoreFailed
+from hanse.errors import Conflict, NoSpace, StoreFailed
 from hanse.ids import Digest
 from hanse.messages import DeployJob
 from hanse.storage.packages import build_package
@@ -39,6 +39,14 @@ def test_note_that_the_disk_does_not_take_says_so(tmp_path: Path) -> None:
     (tmp_path / "started.tmp").mkdir()
     with pytest.raises(StoreFailed, match=f"the store failed while noting the start of job {tmp_path.name}"):
         JobFolder(tmp_path).note(STARTED)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a file that is always full")
+def test_note_for_which_the_disk_has_no_space_says_which_disk(tmp_path: Path) -> None:
+    (tmp_path / "started.tmp").symlink_to("/dev/full")
+    with pytest.raises(NoSpace, match=f"noting the start of job {tmp_path.name} failed: the disk mounted at .* is full"):
+        JobFolder(tmp_path).note(STARTED)
+    assert JobFolder(tmp_path).started() is None
 
 
 def test_folder_is_cleared_of_all_but_its_logs(tmp_path: Path) -> None:

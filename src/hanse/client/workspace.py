@@ -15,11 +15,12 @@ from typing import Final
 
 import msgspec
 
-from hanse.errors import Conflict, StoreFailed
+from hanse.errors import Conflict
 from hanse.launch.held import only_holder
 from hanse.launch.process import SET_ASIDE
 from hanse.launch.surviving import end_survivor
 from hanse.messages import DeployJob
+from hanse.storage.disk import disk_failure
 
 CLIENT_FILE: Final = "client.pid"
 """The agent locks it as long as it runs, and writes its number into it where it is one process's purpose."""
@@ -80,7 +81,7 @@ class JobFolder:
                 file.write(msgspec.msgpack.encode(started))
             partial.replace(self._started)
         except OSError as error:
-            raise StoreFailed(f"noting the start of job {self.path.name}", str(error.strerror)) from error
+            raise disk_failure(f"noting the start of job {self.path.name}", error, self.path) from error
 
     def started(self) -> StartedJob | None:
         """Return what was noted last; ``None`` where nothing is, or nothing that this release can read."""
