@@ -44,7 +44,9 @@ def test_note_that_the_disk_does_not_take_says_so(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a file that is always full")
 def test_note_for_which_the_disk_has_no_space_says_which_disk(tmp_path: Path) -> None:
     (tmp_path / "started.tmp").symlink_to("/dev/full")
-    with pytest.raises(NoSpace, match=f"noting the start of job {tmp_path.name} failed: the disk mounted at .* is full"):
+    with pytest.raises(
+        NoSpace, match=f"noting the start of job {tmp_path.name} failed: the disk mounted at .* is full"
+    ):
         JobFolder(tmp_path).note(STARTED)
     assert JobFolder(tmp_path).started() is None
 
