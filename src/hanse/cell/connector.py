@@ -186,7 +186,7 @@ class Connector:
 
     async def _introduce(self, link: StreamLink, welcome: Welcome) -> None:
         try:
-            if self._on_welcome is not None:
+            if self._on_welcome is not None and not self._closing.is_set():
                 await self._on_welcome(link, welcome)
         except HanseError as error:
             link.close_nowait(error)
