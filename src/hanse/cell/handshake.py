@@ -201,6 +201,8 @@ class Reception:
         hello = await self._hear_hello(pipe)
         if self._wait_turn is not None:
             await self._wait_turn()
+        if self._closed_for is not None:
+            raise self._closed_for
         try:
             version = choose_version(hello, self._versions, release=self._release)
             peer = self._authorize(hello, certificate, transport)
