@@ -14,7 +14,7 @@ import pytest
 from hanse.cell.cell import RemoteError
 from hanse.client.process_spec import PROCESS_MODULE
 from hanse.client.workspace import JobFolder
-from hanse.errors import NotFound, Unreachable
+from hanse.errors import NotFound, Unauthenticated, Unreachable
 from hanse.ids import Digest, Fqcn, JobId
 from hanse.launch import long_logs
 from hanse.launch.long_logs import TAIL_BYTES
@@ -278,6 +278,23 @@ async def test_end_is_reported_until_the_server_has_heard_of_it(tmp_path: Path) 
         assert (await server.next(JobEnded)).status == 1
         while (await server.next(Heartbeat)).jobs:
             pass  # until then the job counts as running, so that the server does not believe that it never started
+
+
+async def test_end_is_told_again_once_the_agent_has_registered_anew_where_its_token_is_not_taken_any_more(
+    tmp_path: Path,
+) -> None:
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        expired = Unauthenticated("the token has expired")
+        server.refuse |= {"job_ended": expired, "heartbeat": expired}
+        here.launcher.launched[0].end(-9, "the last line")
+
+        assert await server.next(JobEnded) == JobEnded(JOB, 1, -9, "the last line")
+        while (await server.next(Heartbeat)).jobs:
+            pass
+        assert len(server.hellos) == 2
 
 
 async def test_end_that_the_server_does_not_want_to_hear_of_is_forgotten(tmp_path: Path) -> None:

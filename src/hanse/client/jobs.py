@@ -23,11 +23,19 @@ import msgspec
 
 from hanse.cell.transfer import TensorTransfers
 from hanse.client.process_spec import PROCESS_MODULE, TAIL_CHARS, JobProcessSpec
-from hanse.client.uplink import Uplink
+from hanse.client.uplink import ANSWER_TIMEOUT_S, Uplink
 from hanse.client.workspace import JobFolder, StartedJob, job_folders
 from hanse.coordination.policy import may_run
-from hanse.errors import HanseError, JobInvalid, NotFound, ProtocolError, SiteRefused
-from hanse.ids import ClientName, JobId, Ssid, Token, is_job_id
+from hanse.errors import (
+    HanseError,
+    JobInvalid,
+    NotFound,
+    ProtocolError,
+    SiteRefused,
+    Unauthenticated,
+    Unreachable,
+)
+from hanse.ids import SERVER, ClientName, JobId, Ssid, Token, is_job_id
 from hanse.job import JobSpec
 from hanse.launch.long_logs import LongLogs
 from hanse.launch.memory import KillCounter, cause_of
@@ -301,11 +309,17 @@ class SiteJobs:
         _log.warning("a job's process ended unasked", extra=extra)
         end = JobEnded(job.deployed.job_id, process.attempt, status, tail, cause)
         try:
-            await self._uplink.ask_until_answered(Channel.SERVER, "job_ended", end)
+            await self._uplink.persist(lambda: self._tell(end), doing="telling of the end of a job's process")
         except HanseError as error:
             _log.info("the server does not want to hear of it", extra={**extra, "reason": error.reason})
         if job.process is process:
             job.process = None
+
+    async def _tell(self, end: JobEnded) -> None:
+        try:
+            await self._uplink.ask(Channel.SERVER, "job_ended", end, timeout_s=ANSWER_TIMEOUT_S)
+        except Unauthenticated as error:  # with another token it may: the agent registers anew, or ends
+            raise Unreachable(SERVER, error.reason) from error
 
     async def _end(self, job_id: JobId) -> None:
         async with self._lock_of(job_id):
