@@ -192,6 +192,14 @@ async def test_what_a_process_forks_does_not_hold_its_lock_and_ends_with_it(tmp_
         assert is_free(tmp_path)
 
 
+async def test_what_a_forked_process_forks_in_turn_keeps_all_that_was_opened_meanwhile(tmp_path: Path) -> None:
+    process = await SurvivingLauncher().launch(
+        "children", spec=b"fork-twice", log_path=tmp_path / "log", env=ENV, name="child"
+    )
+    status = await process.wait()
+    assert (status, process.log_tail(1)) == (0, "all that was opened is open")
+
+
 def test_survivor_can_be_ended_by_who_has_no_loop(tmp_path: Path) -> None:
     log = tmp_path / "log"
     pid, _ = left_by_a_dead_parent("survive 60", log)

@@ -206,7 +206,8 @@ class LifeLine:
         self._is_held = self._is_over = False
         # The lock is to tell of this process alone: what it starts, and what it forks, must not have it.
         os.set_inheritable(lock, False)
-        os.register_at_fork(after_in_child=lambda: _close(lock))
+        file = os.fstat(lock)
+        os.register_at_fork(after_in_child=lambda: _close(lock, file))
 
     def watch(self, *, grace_s: float, on_alone: Callable[[str], None]) -> None:
         """Call *on_alone*, once and from a thread, when no agent has held the line for *grace_s* seconds; say why."""
@@ -285,9 +286,11 @@ def _living(folder: Path) -> tuple[HeldProcess, _Note] | None:
         os.close(lock)
 
 
-def _close(descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # the job's code may have closed it
-        os.close(descriptor)
+def _close(descriptor: int, file: os.stat_result) -> None:
+    """Close *descriptor* if it is still that of *file*: it may have been closed, and its number be another file's."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(descriptor), file):
+            os.close(descriptor)
 
 
 def _write_note(lock: int, note: _Note) -> None:
