@@ -1,6 +1,7 @@
 """A site with real processes and a real port: what runs here runs at a hospital."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -49,6 +50,10 @@ def train(model, ctx):
             print("x" * 100_000)
         print("no more")
         threading.Event().wait()
+    if ctx.round == 5:
+        import subprocess, sys
+        child = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"])
+        return Update(model, 1, {"child": child.pid})
     return Update(Model({"w": model["w"] + float(ctx.site["add"])}), 1)
 """
 
@@ -253,6 +258,31 @@ async def test_process_that_has_died_with_its_agent_is_cleared_away(left: Left) 
         await left.server.up()
         assert await left.server.next(Heartbeat) == Heartbeat(())
         assert [path.name for path in left.folder.path.iterdir()] == ["job.log"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has left behind")
+@pytest.mark.parametrize("by", ["the next agent", "who stops the client"])
+async def test_what_a_process_has_left_behind_that_was_killed_with_its_agent_is_ended(left: Left, by: str) -> None:
+    left.give(5)
+    result = await left.server.next(TaskResult)
+    assert result.update is not None
+    child = HeldProcess(int(result.update.metrics["child"]))
+    try:
+        left.process.send(signal.SIGKILL)
+        assert await asyncio.to_thread(left.process.wait, 20)
+        assert not child.wait(0)
+        if by == "the next agent":
+            async with left.next_agent():
+                await left.server.up()
+        else:
+            assert await asyncio.to_thread(end_orphans, left.workspace, grace_s=30) == []
+
+        assert await asyncio.to_thread(child.wait, 20)
+        assert [path.name for path in left.folder.path.iterdir()] == ["job.log"]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            child.send(signal.SIGKILL)
+        child.close()
 
 
 async def test_orphans_are_left_to_the_agent_that_runs(left: Left) -> None:

@@ -18,7 +18,7 @@ import msgspec
 from hanse.errors import Conflict
 from hanse.launch.held import only_holder
 from hanse.launch.process import SET_ASIDE
-from hanse.launch.surviving import end_survivor
+from hanse.launch.surviving import end_left_behind, end_survivor
 from hanse.messages import DeployJob
 from hanse.storage.disk import disk_failure
 
@@ -93,8 +93,10 @@ class JobFolder:
     def clear(self) -> None:
         """Delete all but the log, and the folder where there is none; no process of the job may live.
 
-        What the disk does not let go stays, for the next agent of the workspace to delete.
+        What that has left behind is killed. What the disk does not let go stays, for the next agent of the workspace to
+        delete.
         """
+        end_left_behind(self.log)
         for path in self.path.glob("*"):
             if path.name in (self.log.name, self.log.name + SET_ASIDE):
                 continue

@@ -27,7 +27,7 @@ from typing import Final
 import msgspec
 
 from hanse.errors import ConfigError, Conflict
-from hanse.launch.held import HeldProcess, lock_nowait, started_at
+from hanse.launch.held import HeldProcess, kill_session, lock_nowait, started_at
 from hanse.launch.process import RunningProcess, ask_then_force, last_lines, start_process
 
 LOCK_FILE: Final = "process"
@@ -188,6 +188,18 @@ def end_survivor(folder: Path, *, grace_s: float) -> int | None:
     finally:
         held.close()
     return held.pid
+
+
+def end_left_behind(log_path: Path) -> None:
+    """Kill what the process with the log *log_path* had started and has left behind; it must have ended. Blocks.
+
+    Where that was killed, and its agent as well, nobody else does.
+    """
+    try:
+        note = msgspec.json.decode((log_path.parent / LOCK_FILE).read_bytes(), type=_Note)
+    except (msgspec.MsgspecError, OSError):
+        return
+    kill_session(note.pid, output=log_path)
 
 
 class LifeLine:
