@@ -347,6 +347,23 @@ async def test_job_whose_files_the_disk_does_not_let_go_ends_no_other(
         assert not second.is_stopped
 
 
+async def test_job_whose_process_takes_its_time_to_end_is_told_as_one_without(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        await has_told(server, running=(JOB,), idle=())
+        (handle,) = here.launcher.launched
+        handle.may_stop.clear()
+        server.cell.tell(Fqcn(SITE), Channel.JOB, "abort", AbortJob(JOB, "the lead wants it so"))
+        await has_told(server, running=(), idle=(JOB,))
+        assert not handle.is_stopped
+        handle.may_stop.set()
+        await has_told(server, running=(), idle=())
+
+        assert handle.is_stopped
+
+
 async def test_stopping_the_agent_ends_its_jobs_and_leaves_only_logs(tmp_path: Path) -> None:
     async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
         await server.up()

@@ -82,6 +82,10 @@ class _Job:
     process: _Process | None = None
     is_here: bool = False
 
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and not self.process.is_asked
+
 
 class SiteJobs:
     """The jobs at one site; they live within ``serving``, after which no process of theirs is left.
@@ -130,13 +134,13 @@ class SiteJobs:
 
     @property
     def running(self) -> tuple[JobId, ...]:
-        """The jobs with a process here, or with one whose end the server has not heard of yet; sorted."""
-        return tuple(sorted(job_id for job_id, job in self._jobs.items() if job.process is not None))
+        """The jobs with a process here that goes on, or with one whose end the server has not heard of yet; sorted."""
+        return tuple(sorted(job_id for job_id, job in self._jobs.items() if job.is_running))
 
     @property
     def idle(self) -> tuple[JobId, ...]:
-        """The jobs that have files here, if only a part of a package, but no process; sorted."""
-        return tuple(sorted(job_id for job_id, job in self._jobs.items() if job.process is None))
+        """The jobs that have files here, if only a part of a package, but no process that goes on; sorted."""
+        return tuple(sorted(job_id for job_id, job in self._jobs.items() if not job.is_running))
 
     def shorten_logs(self) -> None:
         """Have the logs of the jobs here shortened, as far as they are too long; returns at once."""
