@@ -99,11 +99,9 @@ def kill_session(leader: int, *, output: Path) -> None:
         return
     for pid in [int(path.name) for path in _PROC.iterdir() if path.name.isdigit()]:
         if _is_of(pid, leader, output):
-            with contextlib.suppress(ProcessLookupError):
-                held = HeldProcess(pid)
+            with contextlib.suppress(OSError), contextlib.closing(HeldProcess(pid)) as held:
                 if _is_of(pid, leader, output):  # held on to by now, it is the one
                     held.send(signal.SIGKILL)
-                held.close()
 
 
 def _is_of(pid: int, session: int, output: Path) -> bool:
