@@ -20,34 +20,20 @@ from hanse.ids import JobId
 from hanse.storage import postgres as adapter
 from hanse.storage import statements as sql
 from hanse.storage import writer as writer_module
-from hanse.storage.records import AuditEntry, Lease, Store
+from hanse.storage.records import AuditEntry, Store
 from hanse.storage.store import SqlStore, database_at
 from hanse.storage.transaction import Statement, Transaction
 from hanse.storage.writer import Writer
 from tests.postgres import PASSWORD, Postgres
 
-from .samples import answer, changed, commit, record, take, task
+from .samples import answer, changed, commit, record, standby, take, task
 
 OURS = "application_name = 'hanse' AND datname = 'emptied'"
 
 
 @pytest.fixture
-async def store(postgres_url: str) -> AsyncIterator[SqlStore]:
-    async with SqlStore(postgres_url) as store:
-        yield store
-
-
-@pytest.fixture
-async def other(store: SqlStore, postgres_url: str) -> AsyncIterator[SqlStore]:
-    """Another server's store on the same database."""
-    async with SqlStore(postgres_url) as other:
-        yield other
-
-
-@pytest.fixture
-async def epoch(store: SqlStore) -> int:
-    """The epoch under which ``store`` may write."""
-    return (await take(store, "server-1")).epoch
+def where(postgres_url: str) -> str:
+    return postgres_url
 
 
 @contextmanager
@@ -68,20 +54,9 @@ def cut_off(postgres: Postgres) -> int:
 # Hearing of the lease -------------------------------------------------------------------------------------------------
 
 
-async def standby(other: SqlStore, seen: Lease) -> "asyncio.Task[Lease]":
-    """Return a task that waits for the lease to move, when it listens and has had its first look."""
-    assert other._listener is not None
-    await other._listener.listen()
-    waiting = asyncio.create_task(other.lease_moved(seen, within_s=3600.0), name="standby")
-    await asyncio.sleep(0)  # its look has been asked for
-    await other.standbys()
-    assert not waiting.done()
-    return waiting
-
-
 async def test_a_standby_hears_of_a_beat_a_release_and_a_takeover(store: SqlStore, other: SqlStore, epoch: int) -> None:
     for move in (store.renew_lease(epoch), store.release_lease(epoch), take(store, "server-1")):
-        waiting = await standby(other, await other.lease())
+        waiting = await standby(other)
 
         await move
 
@@ -91,7 +66,7 @@ async def test_a_standby_hears_of_a_beat_a_release_and_a_takeover(store: SqlStor
 async def test_a_standby_that_was_cut_off_hears_again(
     store: SqlStore, other: SqlStore, epoch: int, postgres: Postgres
 ) -> None:
-    waiting = await standby(other, await other.lease())
+    waiting = await standby(other)
     assert cut_off(postgres) == 3  # two for transactions and the standby's, to listen
 
     beat = await store.renew_lease(epoch)
@@ -113,7 +88,7 @@ async def test_a_standby_learns_that_the_database_is_away(
     store: SqlStore, other: SqlStore, epoch: int, postgres: Postgres
 ) -> None:
     seen = await store.lease()
-    waiting = await standby(other, seen)
+    waiting = await standby(other)
     with away(postgres):
         with pytest.raises(StoreFailed, match="Connection refused"):
             await waiting
@@ -124,7 +99,7 @@ async def test_a_standby_learns_that_the_database_is_away(
 
 
 async def test_closing_ends_the_wait_of_a_standby(store: SqlStore, other: SqlStore, epoch: int) -> None:
-    waiting = await standby(other, await store.lease())
+    waiting = await standby(other)
 
     await other.close()
 
@@ -137,7 +112,7 @@ async def test_several_may_wait_over_one_connection_and_give_up(
 ) -> None:
     seen = await store.lease()
     waiting = [asyncio.ensure_future(other.lease_moved(seen, within_s=3600.0)) for _ in range(5)]
-    waiting.append(await standby(other, seen))
+    waiting.append(await standby(other))
     waiting[0].cancel()
 
     beat = await store.renew_lease(epoch)
