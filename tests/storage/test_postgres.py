@@ -8,9 +8,10 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from urllib.parse import quote
 
+import psutil
 import psycopg
 import pytest
 from sqlalchemy import text
@@ -28,8 +29,6 @@ from tests.postgres import PASSWORD, Postgres
 
 from .samples import answer, changed, commit, record, standby, take, task
 
-OURS = "application_name = 'hanse' AND datname = 'emptied'"
-
 
 @pytest.fixture
 def where(postgres_url: str) -> str:
@@ -46,9 +45,32 @@ def away(postgres: Postgres) -> Iterator[None]:
         postgres.start()
 
 
+def backends(postgres: Postgres) -> list[int]:
+    """Return the numbers of the processes that serve the connections which the stores have open.
+
+    What served one that was closed may still be ending, and is not among them.
+    """
+    ports = [each.laddr.port for each in psutil.Process().net_connections("tcp4") if each.raddr]
+    found = f"datname = 'emptied' AND client_port = ANY('{{{', '.join(map(str, ports))}}}')"
+    return [pid for (pid,) in postgres.execute(f"SELECT pid FROM pg_stat_activity WHERE {found}")]
+
+
 def cut_off(postgres: Postgres) -> int:
     """End the connections of all stores and return how many there were."""
-    return len(postgres.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OURS}"))
+    found = backends(postgres)
+    for pid in found:
+        postgres.execute(f"SELECT pg_terminate_backend({pid})")
+    return len(found)
+
+
+@contextmanager
+def stopped(backend: int) -> Iterator[None]:
+    """Have a process of the database's server do nothing until the block ends."""
+    os.kill(backend, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(backend, signal.SIGCONT)
 
 
 # Hearing of the lease -------------------------------------------------------------------------------------------------
@@ -228,8 +250,10 @@ async def test_a_crash_in_the_middle_of_writes_leaves_each_of_them_whole_or_abse
     for is_busy in are_busy:
         await is_busy.wait()
     await asyncio.to_thread(postgres.stop, immediate=True)
-    failed = await asyncio.gather(*writing)
-    await asyncio.to_thread(postgres.start)
+    try:
+        failed = await asyncio.gather(*writing)
+    finally:
+        await asyncio.to_thread(postgres.start)
 
     for job, number in zip(jobs, failed, strict=True):
         run = await store.snapshot(job)
@@ -249,16 +273,15 @@ async def test_a_server_that_does_not_answer_is_given_up_and_the_next_call_finds
     store: SqlStore, epoch: int, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await store.add_job(epoch, record())
-    ((backend,),) = postgres.execute(f"SELECT pid FROM pg_stat_activity WHERE {OURS}")
-    monkeypatch.setattr(adapter._Connection, "answer_within_s", 0.2)
-    monkeypatch.setattr(writer_module, "RETRY_WITHIN_S", 0.1)
-    os.kill(backend, signal.SIGSTOP)
-    with pytest.raises(StoreFailed, match=r"it has not answered for 0\.2 s"):
-        await store.jobs()
-    monkeypatch.undo()
+    (backend,) = backends(postgres)
+    with stopped(backend):
+        monkeypatch.setattr(adapter._Connection, "answer_within_s", 0.2)
+        monkeypatch.setattr(writer_module, "RETRY_WITHIN_S", 0.1)
+        with pytest.raises(StoreFailed, match=r"it has not answered for 0\.2 s"):
+            await store.jobs()
+        monkeypatch.undo()
 
-    await store.add_job(epoch, record("other"))
-    os.kill(backend, signal.SIGCONT)
+        await store.add_job(epoch, record("other"))
     assert len(await store.jobs()) == 2
 
 
@@ -358,25 +381,25 @@ async def test_a_transaction_that_loses_its_connection_in_the_commit_is_not_trie
 async def test_a_commit_whose_answer_was_lost_is_a_failure_that_may_have_happened(
     writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped: list[int] = []
+    times = 0
 
     def add_and_stop_the_server(transaction: Transaction) -> None:
+        nonlocal times
+        times += 1
         transaction.run(ADD)
-        stopped.append(transaction.value(BACKEND))
-        os.kill(stopped[-1], signal.SIGSTOP)
+        until_told.enter_context(stopped(transaction.value(BACKEND)))
+        monkeypatch.setattr(adapter._Connection, "answer_within_s", 0.2)
 
     def count_when_others_are_done(transaction: Transaction) -> int:
         transaction.run(LOCK)
         return count(transaction)
 
-    monkeypatch.setattr(adapter._Connection, "answer_within_s", 0.2)
-    with pytest.raises(StoreFailed, match="it has not answered"):
-        await writer.write(add_and_stop_the_server)
-    monkeypatch.undo()
-    for backend in stopped:
-        os.kill(backend, signal.SIGCONT)
+    with ExitStack() as until_told:
+        with pytest.raises(StoreFailed, match="it has not answered"):
+            await writer.write(add_and_stop_the_server)
+        monkeypatch.undo()
 
-    assert len(stopped) == 1
+    assert times == 1
     assert await writer.read(count_when_others_are_done) == 1
 
 
@@ -411,10 +434,10 @@ def test_a_missing_driver_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPat
 
 
 async def test_a_database_that_cannot_hold_every_name_is_refused(postgres: Postgres) -> None:
-    postgres.execute("CREATE DATABASE narrow ENCODING 'SQL_ASCII' TEMPLATE template0")
+    narrow = postgres.new_database(encoding="SQL_ASCII")
 
     with pytest.raises(StoreFailed, match="its encoding is SQL_ASCII; make it with ENCODING 'UTF8'"):
-        await SqlStore(postgres.url("narrow")).open()
+        await SqlStore(postgres.url(narrow)).open()
 
 
 async def test_a_commit_is_on_the_disk_when_it_is_answered_whatever_the_database_is_set_to(
