@@ -6,17 +6,12 @@ find their run here. All of it lives on the event loop; ``heartbeat`` may be cal
 """
 
 import asyncio
-import importlib
 import logging
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Collection, Coroutine, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 import msgspec
@@ -35,7 +30,6 @@ from hanse.coordination.waiting import (
 from hanse.errors import (
     Conflict,
     HanseError,
-    JobInvalid,
     NotFound,
     NotInService,
     StaleEpoch,
@@ -46,7 +40,6 @@ from hanse.events import EventType, FLContext
 from hanse.ids import ClientName, JobId, job_cell, split_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.launch.long_logs import LongLogs
-from hanse.learning.workflow import WORKFLOWS, load_workflow
 from hanse.messages import (
     JobEvent,
     JobFailure,
@@ -68,9 +61,9 @@ from hanse.server.run_desk import RunDesk
 from hanse.server.run_folder import RunFolder, RunFolders
 from hanse.server.run_services import RunServices
 from hanse.server.run_tensors import needed_tensors, without_lost
+from hanse.server.submission import submit
 from hanse.storage.objects import Objects
-from hanse.storage.packages import unpack_package
-from hanse.storage.records import RunState
+from hanse.storage.records import RunState, is_stored
 from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
@@ -79,9 +72,6 @@ MAX_ABORTS: Final = 1000
 """The most jobs that one heartbeat is answered with; a client that runs more hears of the rest at its next ones."""
 POSTPONED_S: Final = 5.0
 """A job that its clients could not take just now (a full disk, a broken line) is tried again after this long."""
-MAX_SLUG_CHARS: Final = 54
-"""What of a job's name is in its id, which has 63 characters at most, eight of them random."""
-_NOT_IN_ID = re.compile(r"[^a-z0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,63 +308,11 @@ class Jobs:
 
         Raises:
             JobInvalid: the package or its definition does not hold, or a handler refuses it.
+            StoreFailed: it is not stored, or that cannot be told now.
         """
-        job_folder, record = await asyncio.to_thread(self._receive, package, submitter)
-        context = FLContext("server", project=self._services.project, peer=submitter, job_id=record.job_id)
-        try:
-            if (refused := self._services.handlers.ask(EventType.JOB_SUBMITTED, context)) is not None:
-                raise JobInvalid("submission", got=record.spec.name, expected=f"one that the server takes: {refused}")
-            await job_folder.keep_package(record.package)
-            await self._services.store.add_job(self._services.epoch, record)
-        except HanseError as error:
-            # While the store cannot be asked, the files stay: it may have the job.
-            if not (isinstance(error, StoreFailed) and await self._is_stored(record)):
-                await self._discard(job_folder, record)
-                raise
-        _log.info("job submitted", extra={"job": record.job_id, "submitter": submitter, "folder": str(job_folder.path)})
+        record = await submit(package, submitter=submitter, services=self._services, folders=self._folders)
         self.wake()
         return record
-
-    async def _is_stored(self, record: JobRecord) -> bool:
-        """Return whether the store has *record*: one that failed may have done what it could not say that it had.
-
-        Raises:
-            StoreFailed: it cannot be asked.
-        """
-        with suppress(NotFound):
-            return await self._services.store.job(record.job_id) == record
-        return False
-
-    async def _discard(self, folder: RunFolder, record: JobRecord) -> None:
-        try:
-            await folder.discard(record)
-        except StoreFailed as failed:
-            _log.warning("a refused job is left behind", extra={"job": record.job_id, "reason": failed.reason})
-
-    def _receive(self, package: Path, submitter: str) -> tuple[RunFolder, JobRecord]:
-        data = package.read_bytes()
-        spec_folder = self._folders.new_incoming()
-        try:
-            spec = unpack_package(data, spec_folder.code)
-            if spec.workflow.name in WORKFLOWS:
-                load_workflow(spec.workflow, _no_import)
-        except HanseError:
-            shutil.rmtree(spec_folder.path, ignore_errors=True)
-            raise
-        slug = _NOT_IN_ID.sub("-", spec.name.lower())[:MAX_SLUG_CHARS].strip("-") or "job"
-        job_id = JobId(f"{slug}-{secrets.token_hex(4)}")
-        digest = TensorFiles(spec_folder.package).put(memoryview(data))
-        folder = self.run_folder(job_id)
-        spec_folder.path.rename(folder.path)
-        record = JobRecord(
-            job_id=job_id,
-            spec=spec,
-            submitter=submitter,
-            submitted_at=self._services.wall(),
-            package=digest,
-            package_bytes=len(data),
-        )
-        return folder, record
 
     async def _launch(self, record: JobRecord) -> None:
         """Deploy a scheduled job and run it to its end."""
@@ -428,7 +366,7 @@ class Jobs:
             try:
                 await self._services.store.replace_job(self._services.epoch, record, was=was)
             except Conflict:
-                if has_failed and await self._is_stored(record):
+                if has_failed and await is_stored(self._services.store, record):
                     return
                 raise
             except StoreFailed as failed:
@@ -501,7 +439,7 @@ class Jobs:
         try:
             await self._services.store.end_run(self._services.epoch, ended, was=record.state)
         except StoreFailed:
-            if not await self._is_stored(ended):
+            if not await is_stored(self._services.store, ended):
                 raise
         self._waiting.pop(record.job_id, None)
         notice = EventType.JOB_FAILED if to is JobState.FAILED else EventType.JOB_ABORTED
@@ -823,9 +761,3 @@ def said_of(client: ClientName, reason: str) -> str:
     """Return *reason* with *client*, the one that it is about, named in it."""
     is_named = re.search(rf"(?<![\w-]){re.escape(client)}(?![\w-])", reason) is not None
     return reason if is_named else f"{reason} (at {client})"
-
-
-def _no_import(name: str) -> ModuleType:
-    if name.startswith("hanse.learning."):
-        return importlib.import_module(name)
-    raise ImportError("a job's code is not imported by the server")
