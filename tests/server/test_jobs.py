@@ -704,31 +704,6 @@ def test_a_job_runs_without_a_site_that_refuses_where_enough_are_left(
     assert (record.state, record.clients) == (JobState.COMPLETED, ("site-1",))
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"workflow": WorkflowSpec("fedavg", {"rounds": 0})}, "rounds"),
-        ({"workflow": WorkflowSpec("fedavg", {"turns": 1})}, "turns"),
-    ],
-)
-def test_a_job_that_does_not_hold_is_refused_at_submission(
-    start: StartServer, tmp_path: Path, fields: dict[str, Any], named: str
-) -> None:
-    server = start()
-
-    with pytest.raises(JobInvalid, match=named):
-        submit(server, tmp_path, **fields)
-    assert wait(server.jobs.board.views()) == []
-
-
-def test_what_is_no_package_is_refused(start: StartServer, tmp_path: Path) -> None:
-    server = start()
-    (tmp_path / "job.zip").write_bytes(b"no zip")
-
-    with pytest.raises(JobInvalid, match="zip"):
-        wait(server.jobs.submit(tmp_path / "job.zip", submitter="ada@demo"))
-
-
 def test_what_the_jobs_code_raises_fails_the_job_with_its_reason(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:

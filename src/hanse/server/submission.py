@@ -58,12 +58,12 @@ def _received(package: Path, submitter: str, services: RunServices, folders: Run
         spec = unpack_package(data, incoming.code)
         if spec.workflow.name in WORKFLOWS:
             load_workflow(spec.workflow, _no_import)
+        digest = TensorFiles(incoming.package).put(memoryview(data))
     except HanseError:
         shutil.rmtree(incoming.path, ignore_errors=True)
         raise
     slug = _NOT_IN_ID.sub("-", spec.name.lower())[:MAX_SLUG_CHARS].strip("-") or "job"
     job_id = JobId(f"{slug}-{secrets.token_hex(4)}")
-    digest = TensorFiles(incoming.package).put(memoryview(data))
     folder = folders.of(job_id)
     incoming.path.rename(folder.path)
     record = JobRecord(
