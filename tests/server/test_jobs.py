@@ -57,7 +57,8 @@ from hanse.messages import (
 )
 from hanse.model import Model
 from hanse.server import FederatedServer
-from hanse.server.active_run import DEPLOY_TIMEOUT_S, ActiveRun
+from hanse.server.active_run import ActiveRun
+from hanse.server.client_processes import DEPLOY_TIMEOUT_S
 from hanse.server.federated_server import TaskMetaInfo
 from hanse.storage.memory import MemoryStore
 from hanse.storage.models import allocate, read_safetensors

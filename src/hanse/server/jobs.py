@@ -45,14 +45,10 @@ from hanse.messages import (
     JobFailure,
     Waiting,
 )
-from hanse.server.active_run import (
-    DEPLOY_TIMEOUT_S,
-    ActiveRun,
-    cause_of,
-    code_of,
-    deploy,
-)
+from hanse.server.active_run import ActiveRun
 from hanse.server.bounds import MAX_CODE_CHARS, shortened
+from hanse.server.causes import cause_of, code_of
+from hanse.server.client_processes import DEPLOY_TIMEOUT_S, deploy
 from hanse.server.clients import Clients
 from hanse.server.job_board import JobBoard
 from hanse.server.leftovers import Leftovers
@@ -291,7 +287,7 @@ class Jobs:
             self._suspects.clear()
             lost_after_s = self._limits.lost_after_s
             for run in list(self._runs.values()):
-                run.lose(lost_after_s)
+                run.processes.lose(lost_after_s)
             deadlines = [run.run.next_deadline(lost_after_s) for run in self._runs.values()]
             deadline = min((at for at in deadlines if at is not None), default=None)
             delay = None if deadline is None else max(deadline - self._services.now(), 0.0)
@@ -597,7 +593,7 @@ class Jobs:
     def _heard(self, client: ClientName, sync: Sync, expected: Collection[JobId], idle: Collection[JobId]) -> None:
         for job_id in expected:
             if (run := self._runs.get(job_id)) is not None:
-                run.heard(client, reported=job_id in sync.known, dead=job_id in sync.dead)
+                run.processes.heard(client, reported=job_id in sync.known, dead=job_id in sync.dead)
         self._leftovers.end_at(client, [job_id for job_id in idle if job_id not in self._lives], group=self._group)
 
     def registered(self, client: ClientName) -> None:
@@ -607,7 +603,7 @@ class Jobs:
 
     def _agent_is_new(self, client: ClientName) -> None:
         for run in self._runs_of(client):
-            run.agent_is_new(client)
+            run.processes.agent_is_new(client)
         self.wake()
 
     def gone(self, client: ClientName) -> None:
@@ -617,7 +613,7 @@ class Jobs:
 
     def _agent_is_gone(self, client: ClientName) -> None:
         for run in self._runs_of(client):
-            run.cell_down(client, None)
+            run.processes.stream_down(client, None)
         self._suspects.set()
         self.wake()
 
@@ -652,10 +648,10 @@ class Jobs:
         participant, job_id = split_cell(peer.fqcn)
         self.board.leave(peer.fqcn)
         if job_id is not None and (run := self._runs.get(job_id)) is not None and participant in run.run.clients:
-            run.cell_down(ClientName(participant), peer)
+            run.processes.stream_down(ClientName(participant), peer)
         elif job_id is None:
             for run in self._runs_of(ClientName(participant)):
-                run.cell_down(ClientName(participant), peer)
+                run.processes.stream_down(ClientName(participant), peer)
         self._suspects.set()
         self.wake()
 
