@@ -1,6 +1,7 @@
 """Tasks that outlive their round: answered in a later one, over restarts too, and counted once."""
 
 import math
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,9 @@ from hanse.messages import (
     JobCredentials,
     ModelRef,
     StateRef,
+    TaskAssignment,
     TaskCancelled,
+    TaskFault,
     TaskKey,
     TaskResult,
     TensorRef,
@@ -288,6 +291,34 @@ def test_the_tensors_of_carried_tasks_are_kept_and_no_others(start: Start, diall
     slow.send(TaskResult(late.key, update))
 
     assert result_of(server, job_id) == Model({"w": np.full(10_000, 7, np.float32)})
+
+
+def test_a_round_that_is_committed_while_tensors_are_looked_for_that_may_be_lost_loses_none(
+    start: Start, dialler: Dialler, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking, verify = threading.Event(), TensorFiles.verify
+
+    def slowly(files: TensorFiles, digest: Digest) -> bool:
+        if not looking.is_set():
+            looking.set()
+            recorder.has_come(EventType.ROUND_DONE, count=2, within_s=1)
+        return verify(files, digest)
+
+    def other_bytes(task: TaskAssignment, model: Model) -> TaskResult:
+        del model
+        return TaskResult(task.key, fault=TaskFault(ProtocolError.code, "other bytes than the digest names"))
+
+    monkeypatch.setattr(TensorFiles, "verify", slowly)
+    server = start()
+    fast, _ = Site(dialler, server, "site-1"), Site(dialler, server, "site-2", train=other_bytes)
+    one_is_enough = WorkflowSpec("fedavg", {"rounds": 2, "fraction": 0.5, "over_selection": 1.0})
+    job_id = submit(server, tmp_path, model="tiny_model:large", workflow=one_is_enough)
+    task, here = fast.task(), Large(fast, server, job_id)
+    assert looking.wait(10)
+    fast.send(TaskResult(task.key, here.upload(1)))
+    fast.send(TaskResult(fast.task().key, here.upload(2)))
+
+    assert result_of(server, job_id) == Model({"w": np.full(10_000, 2, np.float32)})
 
 
 def fast_model(value: float) -> ModelRef:

@@ -183,6 +183,11 @@ class Recorder(FLComponent):
             assert self._changed.wait_for(lambda: len(found()) >= count, WITHIN_S), f"no {kind}; heard {self.kinds}"
             return found()[count - 1]
 
+    def has_come(self, kind: EventType, *, count: int, within_s: float) -> bool:
+        """Return whether the *count*-th event of *kind* has happened or does so in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.kinds.count(kind) >= count, within_s)
+
 
 class Admin:
     """An admin server that remembers what it was told."""

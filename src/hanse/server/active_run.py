@@ -4,47 +4,36 @@ The run's process (workflow, aggregation) and each client's process talk to thei
 Whatever counts is in the store before anybody is told that it does: an answer before its sender hears that it was
 accepted, a round before the next one begins. Meanwhile work goes on: a task is on its way to its client, and an answer
 to the run's process, while they are being written, for whatever comes of them is written behind them, by one writer.
-``coordination.runs.Run`` holds the decisions and mirrors the journal; ``run_process.OwnProcess`` keeps the run's own
-process alive; this class owns the clients' processes, the tensor files and the order of things.
-
-Clients' processes are started when the run begins, when one died and may be tried again, and when a client's agent
-comes back without one.
+``coordination.runs.Run`` holds the decisions and mirrors the journal; ``run_journal.RunJournal`` writes it;
+``run_process.OwnProcess`` keeps the run's own process alive, and ``client_processes.ClientProcesses`` the clients'.
+This class owns the tensor files and the order of things.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
 
-from hanse.cell.cell import Cell, RemoteError
-from hanse.coordination.absence import with_absence
-from hanse.coordination.runs import Accepted, ClientState, Duplicate, Early, GiveUp, Restart, Run, Stale
+from hanse.coordination.runs import Accepted, Duplicate, Early, Run, Stale
 from hanse.coordination.waiting import (
     Ask,
-    StoreTrouble,
     asks_taken_up,
     views_of,
     waiting_of_running,
     with_issue,
 )
 from hanse.errors import (
-    Conflict,
     HanseError,
     InternalError,
-    NotFound,
     NotInService,
-    OutOfMemory,
-    ProcessDied,
     ProtocolError,
-    SiteRefused,
     StoreFailed,
     TensorsLost,
     UpdateRejected,
@@ -54,7 +43,6 @@ from hanse.events import EventType, FLContext
 from hanse.ids import SERVER, ClientName, Digest, Fqcn, JobId, job_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.launch.log_lines import FieldLogger
-from hanse.learning.workflow import CLIENT_LOST
 from hanse.messages import (
     AbortJob,
     AbortRun,
@@ -62,16 +50,13 @@ from hanse.messages import (
     ClientChanged,
     ClientView,
     CommitRound,
-    DeployJob,
     IssueTasks,
-    JobEnded,
     JobEvent,
     LogMetrics,
     Message,
     ModelRef,
     RunEnded,
     RunSnapshot,
-    StartJob,
     StateRef,
     TaskAssignment,
     TaskCancelled,
@@ -82,25 +67,22 @@ from hanse.messages import (
 )
 from hanse.model import TensorMismatch
 from hanse.server.bounds import MAX_CODE_CHARS, check_metrics, ending, shortened
+from hanse.server.causes import cause_of, code_of
+from hanse.server.client_processes import ClientProcesses
 from hanse.server.inbox import Inbox
 from hanse.server.lifetime import start_in
 from hanse.server.run_folder import RunFolder
+from hanse.server.run_journal import RunJournal
 from hanse.server.run_process import OwnProcess, is_set_within
 from hanse.server.run_services import RunServices
-from hanse.server.run_tensors import needed_tensors, without_lost
 from hanse.storage.models import check_ref, digests_of, state_digests
 from hanse.storage.records import RunState
 from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
 
-DEPLOY_TIMEOUT_S: Final = 120.0
-"""How long a client may take to fetch and unpack a job's package: 64 MiB over a slow line."""
-START_TIMEOUT_S: Final = 30.0
 HAND_OVER_TIMEOUT_S: Final = 30.0
 """How long a run's process may take to hear of an answer; it has a loop of its own for that."""
-CONNECT_WITHIN_S: Final = 120.0
-"""How long a client's process that was started may take to connect before the run counts its client as suspect."""
 STORE_PAUSE_S: Final = 5.0
 """What the store did not take is tried again after this: nobody tells when it would."""
 MAX_LOGS_PER_S: Final = 200
@@ -112,14 +94,6 @@ ENDINGS: Final = {
     JobState.FAILED: EventType.JOB_FAILED,
     JobState.ABORTED: EventType.JOB_ABORTED,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """What befell a client last, and the last lines of the log there; without a code it has got over it."""
-
-    code: str = ""
-    log_tail: str = ""
 
 
 class ActiveRun:
@@ -142,30 +116,27 @@ class ActiveRun:
         self.run = run
         self.folder = folder
         self.files = TensorFiles(folder.tensors)
+        self._journal = RunJournal(record.job_id, folder, self.files, services)
         self._services = services
         self._emit = emit
-        self._suspect = suspect
         self._log = FieldLogger(_log, {"job": record.job_id})
         self._over = asyncio.Event()
         self._ending = asyncio.Lock()
         self._group: asyncio.TaskGroup | None = None
         self._work: set[asyncio.Task[None]] = set()
-        self._unstarted: set[ClientName] = set()
-        self._troubles = {
-            answer.key.client: Trouble(answer.fault.code, answer.fault.log_tail)
-            for answer in run.answers
-            if answer.fault is not None
-        }
         self._process = OwnProcess(record, folder, services, over=self._over, mend=self._mend)
+        self.processes = ClientProcesses(
+            record,
+            run,
+            services,
+            over=self._over,
+            spawn=self._spawn,
+            changed=self._changed,
+            suspect=suspect,
+        )
         self._asks: tuple[Ask, ...] = asks_taken_up(run, now=services.now())
-        self._store_trouble: StoreTrouble | None = None
         self._inboxes: dict[ClientName, Inbox] = {}
         self._arriving: Counter[Digest] = Counter()
-        self._durable: set[Digest] = set()
-        self._unwritten: dict[TaskKey, TaskResult] = {}
-        self._writing: set[asyncio.Task[None]] = set()
-        self._issuing: set[asyncio.Task[None]] = set()
-        self._named: set[Digest] = set()  # by the journal: the committed state's tensors, and those of journalled tasks
         self._withheld: set[TaskKey] = set()  # out, but told to nobody before they are journalled
         self._refusals: dict[TaskKey, str] = {}
         self._clearing = asyncio.Lock()
@@ -199,12 +170,9 @@ class ActiveRun:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 if resumed:
-                    self._unstarted.update(self.run.clients)
-                    for client, reported in heard.items():
-                        self.heard(client, reported=reported, dead=False)
+                    self.processes.take_up(heard)
                 else:
-                    for client in self.run.clients:
-                        self._spawn(self._start_client(client), f"start {client} of {self.job_id}")
+                    self.processes.begin()
                 if (given_up := await self._process.keep_alive()) is not None:
                     code, reason, log_tail = given_up.code, given_up.reason, given_up.log_tail
                     await self.end_once_stored(JobState.FAILED, code=code, reason=reason, log_tail=log_tail)
@@ -248,7 +216,7 @@ class ActiveRun:
             )
             if ended is not None:
                 record = msgspec.structs.replace(record, result=ended.result, result_bytes=ended.result_bytes)
-            self.record = await self._stored_end(record)
+            self.record = await self._journal.end(record, was=self.record.state)
             self._over.set()
             self.run.end(now=self._services.now())
             self._services.handlers.tell(EventType.END_RUN, self._context(round_number=self.run.round))
@@ -270,18 +238,6 @@ class ActiveRun:
             if await is_set_within(self._over, STORE_PAUSE_S):
                 return
 
-    async def _stored_end(self, record: JobRecord) -> JobRecord:
-        """Store the job's end and return it: *record*, or the end that the store took without being able to say so."""
-        try:
-            with self._storing():
-                await self._services.store.end_run(self._services.epoch, record, was=self.record.state)
-        except Conflict:
-            stored = await self._services.store.job(self.job_id)
-            if stored.state not in ENDED:
-                raise
-            return stored
-        return record
-
     async def _mend(self) -> bool:
         """Do as ``_ask_for_lost``, as soon as the store lets it: a process that begins before that fails."""
         while True:
@@ -295,27 +251,18 @@ class ActiveRun:
     async def _ask_for_lost(self) -> bool:
         """Have the run go on without the tensors that are lost here; return whether any were.
 
-        What another place has kept is fetched from there. Answers whose tensors nobody has are taken back and asked for
-        again; the job ends if it cannot be without.
+        Answers whose tensors nobody has are asked for again; the job ends if it cannot be without.
         """
-        store, epoch = self._services.store, self._services.epoch
-        state = await store.snapshot(self.job_id)
-        needed = needed_tensors(state)
-        lost = [digest for digest in needed if not await asyncio.to_thread(self.files.verify, digest)]
-        if not lost:
-            return False
-        self._durable.difference_update(lost)
-        lost = await self.folder.restore_tensors(self.files, lost)
-        if not lost:
-            return True
         try:
-            remaining = await without_lost(store, epoch, self.job_id, state, lost)
+            async with self._committing:  # what a commit deletes is not lost
+                tasks = await self._journal.mend()
+                again = self.run.retract(tasks or ())
         except TensorsLost as error:
             await self.end(JobState.FAILED, code=error.code, reason=error.reason)
             return True
-        for task in self.run.retract(remaining.tasks):
+        for task in again:
             await self._send(task)
-        return True
+        return tasks is not None
 
     # what the run's process asks
 
@@ -352,12 +299,7 @@ class ActiveRun:
     async def _caught_up(self) -> RunState:
         """Return what the journal holds, when no commit is under way and the run knows of the last one."""
         async with self._committing:
-            with self._storing():
-                state = await self._services.store.snapshot(self.job_id)
-            for model in (task.model for task in state.tasks if task.model is not None):
-                self._named.update(digests_of(model))
-            if state.state is not None:
-                self._named |= state_digests(state.state)
+            state = await self._journal.read()
             if state.state is not None and state.state.round == self.run.round:
                 # The store could not say that it had committed the round, and who would have asked again has died.
                 journalled = [task.key for task in state.tasks] + [answer.key for answer in state.answers]
@@ -370,14 +312,11 @@ class ActiveRun:
         Tasks are on their way while they are being journalled; a server that dies in between issues them again. Not so
         those with a model that the journal does not name yet: the next server would not have it for whoever is at them.
         """
-        digests = frozenset(digests_of(issue.model) if issue.model is not None else ())
         tasks = [TaskAssignment(key, issue.model, issue.config, issue.expects_model) for key in issue.keys]
         new = self.run.issue(tasks)
-        if not self._named.issuperset(digests):
+        if not self._journal.names(digests_of(issue.model) if issue.model is not None else ()):
             self._withheld.update(issue.keys)
-        writing = asyncio.create_task(self._journal(issue, tasks), name=f"journal tasks of {self.job_id}")  # see below
-        self._issuing.add(writing)
-        writing.add_done_callback(self._issuing.discard)
+        writing = self._journal.issue(issue, tasks)
         self._asks = with_issue(self._asks, issue, run=self.run, now=self._services.now())
         if new and self.run.round != self._round_announced:
             self._round_announced = self.run.round
@@ -388,7 +327,6 @@ class ActiveRun:
             else:
                 self._refusals[task.key] = reason
         await writing
-        self._named |= digests
         for key in self._withheld.intersection(issue.keys):
             self._withheld.discard(key)
             if key not in self._refusals and (known := self.run.task(key)) is not None:
@@ -398,11 +336,6 @@ class ActiveRun:
                 await self._accept(key.client, _refused(key, reason))
         asked = frozenset(issue.keys)
         await self._hand_over([answer for answer in self.run.answers if answer.key in asked])
-
-    async def _journal(self, issue: IssueTasks, tasks: Sequence[TaskAssignment]) -> None:
-        with self._storing():
-            await self._keep(digests_of(issue.model) if issue.model is not None else ())
-            await self._services.store.issue_tasks(self._services.epoch, self.job_id, tasks)
 
     async def _hand_over(self, answers: Sequence[TaskResult]) -> None:
         """Hand *answers* to the run's process, which may know them; asked and not told, as many would fill the link."""
@@ -432,21 +365,14 @@ class ActiveRun:
             if missing := self.files.missing(needed):
                 got = f"digest {missing[0]} without a file"
                 raise ProtocolError("state", got=got, expected="tensors that are stored")
-            if self._writing:  # answers of this round, which end with it
-                await asyncio.wait(tuple(self._writing))
-            with self._storing():
-                await self._keep(needed | (kept - set(self.files.missing(kept))))
-                await self._services.store.commit_round(
-                    self._services.epoch, self.job_id, commit, now_s=self._services.wall()
-                )
+            await self._journal.commit(commit, carried=kept)
             await self._end_round(commit.state, carried)
 
     async def _end_round(self, state: StateRef, carried: Collection[TaskKey]) -> None:
         """Take note that *state* is committed, and delete what only its round needed."""
         self._process.progressed()
-        self._named = state_digests(state)
+        self._journal.committed(state, carried)
         self._withheld.clear()
-        self._unwritten = {key: answer for key, answer in self._unwritten.items() if key in carried}
         for key in self.run.committed(state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
         await self._clear(state_digests(state))
@@ -460,7 +386,7 @@ class ActiveRun:
         async with self._clearing:
             begun = [inbox.begun for inbox in self._inboxes.values()]
             kept = needed.union(self._needed_by(frozenset(self.run.carried)), *begun, self._arriving)
-            self._durable &= kept
+            self._journal.retain(kept)
             doomed = await asyncio.to_thread(self.files.set_aside, kept)
             objects = mirror.set_aside(kept) if (mirror := self.folder.mirror) is not None else []
         self._spawn(self._delete_files(doomed), f"delete tensors of {self.job_id}")
@@ -473,12 +399,6 @@ class ActiveRun:
             await asyncio.to_thread(self.files.delete_files, paths)
         except StoreFailed as failed:
             self._log.warning("tensors left behind", extra={"reason": failed.reason})
-
-    async def _keep(self, digests: Collection[Digest]) -> None:
-        """Return when the run's tensors *digests* survive whatever happens to this process."""
-        if new := set(digests) - self._durable:
-            await self.folder.keep_tensors(self.files, new)
-            self._durable |= new
 
     def _needed_by(self, keys: frozenset[TaskKey]) -> set[Digest]:
         """Return the tensors of these tasks' models, and of their answers."""
@@ -499,7 +419,7 @@ class ActiveRun:
             if end.client not in self.run.clients:
                 await self.end(JobState.FAILED, code=code, reason=reason, log_tail=await self._process.log_tail())
                 return
-            trouble = self._troubles.get(ClientName(end.client), Trouble())
+            trouble = self.processes.trouble(ClientName(end.client))
             await self.end(
                 JobState.FAILED,
                 code=code,
@@ -512,8 +432,7 @@ class ActiveRun:
         if end.result and not (self.folder.result / end.result).is_file():
             raise ProtocolError("result", got=end.result, expected="a file in the run's folder")
         if end.result:
-            with self._storing():
-                await self.folder.keep_result(end.result)
+            await self._journal.keep_result(end.result)
         await self.end(JobState.COMPLETED, ended=end)
 
     # what clients' processes send
@@ -534,8 +453,8 @@ class ActiveRun:
     async def _judged(self, sender: ClientName, result: TaskResult, message: Message) -> None:
         match self.run.judge(result, sender=sender):
             case Duplicate():
-                if (unwritten := self._unwritten.get(result.key)) is not None:
-                    await self._write_answer(unwritten)
+                if (unwritten := self._journal.unwritten(result.key)) is not None:
+                    await self._journal.accept(unwritten)
                 return
             case Stale(reason=reason):
                 raise UpdateRejected(sender, f"a stale answer: {reason}")
@@ -641,16 +560,12 @@ class ActiveRun:
         """
         if not isinstance(self.run.accept(result, sender=sender), Accepted):
             return
-        self._unwritten[result.key] = result
         self._inboxes.pop(sender, None)
         self._process.gets_answer()
-        if result.fault is not None:
-            self._troubles[sender] = Trouble(result.fault.code, result.fault.log_tail)
-        elif sender in self._troubles:
-            self._troubles[sender] = Trouble(log_tail=self.log_tail(sender))
+        self.processes.answered(sender, result.fault)
         if not self._attaching:
             self._tell_run("answer", result)
-        await self._write_answer(result)
+        await self._journal.accept(result)
         self._notify(
             EventType.RESULT_ACCEPTED,
             round_number=result.key.round,
@@ -658,32 +573,6 @@ class ActiveRun:
             metrics=result.update.metrics if result.update is not None else {},
             text=result.fault.reason if result.fault is not None else "",
         )
-
-    async def _write_answer(self, result: TaskResult) -> None:
-        """Return when the journal has the answer, or an earlier attempt of it, of which the store could not tell.
-
-        A commit that may delete its task waits for that, too.
-        """
-        writing = asyncio.create_task(
-            self._written(result), name=f"journal an answer of {self.job_id}"
-        )  # awaited below
-        self._writing.add(writing)
-        try:
-            await writing
-        finally:
-            self._writing.discard(writing)
-
-    async def _written(self, result: TaskResult) -> None:
-        model = None if result.update is None else result.update.model
-        with self._storing():
-            await self._keep(() if model is None else digests_of(model))
-            if self._issuing:  # a client may be done before its task is in the journal
-                await asyncio.wait(tuple(self._issuing))
-            try:
-                await self._services.store.accept_answer(self._services.epoch, self.job_id, result)
-            except NotFound as error:  # the store could not take it just now
-                raise StoreFailed("accepting an answer", "its task is not in the journal yet") from error
-        self._unwritten.pop(result.key, None)
 
     async def _send(self, task: TaskAssignment) -> None:
         if (reason := self._refusal_of(task)) is None:
@@ -702,123 +591,21 @@ class ActiveRun:
         if self._tell(self._cell_of(task.key.client), Channel.TASK, "task", task):
             self._notify(EventType.TASK_SENT, round_number=task.key.round, peer=task.key.client)
 
-    # clients come, go and fail
+    # whom it reaches
 
     async def cell_up(self, client: ClientName, stream: object) -> None:
         """Take note that *client*'s process is connected: it gets the tasks that it has to answer."""
-        self._unstarted.discard(client)
-        was_lost = client in self.run.lost_clients
-        before = self.run.stream_up(client, now=self._services.now(), stream=stream)
-        if before is None:
-            return
-        if was_lost or before is ClientState.SUSPECT:
-            self._changed(client, "back")
-        for task in self.run.tasks_for(client):
-            await self._send(task)
+        if self.processes.stream_up(client, stream):
+            await self._send_out(client)
 
     async def hand_out_again(self) -> None:
         """Send every client again what it has to answer; who has it already takes no notice."""
         for client in self.run.live_clients:
-            for task in self.run.tasks_for(client):
-                await self._send(task)
+            await self._send_out(client)
 
-    def cell_down(self, client: ClientName, stream: object) -> None:
-        """Take note that a stream of *client* broke: its process's or its agent's."""
-        self.run.stream_down(client, now=self._services.now(), stream=stream)
-
-    def lose(self, lost_after_s: float) -> None:
-        """Tell the run of the clients that are lost by now."""
-        absent = self._services.absent()
-        for client in self.run.lost(self._services.now(), lost_after_s):
-            reason = with_absence(f"{client} was {self.run.participant(client).reason}", client, absent)
-            self._log.warning("client lost", extra={"client": client, "reason": reason})
-            code = absent[client].code if client in absent else CLIENT_LOST
-            self._troubles[client] = Trouble(code, self.log_tail(client))
-            self._changed(client, "lost", reason=reason)
-
-    def heard(self, client: ClientName, *, reported: bool, dead: bool) -> None:
-        """Take note of *client*'s heartbeat: whether it *reported* this job, or has lost it since (*dead*)."""
-        if reported:
-            self._unstarted.discard(client)
-        elif dead:
-            part = self.run.participant(client)
-            self.process_ended(
-                client, JobEnded(self.job_id, part.attempt, status=1, log_tail="the client no longer runs it")
-            )
-        elif client in self._unstarted and not self.has_ended:
-            self._unstarted.discard(client)
-            self._spawn(self._start_client(client), f"start {client} of {self.job_id}")
-
-    def agent_is_new(self, client: ClientName) -> None:
-        """Take note that *client*'s agent has registered anew, and may have lost the job's process.
-
-        Its next heartbeat tells; that the process is connected does not, as its end may be noticed only later.
-        """
-        if not self.has_ended:
-            self._unstarted.add(client)
-
-    def process_ended(self, client: ClientName, end: JobEnded) -> None:
-        """Take note that *client*'s process ended unasked: it is started again, or given up."""
-        log_tail = ending(end.log_tail)
-        code = OutOfMemory.code if end.cause == OutOfMemory.code else ProcessDied.code
-        self._troubles[client] = Trouble(code, log_tail)
-        verdict = self.run.process_ended(
-            client,
-            attempt=end.attempt,
-            status=end.status,
-            now=self._services.now(),
-            last_line=shortened(log_tail.strip().rpartition("\n")[2]),
-            cause=end.cause,
-        )
-        match verdict:
-            case Restart():
-                self._log.warning("a client's process died and is started again", extra={"client": client})
-                self._spawn(self._start_client(client, noted=True), f"restart {client} of {self.job_id}")
-            case GiveUp(reason=reason):
-                self._changed(client, "failed", reason=reason)
-            case None:
-                pass
-
-    def log_tail(self, client: ClientName) -> str:
-        """Return the last lines of its log that *client* told of when it last died or failed; empty when it did not."""
-        return self._troubles.get(client, Trouble()).log_tail
-
-    async def _start_client(self, client: ClientName, *, noted: bool = False) -> None:
-        services, record = self._services, self.record
-        if not noted and self.run.starting(client, now=services.now()) is None:
-            return
-        attempt = self.run.participant(client).attempt
-        try:
-            await deploy(services.cell, record, client)
-            identity = services.credentials(self._cell_of(client), self.job_id)
-            start = StartJob(self.job_id, identity, attempt)
-            await services.cell.ask(Fqcn(client), Channel.JOB, "start", start, timeout_s=START_TIMEOUT_S)
-        except HanseError as error:
-            if error.retryable:
-                self._log.info("client not started", extra={"client": client, "reason": error.reason})
-                self._unstarted.add(client)
-                self.run.not_started(client, error.reason, now=services.now())
-                self._suspect()
-            elif self.run.failed(client, error.reason, now=services.now()):
-                self._troubles[client] = Trouble(code_of(error))
-                self._changed(client, "failed", reason=SiteRefused(client, error.reason).reason)
-        else:
-            self._log.info("client started", extra={"client": client, "package": record.package})
-            await self._expect_cell_of(client, attempt)
-
-    async def _expect_cell_of(self, client: ClientName, attempt: int) -> None:
-        """Take *client* for suspect if the process that it has started does not connect in time."""
-        if await is_set_within(self._over, CONNECT_WITHIN_S):
-            return
-        part = self.run.participant(client)
-        if (part.state, part.attempt) == (ClientState.STARTING, attempt):
-            self._log.warning("a client's process has not connected", extra={"client": client})
-            self.run.stream_down(client, now=self._services.now(), stream=None)
-            self._suspect()
-
-    def _changed(self, client: ClientName, change: str, *, reason: str = "") -> None:
-        self._tell_run("client", ClientChanged(client, change, reason))
-        self._emit(JobEvent(self.job_id, f"client_{change}", self._services.wall(), client=client, text=reason))
+    async def _send_out(self, client: ClientName) -> None:
+        for task in self.run.tasks_for(client):
+            await self._send(task)
 
     # what it waits for
 
@@ -828,7 +615,7 @@ class ActiveRun:
             self.run,
             asks=self._asks,
             process=self._process.standing,
-            store=self._store_trouble,
+            store=self._journal.trouble,
             absent=self._services.absent(),
             now=self._services.now(),
             wall=self._services.wall(),
@@ -841,18 +628,7 @@ class ActiveRun:
 
     def store_failed(self, failed: StoreFailed) -> None:
         """Take note that the store, or the disk with the tensors, did not do what this run needs; from any thread."""
-        if self._store_trouble is None:
-            self._store_trouble = StoreTrouble(failed.reason, self._services.now())
-
-    @contextmanager
-    def _storing(self) -> Iterator[None]:
-        """Take note of how the store does what is asked of it within the block."""
-        try:
-            yield
-        except StoreFailed as failed:
-            self.store_failed(failed)
-            raise
-        self._store_trouble = None
+        self._journal.store_failed(failed)
 
     # telling
 
@@ -870,6 +646,10 @@ class ActiveRun:
             self._log.debug("not told", extra={"destination": destination, "topic": topic, "reason": error.reason})
             return False
         return True
+
+    def _changed(self, client: ClientName, change: str, reason: str) -> None:
+        self._tell_run("client", ClientChanged(client, change, reason))
+        self._emit(JobEvent(self.job_id, f"client_{change}", self._services.wall(), client=client, text=reason))
 
     def _context(self, *, round_number: int = 0, peer: str = "", message: Message | None = None) -> FLContext:
         return FLContext(
@@ -923,34 +703,5 @@ class ActiveRun:
             await self.end_once_stored(JobState.FAILED, code=code_of(cause), reason=cause.reason)
 
 
-def code_of(error: HanseError) -> str:
-    """Return the stable code of *error*: of one that a peer answered with, the code of what was raised there."""
-    return (error.error_code if isinstance(error, RemoteError) else "") or error.code
-
-
 def _refused(key: TaskKey, reason: str) -> TaskResult:
     return TaskResult(key, fault=TaskFault("task-refused", reason))
-
-
-def cause_of(error: Exception, *, doing: str) -> HanseError:
-    """Return the error to end a job with whose task failed with *error* while *doing* something."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error if isinstance(error, HanseError) else InternalError(doing)
-
-
-async def deploy(cell: Cell, record: JobRecord, client: ClientName) -> None:
-    """Have *client* fetch the job and check it against its policy; there already is fine.
-
-    Raises:
-        HanseError: it refuses, with its reason, or cannot be reached.
-    """
-    request = DeployJob(
-        job_id=record.job_id,
-        name=record.spec.name,
-        submitter=record.submitter,
-        spec=record.spec,
-        package=record.package,
-        package_bytes=record.package_bytes,
-    )
-    await cell.ask(Fqcn(client), Channel.JOB, "deploy", request, timeout_s=DEPLOY_TIMEOUT_S)

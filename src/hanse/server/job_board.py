@@ -116,7 +116,7 @@ class JobBoard:
         """Return the last *lines* lines of the run's log here, or of what *client* last told of its log."""
         if client is not None:
             if (run := self._runs.get(job_id)) is not None:
-                return _last_of(run.log_tail(client), lines)
+                return _last_of(run.processes.trouble(client).log_tail, lines)
             record = await self._store.job(job_id)
             return _last_of(record.log_tail, lines) if record.client == client else ""
         path = self._folder_of(job_id).log

@@ -92,7 +92,7 @@ class RunDesk:
         client = ClientName(message.headers.get(Header.ORIGIN, ""))
         run = self._runs.get(end.job_id)
         if run is not None and client in run.run.clients:
-            run.process_ended(client, end)
+            run.processes.ended(client, end)
 
     def _sender_run(self, message: Message) -> tuple[ActiveRun, ClientName]:
         """Return the run that the sender's cell belongs to, and its participant's name."""
