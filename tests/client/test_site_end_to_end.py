@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import psutil
 import pytest
+from benchmarks import marked
 
 from hanse.cell.listener import Listener
 from hanse.client.agent import ClientAgent
@@ -161,24 +162,23 @@ async def left(tmp_path: Path) -> AsyncIterator[Left]:
         listener = Listener(server.reception, scopes=server.scopes, tls=None, target="127.0.0.1:0")
         target = await listener.start()
         workspace = tmp_path / "w"
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        agent = await asyncio.create_subprocess_exec(sys.executable, "-c", AGENT, target, str(workspace), env=env)
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), marked.VARIABLE: str(tmp_path)}
         try:
-            await server.up()
-            await server.ask("deploy", server.announce(code_folder(tmp_path / "code", APP), job_spec()))
-            await server.ask("start", server.start(attempt=2))
-            await server.up(CELL)
+            agent = await asyncio.create_subprocess_exec(sys.executable, "-c", AGENT, target, str(workspace), env=env)
+            try:
+                await server.up()
+                await server.ask("deploy", server.announce(code_folder(tmp_path / "code", APP), job_spec()))
+                await server.ask("start", server.start(attempt=2))
+                await server.up(CELL)
+            finally:
+                agent.kill()
+                await agent.wait()
+            pid = pid_at(workspace / "jobs" / JOB)
+            assert pid is not None
+            with closing(HeldProcess(pid)) as process:
+                yield Left(server, target, workspace, process)
         finally:
-            agent.kill()
-            await agent.wait()
-        pid = pid_at(workspace / "jobs" / JOB)
-        assert pid is not None
-        site = Left(server, target, workspace, HeldProcess(pid))
-        try:
-            yield site
-        finally:
-            site.process.kill_group()
-            site.process.close()
+            marked.kill(str(tmp_path))
             await listener.stop(0.1)
 
 

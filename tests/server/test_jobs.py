@@ -707,31 +707,6 @@ def test_a_job_runs_without_a_site_that_refuses_where_enough_are_left(
     assert (record.state, record.clients) == (JobState.COMPLETED, ("site-1",))
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"workflow": WorkflowSpec("fedavg", {"rounds": 0})}, "rounds"),
-        ({"workflow": WorkflowSpec("fedavg", {"turns": 1})}, "turns"),
-    ],
-)
-def test_a_job_that_does_not_hold_is_refused_at_submission(
-    start: StartServer, tmp_path: Path, fields: dict[str, Any], named: str
-) -> None:
-    server = start()
-
-    with pytest.raises(JobInvalid, match=named):
-        submit(server, tmp_path, **fields)
-    assert wait(server.jobs.board.views()) == []
-
-
-def test_what_is_no_package_is_refused(start: StartServer, tmp_path: Path) -> None:
-    server = start()
-    (tmp_path / "job.zip").write_bytes(b"no zip")
-
-    with pytest.raises(JobInvalid, match="zip"):
-        wait(server.jobs.submit(tmp_path / "job.zip", submitter="ada@demo"))
-
-
 def test_what_the_jobs_code_raises_fails_the_job_with_its_reason(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:
@@ -942,31 +917,6 @@ def test_a_task_is_sent_again_to_a_process_that_is_started_again(
 
     assert again == first
     assert outcome(server, job_id).state is JobState.COMPLETED
-
-
-def test_a_client_that_holds_a_job_without_a_process_is_told_once_the_job_has_ended(
-    start: StartServer, dialler: Dialler, tmp_path: Path
-) -> None:
-    server = start()
-    site = Site(dialler, server, "site-1")
-    running = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
-    task = site.task()
-    waiting = submit(server, tmp_path, min_clients=2)
-
-    def told(*idle: str) -> list[JobId]:
-        """Return the jobs that site-1 is told to abort once it has told that these are idle there."""
-        site.wire.ask(Channel.SERVER, "heartbeat", Heartbeat(idle=(*map(JobId, idle), JobId("unknown"))))
-        aborted: list[JobId] = []
-        while "unknown" not in aborted:  # the last to be looked up
-            aborted.append(site.wire.told(Channel.JOB, "abort").job_id)
-        return aborted[:-1]
-
-    assert told(running, waiting) == [], "its process may be started again, and the other will be"
-    site.send(answer(task, w(1)))
-    assert outcome(server, running).state is JobState.COMPLETED
-    site.wire.told(Channel.JOB, "abort")
-
-    assert told(running, waiting) == [running]
 
 
 def test_a_job_that_a_client_lists_no_longer_is_dead(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
@@ -1608,35 +1558,6 @@ def test_a_job_that_waited_waits_again_after_a_restart(start: StartServer, diall
     Site(dialler, second, "site-1", train=plus(1))
 
     assert outcome(second, job_id).state is JobState.COMPLETED
-
-
-def test_a_server_started_again_deletes_the_tensors_of_runs_that_ended_when_it_was_killed(
-    start: StartServer, tmp_path: Path
-) -> None:
-    runs = tmp_path / "ws" / "runs"
-    ended, other = runs / "ended-1", runs / "ended-2"
-    for run in (ended, other):
-        TensorFiles(run / "tensors-0").put(b"a tensor")
-        TensorFiles(run / "result").put(b"a result")
-    (runs / ".incoming-0-5f").mkdir()
-    start()
-    assert [path.name for path in sorted(runs.iterdir())] == ["ended-1", "ended-2"]
-    assert [path.name for run in (ended, other) for path in run.iterdir()] == ["result", "result"]
-
-
-def test_a_server_started_again_deletes_a_submission_that_the_store_was_never_told_of(
-    start: StartServer, tmp_path: Path
-) -> None:
-    first = start()
-    waiting, never_told = (submit(first, tmp_path, min_clients=1) for _ in range(2))
-    first.close()
-    runs = tmp_path / "ws" / "runs"
-    (runs / never_told).rename(runs / "tiny-00c0ffee")
-    (runs / "mine").mkdir()
-
-    start()
-
-    assert {path.name for path in runs.iterdir()} == {waiting, "mine"}
 
 
 def test_two_servers_do_not_share_a_workspace(start: StartServer, tmp_path: Path) -> None:
