@@ -295,6 +295,19 @@ async def test_closing_does_not_wait_for_a_dial_that_hangs(silent_target: str) -
         assert loop.time() - began < 5
 
 
+async def test_a_connector_that_is_closed_as_soon_as_it_runs_dials_nobody() -> None:
+    dialled: list[str] = []
+
+    async def dial(target: str) -> Pipe:
+        dialled.append(target)
+        raise Unreachable(target, "nobody is there")
+
+    async with connecting(["memory"], dial=dial) as client:
+        await client.connector.close()
+        await client.running
+    assert dialled == []
+
+
 async def test_closing_at_the_moment_of_the_welcome_does_not_wait_for_an_introduction() -> None:
     async def introduce(link: Link, welcome: Welcome) -> None:
         await asyncio.Event().wait()
