@@ -22,6 +22,7 @@ from hanse.errors import (
     JobInvalid,
     NoSpace,
     NotFound,
+    NotStarted,
     SiteRefused,
     StoreFailed,
     Unauthenticated,
@@ -974,6 +975,40 @@ def test_a_heartbeat_while_a_process_is_being_started_again_does_not_count_it_as
 
     assert outcome(server, job_id).state is JobState.COMPLETED
     assert site.attempts == [1, 2]
+
+
+def test_a_process_that_could_not_be_started_again_just_then_is_not_taken_for_a_dead_one(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    refused = asyncio.Event()
+
+    class OnceFull(Site):
+        """A site at which a process can be started again only the second time."""
+
+        def _start(self, message: Message) -> None:
+            if expect(message, StartJob).attempt == 2:
+                self.attempts.append(2)
+                refused.set()
+                raise NotStarted("the job's process", "No space left on device", folder="/w")
+            super()._start(message)
+
+    server = start()
+    site = OnceFull(dialler, server, "site-1")
+    workflow = WorkflowSpec("fedavg", {"rounds": 1})
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=2, workflow=workflow)
+    site.started()
+    task = site.task()
+    site.wire.ask(Channel.SERVER, "heartbeat", Heartbeat((job_id,)))
+
+    site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9))
+    wait(refused.wait())
+    site.wire.ask(Channel.SERVER, "heartbeat", Heartbeat(idle=(job_id,)))
+    site.started()
+    assert site.task() == task
+    site.send(answer(task, w(1)))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert site.attempts == [1, 2, 3]
 
 
 def test_a_heartbeat_at_the_moment_at_which_a_run_is_taken_up_ends_nothing(

@@ -167,17 +167,19 @@ class ClientProcesses:
     def heard(self, client: ClientName, *, reported: bool, dead: bool) -> None:
         """Take note of *client*'s heartbeat: whether it *reported* this job, or has lost it since (*dead*).
 
-        While it is being started there, no heartbeat tells of that start: the one before is known to have ended.
+        Where it is being started, or could not be, no heartbeat tells of that start: the one before is known to have
+        ended.
         """
         if reported:
             self._unstarted.discard(client)
+        elif client in self._unstarted:
+            if not self._over.is_set():
+                self._unstarted.discard(client)
+                self._begin(client)
         elif dead and not self._being_started[client]:
             attempt = self._run.participant(client).attempt
             end = JobEnded(self._record.job_id, attempt, status=1, log_tail="the client no longer runs it")
             self.ended(client, end)
-        elif client in self._unstarted and not self._over.is_set():
-            self._unstarted.discard(client)
-            self._begin(client)
 
     def agent_is_new(self, client: ClientName) -> None:
         """Take note that *client*'s agent has registered anew, and may have lost the job's process.
