@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hanse.cell.cell import RemoteError
+from hanse.cell.transfer import LocalTransfers, Partial
 from hanse.client.process_spec import PROCESS_MODULE
 from hanse.client.workspace import JobFolder
 from hanse.errors import NotFound, Unauthenticated, Unreachable
@@ -166,6 +167,32 @@ async def test_client_that_is_neither_in_the_job_nor_installed_is_told_when_it_i
         await server.up()
         deploy = server.announce(code_folder(tmp_path / "code"), job_spec(client))
         with pytest.raises(RemoteError, match="a module of the job, or one installed at the site"):
+            await server.ask("deploy", deploy)
+
+
+async def test_package_that_is_fetched_with_a_token_that_has_just_been_renewed_may_be_had_another_time(
+    tmp_path: Path,
+) -> None:
+    class JustRenewed(LocalTransfers):
+        """The first call comes with the token before."""
+
+        is_first = True
+
+        async def download(self, scope: str, digest: Digest, size: int, into: Partial) -> None:
+            if self.is_first:
+                self.is_first = False
+                into.close()
+                raise Unauthenticated("the token was revoked")
+            await super().download(scope, digest, size, into)
+
+    async with fake_server(tmp_path / "s") as server:
+        server.transfers = JustRenewed(server.files)
+        async with site(server, tmp_path / "w"):
+            await server.up()
+            deploy = server.announce(code_folder(tmp_path / "code"), job_spec())
+            with pytest.raises(RemoteError, match="the token was revoked") as caught:
+                await server.ask("deploy", deploy)
+            assert caught.value.retryable
             await server.ask("deploy", deploy)
 
 

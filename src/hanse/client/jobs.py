@@ -248,7 +248,10 @@ class SiteJobs:
         self._jobs[deploy.job_id] = job = _Job(deploy, folder)
         packages = await _in_thread(TensorFiles, folder.package)
         partial = await _in_thread(packages.begin, deploy.package, deploy.package_bytes)
-        await self._transfers.download(f"job/{deploy.job_id}", deploy.package, deploy.package_bytes, partial)
+        try:
+            await self._transfers.download(f"job/{deploy.job_id}", deploy.package, deploy.package_bytes, partial)
+        except Unauthenticated as error:  # the agent has had another token since, or is about to
+            raise Unreachable(SERVER, error.reason) from error
         spec = await _in_thread(unpack_package, packages.path(deploy.package), folder.code)
         if spec != deploy.spec:
             raise JobInvalid("package", got=f"another definition of {spec.name}", expected="the one that was announced")
