@@ -426,17 +426,23 @@ async def test_an_upload_goes_on_from_what_is_there_when_its_connection_broke_wh
     asked_again, is_dropped = threading.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
+    class Slow(CountingPartial):
+        """Tells when it and the file that it holds have gone: what it was given last goes last."""
+
+        def __init__(self, files: CountingFiles, partial: Any) -> None:
+            super().__init__(files, partial)
+            self.last = threading.Event()
+            weakref.finalize(self.last, is_dropped.set)
+
     class SlowFiles(CountingFiles):
-        def begin(self, digest: Digest, size: int) -> "CountingPartial":
+        def begin(self, digest: Digest, size: int) -> CountingPartial:
             if begun.is_set():
                 asked_again.set()
                 assert is_dropped.wait(10)
                 return super().begin(digest, size)
             loop.call_soon_threadsafe(begun.set)
             assert asked_again.wait(10)
-            first = super().begin(digest, size)
-            weakref.finalize(first, is_dropped.set)
-            return first
+            return Slow(self, there.begin(digest, size))
 
     counted = SlowFiles(there)
     async with moving(counted) as (_, transfers):
