@@ -1,11 +1,12 @@
 """What journalling costs: the same jobs with the store in SQLite and in memory, everything else alike.
 
 Both servers run at once, and the jobs go to each by turns, so that whatever else the machine does meets both. What is
-compared is the median round of each job; the figure is the median over the turns. Where the rounds differ more among
-each other than journalling could cost, that says little; so a third server adds up how long the writes themselves
+compared is the median of all rounds of each. Where the rounds differ more among each other than journalling could cost,
+that says little: what the turns say one by one tells how much. So a third server adds up how long the writes themselves
 took. A run waits for less than that, because it goes on while most of them are under way.
 """
 
+import itertools
 import json
 import statistics
 import sys
@@ -17,9 +18,8 @@ from benchmarks.deployment import Deployment, deployment
 from benchmarks.figures import JOBS, Figure, figure, round_seconds, with_settings
 from benchmarks.timed_server import FILE
 
-TURNS = 12
-KINDS = (("noop", 250, "< 5"), ("bulk", 5, "< 2"))
-"""Jobs, with their rounds and what journalling may cost."""
+KINDS = (("noop", 12, 250, "< 5"), ("bulk", 24, 8, "< 2"))
+"""Jobs, with their turns, the rounds of each, and what journalling may cost."""
 
 
 def journal() -> Iterator[Figure]:
@@ -28,33 +28,37 @@ def journal() -> Iterator[Figure]:
         forgetful.programs["server"] = [sys.executable, "-m", "benchmarks.memory_server"]
         for running in (durable, forgetful):
             running.start("server", *running.names)
-        for job, rounds, target in KINDS:
+        for job, turns, rounds, target in KINDS:
             folder = with_settings(JOBS / job, Path(name), rounds=rounds)
-            yield _compared(durable, forgetful, folder, name=f"journal_{job}_percent", rounds=rounds, target=target)
+            yield _compared(durable, forgetful, folder, name=f"journal_{job}_percent", turns=turns, target=target)
             yield _timed(folder, name=f"journal_{job}_writes_percent")
 
 
 def _compared(
-    durable: Deployment, forgetful: Deployment, folder: Path, *, name: str, rounds: int, target: str
+    durable: Deployment, forgetful: Deployment, folder: Path, *, name: str, turns: int, target: str
 ) -> Figure:
-    sqlite: list[float] = []
-    memory: list[float] = []
-    turns = [(durable, sqlite), (forgetful, memory)]
-    for _ in range(TURNS):
-        for running, seconds in turns:
-            seconds.append(statistics.median(round_seconds(running.run(folder))))
-        turns.reverse()
-    costs = sorted(100 * (with_it / without - 1) for with_it, without in zip(sqlite, memory, strict=True))
+    sqlite: list[list[float]] = []
+    memory: list[list[float]] = []
+    order = [(durable, sqlite), (forgetful, memory)]
+    for _ in range(turns):
+        for running, seconds in order:
+            seconds.append(round_seconds(running.run(folder)))
+        order.reverse()
+    with_it, without = (statistics.median(itertools.chain(*seconds)) for seconds in (sqlite, memory))
     return figure(
         name,
-        statistics.median(costs),
+        _cost(with_it, without),
         "% of a round",
         target,
-        each_turn=[round(cost, 1) for cost in costs],
-        sqlite_ms=round(1000 * statistics.median(sqlite), 3),
-        memory_ms=round(1000 * statistics.median(memory), 3),
-        rounds=rounds * TURNS,
+        each_turn=sorted(round(_cost(*map(statistics.median, turn)), 1) for turn in zip(sqlite, memory, strict=True)),
+        sqlite_ms=round(1000 * with_it, 3),
+        memory_ms=round(1000 * without, 3),
+        rounds=sum(map(len, sqlite)),
     )
+
+
+def _cost(with_it: float, without: float) -> float:
+    return 100 * (with_it / without - 1)
 
 
 def _timed(folder: Path, *, name: str) -> Figure:
