@@ -48,6 +48,7 @@ from hanse.messages import (
     ModelRef,
     Quit,
     ReturnCode,
+    StartJob,
     SubmitJob,
     TaskAssignment,
     TaskFault,
@@ -60,6 +61,7 @@ from hanse.server import FederatedServer
 from hanse.server.active_run import ActiveRun
 from hanse.server.client_processes import DEPLOY_TIMEOUT_S
 from hanse.server.federated_server import TaskMetaInfo
+from hanse.server.payloads import expect
 from hanse.storage.memory import MemoryStore
 from hanse.storage.models import allocate, read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
@@ -987,6 +989,33 @@ def test_a_job_that_a_client_lists_no_longer_is_dead(start: StartServer, dialler
     assert site.attempts == [1, 2]
 
 
+def test_a_heartbeat_while_a_process_is_started_again_counts_no_second_death(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    beaten = on_loop(asyncio.Event)
+    asked: list[int] = []
+
+    async def begin(message: Message) -> None:
+        asked.append(expect(message, StartJob).attempt)
+        if len(asked) == 2:
+            await beaten.wait()
+
+    wire = dialler.site(server, answers={(Channel.JOB, "deploy"): lambda _: None, (Channel.JOB, "start"): begin})
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=2)
+    assert isinstance(wire.told(Channel.JOB, "start"), StartJob)
+    wire.ask(Channel.SERVER, "heartbeat", Heartbeat((job_id,)))
+    wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, attempt=1, status=-9))
+    assert isinstance(wire.told(Channel.JOB, "start"), StartJob)
+
+    wire.ask(Channel.SERVER, "heartbeat", Heartbeat())
+    on_loop(beaten.set)
+    wire.ask(Channel.SERVER, "heartbeat", Heartbeat((job_id,)))
+
+    assert [client.state for client in wait(server.jobs.board.view(job_id)).clients] == ["starting"]
+    assert asked == [1, 2]
+
+
 def test_a_heartbeat_at_the_moment_at_which_a_run_is_taken_up_ends_nothing(
     start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1538,6 +1567,26 @@ def test_a_client_without_its_process_is_given_one_by_the_server_started_again(
 
     second = start()
     back = Site(dialler, second, "site-1", credentials=credentials)
+    back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat())
+    back.send(answer(back.task(), w(2)))
+
+    assert outcome(second, job_id).state is JobState.COMPLETED
+
+
+def test_a_job_that_a_client_lists_no_longer_is_dead_also_for_the_server_started_again(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    first = start()
+    site = Site(dialler, first, "site-1")
+    job_id = submit(first, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    site.task()
+    credentials = site.wire.credentials
+    first.close()
+    dialler.close()
+
+    second = start()
+    back = Site(dialler, second, "site-1", credentials=credentials)
+    back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat((job_id,)))
     back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat())
     back.send(answer(back.task(), w(2)))
 
