@@ -5,7 +5,7 @@ import errno
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from hanse.errors import (
     Conflict,
     HanseError,
     JobInvalid,
+    NotInService,
     NoSpace,
     NotFound,
     SiteRefused,
@@ -62,6 +63,7 @@ from hanse.server.active_run import ActiveRun
 from hanse.server.client_processes import DEPLOY_TIMEOUT_S
 from hanse.server.federated_server import TaskMetaInfo
 from hanse.server.payloads import expect
+from hanse.server.run_folder import RunFolder
 from hanse.storage.memory import MemoryStore
 from hanse.storage.models import allocate, read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
@@ -1591,6 +1593,35 @@ def test_a_job_that_a_client_lists_no_longer_is_dead_also_for_the_server_started
     back.send(answer(back.task(), w(2)))
 
     assert outcome(second, job_id).state is JobState.COMPLETED
+
+
+def test_the_end_of_a_clients_process_is_not_missed_while_its_run_is_taken_up(
+    start: StartServer, dialler: Dialler, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start()
+    site = Site(dialler, first, "site-1")
+    job_id = submit(first, tmp_path, min_clients=1, process_tries=1)
+    site.task()
+    credentials = site.wire.credentials
+    first.close()
+    dialler.close()
+    may_go_on, take_over = on_loop(asyncio.Event), RunFolder.take_over
+
+    async def slowly(folder: RunFolder, needed: Collection[Digest]) -> list[Digest]:
+        await may_go_on.wait()
+        return await take_over(folder, needed)
+
+    monkeypatch.setattr(RunFolder, "take_over", slowly)
+    second = start()
+    back = Site(dialler, second, "site-1", credentials=credentials)
+    back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat((job_id,)))
+    end = JobEnded(job_id, attempt=1, status=-9, cause="out-of-memory")
+
+    assert isinstance(back.wire.refused(Channel.SERVER, "job_ended", end), NotInService)
+    on_loop(may_go_on.set)
+    recorder.wait_for(EventType.START_RUN, count=2)
+    back.wire.ask(Channel.SERVER, "job_ended", end)
+    assert outcome(second, job_id).cause == "out-of-memory"
 
 
 def test_a_run_that_is_taken_up_does_not_wait_for_ever_for_a_client_that_does_not_come_back(

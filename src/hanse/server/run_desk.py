@@ -90,8 +90,9 @@ class RunDesk:
     def _on_job_ended(self, message: Message) -> None:
         end = expect(message, JobEnded)
         client = ClientName(message.headers.get(Header.ORIGIN, ""))
-        run = self._runs.get(end.job_id)
-        if run is not None and client in run.run.clients:
+        if (run := self._runs.get(end.job_id)) is None:
+            self._demand_taken_up(end.job_id)
+        elif client in run.run.clients:
             run.processes.ended(client, end)
 
     def _sender_run(self, message: Message) -> tuple[ActiveRun, ClientName]:
