@@ -847,13 +847,15 @@ class Jobs:
             raise NotFound("running job", job_id)
 
     def demand_taken_up(self, job_id: JobId) -> None:
-        """Return unless the job is a run of an earlier tenure that still is to go on in this one.
+        """Return unless the job is, or may be, a run of this project that goes on, but not here at this moment.
 
         Raises:
-            NotInService: it is.
+            NotInService: it is still to be taken up here, or this server has left its jobs.
         """
         if job_id in self._taking_up:
             raise NotInService(f"Server not in service: it takes up job {job_id}")
+        if not self._knows_runs:
+            raise NotInService
 
     def takes_part(self, job_id: JobId, client: str) -> bool:
         """Return whether *client* takes part in a running job, or is asked to."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from hanse.cell.cell import Cell
-from hanse.errors import NotFound, NotInService
+from hanse.errors import NotFound, NotInService, StaleEpoch
 from hanse.ids import ClientName, Fqcn, JobId, split_cell
 from hanse.messages import (
     CancelTasks,
@@ -40,7 +40,7 @@ TOPICS: Final[tuple[Topic, ...]] = (
 class RunDesk:
     """Answers on *cell* what is about one of *runs*, which the sender's own address names.
 
-    *demand_taken_up* raises ``NotInService`` for a job whose run is still to come.
+    *demand_taken_up* raises ``NotInService`` for a job whose run may go on, but not here at this moment.
     """
 
     def __init__(
@@ -81,7 +81,10 @@ class RunDesk:
 
     async def _on_result(self, message: Message) -> None:
         run, client = self._sender_run(message)
-        await run.result(client, expect(message, TaskResult), message)
+        try:
+            await run.result(client, expect(message, TaskResult), message)
+        except StaleEpoch as deposed:  # the answer is good, and for the server that holds the lease by now
+            raise NotInService(f"Server not in service: {deposed.reason}") from deposed
 
     def _on_metrics(self, message: Message) -> None:
         run, client = self._sender_run(message)
