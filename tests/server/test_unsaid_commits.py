@@ -2,24 +2,25 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hanse.errors import StoreFailed
+from hanse.cell.cell import RemoteError
+from hanse.errors import ProtocolError, StoreFailed
 from hanse.events import EventType
 from hanse.ids import JobId
 from hanse.job import JobRecord, JobState
-from hanse.messages import CommitRound
+from hanse.messages import CommitRound, TaskFault, TaskKey, TaskResult
 from hanse.model import Model
 from hanse.server import FederatedServer
 from hanse.storage.memory import MemoryStore
 from hanse.storage.models import read_safetensors
 
-from .job_world import Site, Threads, outcome, plus, submit
+from .job_world import Large, Site, Threads, outcome, plus, submit
 from .world import Dialler, Recorder, args, on_loop, settings, wait
 
 MakeServer = Callable[..., FederatedServer]
@@ -50,6 +51,10 @@ class UnsureStore(MemoryStore):
             await self.before_commit(commit)
         await super().commit_round(epoch, job_id, commit, **more)
         self._say("commit_round")
+
+    async def retract_answers(self, epoch: int, job_id: JobId, keys: Sequence[TaskKey]) -> None:
+        await super().retract_answers(epoch, job_id, keys)
+        self._say("retract_answers")
 
     def _say(self, write: str) -> None:
         if write in self.unsure:
@@ -157,3 +162,25 @@ def test_the_runs_next_process_waits_for_a_commit_that_its_predecessor_has_asked
 
     assert result_of(server, job_id) == PLUS_TWO
     assert [context.round for context in recorder.of(EventType.ROUND_DONE)] == [0, 1, 2]
+
+
+def test_an_answer_that_was_taken_back_is_asked_for_again(
+    server: FederatedServer, store: UnsureStore, dialler: Dialler, tmp_path: Path
+) -> None:
+    one, two, other = (Site(dialler, server, name) for name in ("site-1", "site-2", "site-3"))
+    job_id = submit(server, tmp_path, min_clients=3, model="tiny_model:large")
+    two.send(TaskResult(two.task().key, Large(two, server, job_id).upload(2)))
+    task, update = one.task(), Large(one, server, job_id).upload(1)
+    one.send(TaskResult(task.key, update))
+    assert update.model is not None
+    (tensor,) = update.model.tensors
+    server.jobs._runs[job_id].files.path(tensor.digest).unlink()
+    store.unsure = {"retract_answers"}
+    found_it = TaskResult(other.task().key, fault=TaskFault(ProtocolError.code, "other bytes than the digest names"))
+
+    refused = other.refused(found_it)
+    other.send(found_it)
+
+    assert isinstance(refused, RemoteError)
+    assert refused.error_code == StoreFailed.code
+    assert one.task() == task

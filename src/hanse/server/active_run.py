@@ -255,7 +255,7 @@ class ActiveRun:
         """
         try:
             async with self._committing:  # what a commit deletes is not lost
-                tasks = await self._journal.mend()
+                tasks = await self._journal.mend([answer.key for answer in self.run.answers])
                 again = self.run.retract(tasks or ())
         except TensorsLost as error:
             await self.end(JobState.FAILED, code=error.code, reason=error.reason)
