@@ -390,8 +390,9 @@ class Jobs:
             if not (isinstance(error, StoreFailed) and await self._is_stored(record)):
                 await self._discard(job_folder, record)
                 raise
+        finally:
+            self.wake()  # the store may have it, whoever hears of that
         _log.info("job submitted", extra={"job": record.job_id, "submitter": submitter, "folder": str(job_folder.path)})
-        self.wake()
         return record
 
     async def _is_stored(self, record: JobRecord) -> bool:
