@@ -27,16 +27,25 @@ MakeServer = Callable[..., FederatedServer]
 
 
 class UnsureStore(MemoryStore):
-    """A store whose next write of each kind in *unsure* is done and reported as failed; *before_commit* comes first."""
+    """A store whose next operation of each kind in *unsure* is done and reported as failed; *before_commit* comes first.
+
+    Those that are to be *unsure_then* are so from that moment on.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.unsure: set[str] = set()
+        self.unsure_then: set[str] = set()
         self.before_commit: Callable[[CommitRound], Any] | None = None
 
     async def add_job(self, epoch: int, record: JobRecord) -> None:
         await super().add_job(epoch, record)
         self._say("add_job")
+
+    async def job(self, job_id: JobId) -> JobRecord:
+        record = await super().job(job_id)
+        self._say("job")
+        return record
 
     async def replace_job(self, epoch: int, record: JobRecord, **more: Any) -> None:
         await super().replace_job(epoch, record, **more)
@@ -59,6 +68,7 @@ class UnsureStore(MemoryStore):
     def _say(self, write: str) -> None:
         if write in self.unsure:
             self.unsure.remove(write)
+            self.unsure, self.unsure_then = self.unsure | self.unsure_then, set()
             raise StoreFailed("using the database", "the connection was lost")
 
 
@@ -109,6 +119,19 @@ def test_a_submission_that_was_stored_is_a_job(
     assert result_of(server, submit(server, tmp_path, min_clients=1)) == PLUS_TWO
 
 
+def test_a_submission_of_which_nobody_knows_whether_it_was_stored_is_a_job_if_it_was(
+    server: FederatedServer, store: UnsureStore, dialler: Dialler, tmp_path: Path
+) -> None:
+    Site(dialler, server, train=plus(1))
+    store.unsure, store.unsure_then = {"add_job"}, {"job"}
+
+    with pytest.raises(StoreFailed):
+        submit(server, tmp_path, min_clients=1)
+    (record,) = wait(store.jobs())
+
+    assert result_of(server, record.job_id) == PLUS_TWO
+
+
 def test_a_job_that_was_scheduled_is_started(
     server: FederatedServer, store: UnsureStore, dialler: Dialler, tmp_path: Path
 ) -> None:
@@ -124,6 +147,17 @@ def test_a_job_that_was_given_up_is_announced(server: FederatedServer, store: Un
     record = outcome(server, submit(server, tmp_path, start_within_s=0.1))
 
     assert (record.state, record.code) == (JobState.FAILED, "no-clients")
+
+
+def test_a_job_of_which_nobody_knows_whether_it_was_given_up_is_announced_if_it_was(
+    server: FederatedServer, store: UnsureStore, recorder: Recorder, tmp_path: Path
+) -> None:
+    store.unsure, store.unsure_then = {"end_run"}, {"job"}
+
+    record = outcome(server, submit(server, tmp_path, start_within_s=0.1))
+
+    assert (record.state, record.code) == (JobState.FAILED, "no-clients")
+    assert [context.job_id for context in recorder.of(EventType.JOB_FAILED)] == [record.job_id]
 
 
 def test_a_round_that_was_committed_is_over_for_the_runs_next_process(

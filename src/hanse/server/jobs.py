@@ -133,6 +133,7 @@ class Jobs:
         self._taking_up: dict[JobId, TakingUp] = {}
         self._known: dict[ClientName, frozenset[JobId]] = {}
         self._ended: dict[JobId, asyncio.Event] = {}
+        self._in_doubt: set[JobId] = set()  # ended perhaps, and not announced
         self._changed = asyncio.Event()
         self._suspects = asyncio.Event()
         self._left_behind = asyncio.Event()
@@ -289,6 +290,7 @@ class Jobs:
 
     async def _plan(self) -> float | None:
         """Start or give up the jobs whose time it is; return in how many seconds the next one's is."""
+        await self._settle_doubts()
         now_s, now = self._services.wall(), self._services.now()
         submitted = await self._submitted()
         self._postponed = {job_id: later for job_id, later in self._postponed.items() if later[0] > now}
@@ -559,16 +561,38 @@ class Jobs:
         code = shortened(code, MAX_CODE_CHARS)
         ended = move(record, to, at=self._services.wall(), code=code, reason=reason, client=client)
         try:
-            await self._services.store.end_run(self._services.epoch, ended, was=record.state)
+            await self._end_stored(ended, was=record.state)
+        except (StoreFailed, asyncio.CancelledError):
+            self._in_doubt.add(record.job_id)
+            self.wake()
+            raise
+        self._has_ended_idle(ended)
+
+    async def _end_stored(self, ended: JobRecord, *, was: JobState) -> None:
+        try:
+            await self._services.store.end_run(self._services.epoch, ended, was=was)
         except StoreFailed:
             if not await self._is_stored(ended):
                 raise
+
+    async def _settle_doubts(self) -> None:
+        """Announce the ends of which the store could not say that it has them."""
+        for job_id in tuple(self._in_doubt):
+            record = await self._services.store.job(job_id)
+            self._in_doubt.discard(job_id)
+            if record.state in ENDED:
+                self._has_ended_idle(record)
+
+    def _has_ended_idle(self, record: JobRecord) -> None:
+        """Tell everybody of the end of a job that did not run."""
         self._waiting.pop(record.job_id, None)
-        notice = EventType.JOB_FAILED if to is JobState.FAILED else EventType.JOB_ABORTED
-        self._tell(notice, record.job_id, reason=reason)
+        notice = EventType.JOB_FAILED if record.state is JobState.FAILED else EventType.JOB_ABORTED
+        self._tell(notice, record.job_id, reason=record.reason)
         for client in record.clients:
-            _tell_quietly(self._services.cell, Fqcn(client), AbortJob(record.job_id, reason or to.value))
-        self._announce_end(ended)
+            _tell_quietly(
+                self._services.cell, Fqcn(client), AbortJob(record.job_id, record.reason or record.state.value)
+            )
+        self._announce_end(record)
 
     def _announce_end(self, record: JobRecord) -> None:
         _log.info("job ended", extra={"job": record.job_id, "state": record.state.value, "reason": record.reason})
