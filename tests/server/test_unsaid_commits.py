@@ -14,7 +14,7 @@ from hanse.errors import ProtocolError, StoreFailed
 from hanse.events import EventType
 from hanse.ids import JobId
 from hanse.job import JobRecord, JobState
-from hanse.messages import CommitRound, TaskFault, TaskKey, TaskResult
+from hanse.messages import Channel, CommitRound, JobFailure, TaskFault, TaskKey, TaskResult
 from hanse.model import Model
 from hanse.server import FederatedServer
 from hanse.storage.memory import MemoryStore
@@ -27,9 +27,9 @@ MakeServer = Callable[..., FederatedServer]
 
 
 class UnsureStore(MemoryStore):
-    """A store whose next operation of each kind in *unsure* is done and reported as failed; *before_commit* comes first.
+    """A store whose next operation of each kind in *unsure* is done and reported as failed.
 
-    Those that are to be *unsure_then* are so from that moment on.
+    Those that are to be *unsure_then* are so from that moment on. *before_commit* comes before each commit.
     """
 
     def __init__(self) -> None:
@@ -60,6 +60,11 @@ class UnsureStore(MemoryStore):
             await self.before_commit(commit)
         await super().commit_round(epoch, job_id, commit, **more)
         self._say("commit_round")
+
+    async def accept_answer(self, epoch: int, job_id: JobId, result: TaskResult) -> TaskResult:
+        accepted = await super().accept_answer(epoch, job_id, result)
+        self._say("accept_answer")
+        return accepted
 
     async def retract_answers(self, epoch: int, job_id: JobId, keys: Sequence[TaskKey]) -> None:
         await super().retract_answers(epoch, job_id, keys)
@@ -218,3 +223,36 @@ def test_an_answer_that_was_taken_back_is_asked_for_again(
     assert isinstance(refused, RemoteError)
     assert refused.error_code == StoreFailed.code
     assert one.task() == task
+
+
+def test_a_job_that_was_aborted_is_announced_as_that_whatever_ends_it_for_the_server(
+    server: FederatedServer, store: UnsureStore, recorder: Recorder, dialler: Dialler, tmp_path: Path
+) -> None:
+    site = Site(dialler, server)
+    job_id = submit(server, tmp_path, min_clients=1)
+    task = site.task()
+    store.unsure = {"end_run"}
+
+    with pytest.raises(StoreFailed):
+        wait(server.jobs.abort(job_id, reason="not needed any more"))
+    on_loop(lambda: server.jobs.failed_at(site.name, JobFailure(job_id, "training", "it is broken")))
+
+    assert outcome(server, job_id).state is JobState.ABORTED
+    assert recorder.wait_for(EventType.JOB_ABORTED).reason == "not needed any more"
+    assert recorder.of(EventType.JOB_FAILED) == []
+    assert site.wire.told(Channel.JOB, "abort").reason == "not needed any more"
+
+
+def test_a_task_that_a_handler_refuses_is_a_fault_also_while_the_store_is_away(
+    server: FederatedServer, store: UnsureStore, recorder: Recorder, dialler: Dialler, tmp_path: Path
+) -> None:
+    site = Site(dialler, server)
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+    recorder.raising[EventType.BEFORE_TASK_DATA] = ZeroDivisionError("not today")
+    store.unsure = {"accept_answer"}
+
+    server.reset_tokens()
+
+    record = outcome(server, job_id)
+    assert (record.state, record.code, record.cause) == (JobState.FAILED, "too-few-clients", "task-refused")

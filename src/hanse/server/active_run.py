@@ -203,27 +203,27 @@ class ActiveRun:
         async with self._ending:
             if self.has_ended:
                 return
-            reason = shortened(reason)
             record = move(
                 self.record,
                 to,
                 at=self._services.wall(),
                 code=shortened(code, MAX_CODE_CHARS),
-                reason=reason,
+                reason=shortened(reason),
                 client=client,
                 cause=shortened(cause, MAX_CODE_CHARS),
                 log_tail=ending(log_tail),
             )
             if ended is not None:
                 record = msgspec.structs.replace(record, result=ended.result, result_bytes=ended.result_bytes)
-            self.record = await self._journal.end(record, was=self.record.state)
+            self.record = record = await self._journal.end(record, was=self.record.state)
             self._over.set()
             self.run.end(now=self._services.now())
             self._services.handlers.tell(EventType.END_RUN, self._context(round_number=self.run.round))
-            self._notify(ENDINGS[to], reason=reason, text=reason)
-            self._tell_run("abort", AbortRun(reason or to.value))
+            self._notify(ENDINGS[record.state], reason=record.reason, text=record.reason)
+            why = record.reason or record.state.value
+            self._tell_run("abort", AbortRun(why))
             for client in self.run.clients:
-                self._tell(Fqcn(client), Channel.JOB, "abort", AbortJob(self.job_id, reason or to.value))
+                self._tell(Fqcn(client), Channel.JOB, "abort", AbortJob(self.job_id, why))
 
     async def end_once_stored(
         self, to: JobState, *, code: str, reason: str, client: str = "", log_tail: str = ""
