@@ -578,7 +578,9 @@ class ActiveRun:
         if (reason := self._refusal_of(task)) is None:
             self._hand_out(task)
         else:
-            await self._accept(task.key.client, _refused(task.key, reason))
+            # The run has the fault, stored or not; a server that takes the run up asks the handler again.
+            with contextlib.suppress(StoreFailed):
+                await self._accept(task.key.client, _refused(task.key, reason))
 
     def _refusal_of(self, task: TaskAssignment) -> str | None:
         """Return why a handler does not let the task go to its client, or ``None``."""
