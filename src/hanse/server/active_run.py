@@ -598,14 +598,15 @@ class ActiveRun:
     async def cell_up(self, client: ClientName, stream: object) -> None:
         """Take note that *client*'s process is connected: it gets the tasks that it has to answer."""
         if self.processes.stream_up(client, stream):
-            await self._send_out(client)
+            await self.send_out(client)
 
     async def hand_out_again(self) -> None:
         """Send every client again what it has to answer; who has it already takes no notice."""
         for client in self.run.live_clients:
-            await self._send_out(client)
+            await self.send_out(client)
 
-    async def _send_out(self, client: ClientName) -> None:
+    async def send_out(self, client: ClientName) -> None:
+        """Send *client* what it has to answer."""
         for task in self.run.tasks_for(client):
             await self._send(task)
 

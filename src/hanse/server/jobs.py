@@ -540,8 +540,9 @@ class Jobs:
         self._suspects.set()  # all clients of a run that is taken up are, until they come
         try:
             for client in record.clients:  # those whose process went on while the server was away
-                if (peer := self._services.cell.peer(job_cell(client, record.job_id))) is not None:
-                    await active.cell_up(client, peer)
+                peer = self._services.cell.peer(job_cell(client, record.job_id))
+                if peer is not None and active.processes.stream_up(client, peer):
+                    self._spawn_for(active, partial(active.send_out, client))  # which may wait, and the run lives now
             heard = {client: record.job_id in self._known[client] for client in record.clients if client in self._known}
             ended = await active.live(resumed=resumed, heard=heard)
             await self._delete_tensors(folder)
