@@ -25,6 +25,7 @@ from hanse.errors import (
     NotInService,
     SiteRefused,
     StoreFailed,
+    TensorDamaged,
     Unauthenticated,
 )
 from hanse.events import EventType, Refused
@@ -49,10 +50,12 @@ from hanse.messages import (
     ModelRef,
     Quit,
     ReturnCode,
+    RunEnded,
     StartJob,
     SubmitJob,
     TaskAssignment,
     TaskFault,
+    TaskKey,
     TaskResult,
     TensorRef,
     UpdateRef,
@@ -64,6 +67,7 @@ from hanse.server.client_processes import DEPLOY_TIMEOUT_S
 from hanse.server.federated_server import TaskMetaInfo
 from hanse.server.payloads import expect
 from hanse.server.run_folder import RunFolder
+from hanse.server.run_journal import RunJournal
 from hanse.storage.memory import MemoryStore
 from hanse.storage.models import allocate, read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
@@ -1256,6 +1260,28 @@ def test_a_run_that_stays_without_space_ends_with_that_reason(
     record = outcome(server, job_id)
     assert (record.state, record.code) == (JobState.FAILED, "no-space")
     assert "the disk mounted at /disk" in record.reason
+
+
+def test_a_process_that_met_a_damaged_tensor_has_not_died(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def mended(journal: RunJournal, answered: Collection[TaskKey]) -> list[TaskAssignment]:
+        del journal, answered
+        return []
+
+    monkeypatch.setattr(RunJournal, "mend", mended)
+    launcher = on_loop(ScriptedLauncher)
+    server = start(launcher=launcher)
+    Site(dialler, server, starts=False)
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=2)
+    first = launcher.next()
+
+    wait(server.jobs._runs[job_id].ended(RunEnded(completed=False, code=TensorDamaged.code, again=True)))
+    launcher.end(first, 0)
+    launcher.end(launcher.next(), -9)
+    launcher.next()
+
+    assert wait(server.jobs.board.view(job_id)).state == "running"
 
 
 def test_a_run_that_is_aborted_in_its_process_is_an_aborted_job(
