@@ -30,6 +30,7 @@ from hanse.messages import (
 )
 from hanse.server import FederatedServer
 from hanse.server.overseer import OverseerAgent, Primary, ScriptedOverseer
+from hanse.server.tenure import Tenure
 from hanse.storage.memory import MemoryStore
 from hanse.storage.records import Lease, session_id
 
@@ -420,6 +421,26 @@ def test_a_lease_that_somebody_else_has_taken_ends_the_tenure(stage: Stage, dial
     assert lost.wait(10), "whoever runs the server is told"
     assert stage.server.service.state is COLD
     stage.overseer.appoint(None)
+    appoint(stage.overseer, stage.server, "tenure-2")
+    assert stage.server.service.state is HOT
+
+
+def test_a_tenure_that_is_lost_at_the_moment_at_which_it_has_begun_makes_nobody_hot(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Tenure.begin
+
+    async def lost_at_once(tenure: Tenure) -> None:
+        await begin(tenure)
+        await stage.store.take_lease("another server", name="another", target="", ttl_s=60, force=True)
+        assert tenure._work is not None
+        await asyncio.wait({tenure._work})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tenure, "begin", lost_at_once)
+        appoint(stage.overseer, stage.server, "tenure-1")
+
+    assert stage.server.service.state is COLD
     appoint(stage.overseer, stage.server, "tenure-2")
     assert stage.server.service.state is HOT
 

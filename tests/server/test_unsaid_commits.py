@@ -230,7 +230,7 @@ def test_a_job_that_was_aborted_is_announced_as_that_whatever_ends_it_for_the_se
 ) -> None:
     site = Site(dialler, server)
     job_id = submit(server, tmp_path, min_clients=1)
-    task = site.task()
+    site.task()
     store.unsure = {"end_run"}
 
     with pytest.raises(StoreFailed):
