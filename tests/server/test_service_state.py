@@ -445,6 +445,23 @@ def test_a_tenure_that_is_lost_at_the_moment_at_which_it_has_begun_makes_nobody_
     assert stage.server.service.state is HOT
 
 
+def test_a_server_whose_runs_do_not_stop_in_time_is_cold_and_can_be_primary_again(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    appoint(stage.overseer, stage.server, "tenure-1")
+    stage.launcher.next()
+    on_loop(stage.launcher.stops.clear)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hanse.server.primacy.TURN_TIMEOUT_S", 0.1)
+        stage.overseer.appoint(None)
+
+    assert stage.server.service.state is COLD
+    on_loop(stage.launcher.stops.set)
+    appoint(stage.overseer, stage.server, "tenure-2")
+    assert stage.server.service.state is HOT
+
+
 class OneStops(ScriptedLauncher):
     """A launcher of whose processes the first one stops at once, and the others when they may."""
 

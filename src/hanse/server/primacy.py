@@ -192,9 +192,11 @@ class Primacy:
 
     def _turn_cold(self, *, successor: str = "") -> None:
         """Stop serving before anyone else may start: send everybody away and park the runs."""
-        run(self._send_away_and_park(successor), TURN_TIMEOUT_S)
-        if self.service.state is ServiceState.HOT2COLD:  # and not cold already, having lost its lease meanwhile
-            self.service = parked(self.service)
+        try:
+            run(self._send_away_and_park(successor), TURN_TIMEOUT_S)
+        finally:  # who did not stop in time may write nothing under another lease
+            if self.service.state is ServiceState.HOT2COLD:  # and not cold already, having lost its lease meanwhile
+                self.service = parked(self.service)
 
     async def _send_away_and_park(self, successor: str) -> None:
         self._send_everybody_away()
