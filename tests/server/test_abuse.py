@@ -13,7 +13,7 @@ import pytest
 
 from hanse.cell.loop import background_loop
 from hanse.coordination.service import ServiceState
-from hanse.errors import HanseError, NotInService, SiteRefused, StoreFailed, Unauthenticated
+from hanse.errors import HanseError, NotInService, SiteRefused, StoreFailed, Unauthenticated, UpdateRejected
 from hanse.ids import SERVER, ClientName, JobId, is_job_id
 from hanse.job import JobRecord, JobState, WorkflowSpec
 from hanse.messages import (
@@ -22,19 +22,22 @@ from hanse.messages import (
     JobEnded,
     JobFailure,
     LogMetrics,
+    ModelRef,
     Renew,
     ReturnCode,
     TaskAssignment,
     TaskCancelled,
     TaskFault,
+    TaskKey,
     TaskResult,
+    TensorRef,
     UpdateRef,
 )
 from hanse.model import Model
 from hanse.server import FederatedServer
 from hanse.server.active_run import MAX_LOGS_PER_S
 from hanse.server.bounds import MAX_METRICS, MAX_TAIL_CHARS
-from hanse.server.inbox import MAX_ANSWERS_PER_TASK
+from hanse.server.inbox import MAX_ANSWERS_PER_TASK, Inbox
 from hanse.storage.memory import MemoryStore
 from hanse.storage.models import read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
@@ -578,6 +581,19 @@ def test_tensors_are_taken_from_who_has_a_task_for_them_alone(
         site.send(TaskResult(task.key, fault=TaskFault("x", "y")))
         outcome(server, job_id)
         assert upload(bytes(40_000)) is not None
+
+
+def test_empty_tensors_are_taken_in_numbers_that_answers_may_have(tmp_path: Path) -> None:
+    client = ClientName("site-1")
+    empty = ModelRef((TensorRef("w", "float32", (0,), digest_of(b"")),))
+    inbox = Inbox(TensorFiles(tmp_path), client)
+    inbox.expect([TaskAssignment(TaskKey(1, "train", 0, client), empty)])
+
+    for number in range(MAX_ANSWERS_PER_TASK):
+        inbox.begin(digest_of(bytes([number])), 0).close()
+
+    with pytest.raises(UpdateRejected, match="more than the 8 tensors that its answers may need"):
+        inbox.begin(digest_of(b"one more"), 0)
 
 
 def test_a_disabled_clients_transfer_under_way_ends(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
