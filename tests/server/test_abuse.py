@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,18 @@ import numpy as np
 import pytest
 
 from hanse.cell.loop import background_loop
+from hanse.coordination.runs import Run
 from hanse.coordination.service import ServiceState
-from hanse.errors import HanseError, NotInService, SiteRefused, StoreFailed, Unauthenticated, UpdateRejected
-from hanse.ids import SERVER, ClientName, JobId, is_job_id
+from hanse.errors import (
+    HanseError,
+    NotInService,
+    ProtocolError,
+    SiteRefused,
+    StoreFailed,
+    Unauthenticated,
+    UpdateRejected,
+)
+from hanse.ids import SERVER, ClientName, Fqcn, JobId, is_job_id
 from hanse.job import JobRecord, JobState, WorkflowSpec
 from hanse.messages import (
     Challenge,
@@ -38,6 +47,7 @@ from hanse.server import FederatedServer
 from hanse.server.active_run import MAX_LOGS_PER_S
 from hanse.server.bounds import MAX_METRICS, MAX_TAIL_CHARS
 from hanse.server.inbox import MAX_ANSWERS_PER_TASK, Inbox
+from hanse.server.run_journal import RunJournal
 from hanse.storage.memory import MemoryStore
 from hanse.storage.models import read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
@@ -594,6 +604,41 @@ def test_empty_tensors_are_taken_in_numbers_that_answers_may_have(tmp_path: Path
 
     with pytest.raises(UpdateRejected, match="more than the 8 tensors that its answers may need"):
         inbox.begin(digest_of(b"one more"), 0)
+
+
+def test_a_client_that_tells_of_one_damaged_tensor_many_times_has_it_looked_for_once(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, mend = [], RunJournal.mend
+    judged, judge, all_judged = [], Run.judge, on_loop(asyncio.Event)
+
+    def noting(run: Run, result: TaskResult, *, sender: ClientName) -> Any:
+        judged.append(result)
+        if len(judged) == 8:
+            all_judged.set()
+        return judge(run, result, sender=sender)
+
+    async def counting(journal: RunJournal, answered: Collection[TaskKey]) -> Sequence[TaskAssignment] | None:
+        looked.append(answered)
+        await all_judged.wait()
+        return await mend(journal, answered)
+
+    monkeypatch.setattr(Run, "judge", noting)
+    monkeypatch.setattr(RunJournal, "mend", counting)
+    server = start()
+    site = Site(dialler, server)
+    submit(server, tmp_path, min_clients=1)
+    fault = TaskResult(site.task().key, fault=TaskFault(ProtocolError.code, "other bytes than the digest names"))
+    assert site.job is not None
+    cell = site.job.cell
+
+    async def tell() -> None:
+        asks = [cell.ask(Fqcn(SERVER), Channel.TASK, "result", fault, timeout_s=20) for _ in range(8)]
+        await asyncio.gather(*asks)
+
+    wait(tell())
+
+    assert len(looked) == 1
 
 
 def test_a_disabled_clients_transfer_under_way_ends(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:

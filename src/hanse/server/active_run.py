@@ -248,13 +248,16 @@ class ActiveRun:
             if await is_set_within(self._over, STORE_PAUSE_S):
                 return True
 
-    async def _ask_for_lost(self) -> bool:
+    async def _ask_for_lost(self, told_by: TaskKey | None = None) -> bool:
         """Have the run go on without the tensors that are lost here; return whether any were.
 
-        Answers whose tensors nobody has are asked for again; the job ends if it cannot be without.
+        Answers whose tensors nobody has are asked for again; the job ends if it cannot be without. For each task,
+        *told_by*, that is done once, however often its client tells of it.
         """
         try:
             async with self._committing:  # what a commit deletes is not lost
+                if told_by is not None and self.run.task(told_by) is None:
+                    return False
                 tasks = await self._journal.mend([answer.key for answer in self.run.answers])
                 again = self.run.retract(tasks or ())
         except TensorsLost as error:
@@ -478,7 +481,7 @@ class ActiveRun:
                 result.key, fault=TaskFault(code, shortened(fault.reason), fault.retryable, log_tail=log_tail)
             )
             # Whoever got other bytes than a digest names got what is on this disk, or what the network made of it.
-            if code == ProtocolError.code and await self._ask_for_lost() and self.has_ended:
+            if code == ProtocolError.code and await self._ask_for_lost(result.key) and self.has_ended:
                 return
         await self._accept(sender, result)
         if rejected is not None:
