@@ -51,6 +51,7 @@ from hanse.messages import (
     Quit,
     ReturnCode,
     RunEnded,
+    RunSnapshot,
     StartJob,
     SubmitJob,
     TaskAssignment,
@@ -61,6 +62,7 @@ from hanse.messages import (
     UpdateRef,
 )
 from hanse.model import Model
+from hanse.run.server_link import ServerLink
 from hanse.server import FederatedServer
 from hanse.server.active_run import ActiveRun
 from hanse.server.client_processes import DEPLOY_TIMEOUT_S
@@ -1544,6 +1546,32 @@ def test_answers_come_to_a_runs_next_process_in_the_order_in_which_they_were_acc
     monkeypatch.setattr(store, "snapshot", slowly)
     launcher.started[0].kill()
     recorder.wait_for(EventType.START_RUN, count=2)  # its next process asks where it stands
+    sites[1].send(TaskResult(tasks[1].key, fault=TaskFault("training-failed", "ValueError")))
+    on_loop(may_go_on.set)
+
+    record = outcome(server, job_id)
+    assert (record.code, record.client, record.cause) == ("too-few-clients", "site-1", "no-space")
+
+
+def test_an_answer_that_comes_before_a_runs_next_process_has_begun_comes_to_it_after_those_before(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = Threads()
+    server = start(launcher=launcher)
+    sites = [Site(dialler, server, name) for name in ("site-1", "site-2")]
+    job_id = submit(server, tmp_path, workflow=WorkflowSpec("fedavg", {"rounds": 1, "quorum": 1}))
+    tasks = [site.task() for site in sites]
+    sites[0].send(TaskResult(tasks[0].key, fault=TaskFault("no-space", "a full disk")))
+    is_linked, may_go_on, attach = threading.Event(), on_loop(asyncio.Event), ServerLink.attach
+
+    async def slowly(link: ServerLink) -> RunSnapshot:
+        is_linked.set()
+        await may_go_on.wait()
+        return await attach(link)
+
+    monkeypatch.setattr(ServerLink, "attach", slowly)
+    launcher.started[0].kill()
+    assert is_linked.wait(10)
     sites[1].send(TaskResult(tasks[1].key, fault=TaskFault("training-failed", "ValueError")))
     on_loop(may_go_on.set)
 

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
+from hanse.cell.link import Peer
 from hanse.coordination.runs import Accepted, Duplicate, Early, Run, Stale
 from hanse.coordination.waiting import (
     Ask,
@@ -142,6 +143,7 @@ class ActiveRun:
         self._clearing = asyncio.Lock()
         self._committing = asyncio.Lock()
         self._attaching = 0
+        self._attached_over: Peer | None = None
         self._logged: dict[ClientName, tuple[int, int]] = {}
         self._round_announced = -1
         self._round_done = run.committed_round
@@ -279,6 +281,7 @@ class ActiveRun:
         A commit that an earlier process has asked for comes first, whatever becomes of it.
         """
         self._services.handlers.tell(EventType.START_RUN, self._context(round_number=self.run.round))
+        link = self._process_link()
         self._attaching += 1  # an answer that is accepted meanwhile waits for those before it
         try:
             state = await self._caught_up()
@@ -287,6 +290,7 @@ class ActiveRun:
             while coming := [answer for answer in self.run.answers if handed.get(answer.key) is not answer]:
                 await self._hand_over(coming)
                 handed.update((answer.key, answer) for answer in coming)
+            self._attached_over = link
         finally:
             self._attaching -= 1
         return RunSnapshot(
@@ -566,7 +570,7 @@ class ActiveRun:
         self._inboxes.pop(sender, None)
         self._process.gets_answer()
         self.processes.answered(sender, result.fault)
-        if not self._attaching:
+        if not self._attaching and self._attached_over is self._process_link():  # else it comes after those before it
             self._tell_run("answer", result)
         await self._journal.accept(result)
         self._notify(
@@ -640,6 +644,10 @@ class ActiveRun:
 
     def _cell_of(self, client: ClientName) -> Fqcn:
         return job_cell(client, self.job_id)
+
+    def _process_link(self) -> Peer | None:
+        """Return what the run's own process is linked by, if it is."""
+        return self._services.cell.peer(job_cell(SERVER, self.job_id))
 
     def _tell_run(self, topic: str, payload: msgspec.Struct) -> None:
         self._tell(job_cell(SERVER, self.job_id), Channel.RUN, topic, payload)
