@@ -50,6 +50,9 @@ def initial(seed=0):
 def large():
     return Model({"w": np.zeros(10_000, np.float32)})
 
+def uneven():
+    return Model({"w": np.zeros(10_000, np.float32), "v": np.zeros(20_000, np.float32)})
+
 def broken():
     raise RuntimeError("no such data")
 """

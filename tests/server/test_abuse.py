@@ -593,6 +593,21 @@ def test_tensors_are_taken_from_who_has_a_task_for_them_alone(
         assert upload(bytes(40_000)) is not None
 
 
+def test_an_update_of_which_a_tensor_is_another_is_refused(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server)
+    submit(server, tmp_path, min_clients=1, model="tiny_model:uneven")
+    task = site.task()
+    w, v = (task.model or ModelRef()).tensors
+    swapped = ModelRef((msgspec.structs.replace(w, digest=v.digest), v))
+
+    refused = site.refused(TaskResult(task.key, UpdateRef(swapped, 1)))
+
+    assert refused.reason == ("site-1 sent tensor 'w' of 80000 bytes; the job expects 40000")
+
+
 def test_empty_tensors_are_taken_in_numbers_that_answers_may_have(tmp_path: Path) -> None:
     client = ClientName("site-1")
     empty = ModelRef((TensorRef("w", "float32", (0,), digest_of(b"")),))

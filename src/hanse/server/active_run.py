@@ -558,6 +558,10 @@ class ActiveRun:
             return UpdateRejected(sender, mismatch.reason)
         if missing := self.files.missing(digests_of(model)):
             raise ProtocolError("update", got=f"digest {missing[0]} without a file", expected="uploaded tensors")
+        for tensor in model.tensors:
+            if tensor.inline is None and (got := self.files.size(tensor.digest)) != tensor.size_bytes:
+                what = f"tensor {tensor.name!r} of {got} bytes; the job expects {tensor.size_bytes}"
+                return UpdateRejected(sender, what)
         return None
 
     async def _accept(self, sender: ClientName, result: TaskResult) -> None:
