@@ -297,6 +297,37 @@ def fast_model(value: float) -> ModelRef:
     return ModelRef((TensorRef("w", "float32", (10_000,), digest_of(data)),))
 
 
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def cut_short(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(100)
+
+
+@pytest.mark.parametrize("harm", [lose, cut_short])
+def test_an_answer_that_the_disk_has_lost_is_asked_for_again_by_the_runs_next_process(
+    start: Start, dialler: Dialler, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    launcher = Threads()
+    server = start(launcher)
+    one, other = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    job_id = submit(server, tmp_path, model="tiny_model:large", workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    here, there = Large(one, server, job_id), Large(other, server, job_id)
+    task, update, last = one.task(), here.upload(1), other.task()
+    one.send(TaskResult(task.key, update))
+    (tensor,) = (update.model or ModelRef()).tensors
+    harm(server.jobs._runs[job_id].files.path(tensor.digest))
+    launcher.started[0].kill()
+
+    assert one.task() == task
+    one.send(TaskResult(task.key, here.upload(1)))
+    other.send(TaskResult(last.key, there.upload(3)))
+
+    assert result_of(server, job_id) == Model({"w": np.full(10_000, 2, np.float32)})
+
+
 def test_a_commit_carries_no_task_that_there_is_not(start: Start, dialler: Dialler, tmp_path: Path) -> None:
     launcher = on_loop(ScriptedLauncher)
     server = start(launcher)
