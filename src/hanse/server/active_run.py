@@ -33,6 +33,7 @@ from hanse.coordination.waiting import (
 from hanse.errors import (
     HanseError,
     InternalError,
+    NotFound,
     NotInService,
     ProtocolError,
     StoreFailed,
@@ -88,6 +89,8 @@ STORE_PAUSE_S: Final = 5.0
 """What the store did not take is tried again after this: nobody tells when it would."""
 MAX_LOGS_PER_S: Final = 200
 """More events with metrics of one client are dropped; a site's own part sends half as many at most."""
+_OF_LOST: Final = frozenset({NotFound.code, ProtocolError.code})
+"""Of these faults the cause may be a tensor that is lost here: it is not found, or is another."""
 ABORTED: Final = "aborted"
 """The code of a run that was aborted, by a person or in its own process."""
 ENDINGS: Final = {
@@ -485,7 +488,7 @@ class ActiveRun:
                 result.key, fault=TaskFault(code, shortened(fault.reason), fault.retryable, log_tail=log_tail)
             )
             # Whoever got other bytes than a digest names got what is on this disk, or what the network made of it.
-            if code == ProtocolError.code and await self._ask_for_lost(result.key) and self.has_ended:
+            if code in _OF_LOST and await self._ask_for_lost(result.key) and self.has_ended:
                 return
         await self._accept(sender, result)
         if rejected is not None:
