@@ -45,7 +45,7 @@ from hanse.messages import (
 from hanse.model import Model
 from hanse.server import FederatedServer
 from hanse.server.active_run import MAX_LOGS_PER_S
-from hanse.server.bounds import MAX_METRICS, MAX_TAIL_CHARS
+from hanse.server.bounds import MAX_METRICS, MAX_STARTS, MAX_TAIL_CHARS
 from hanse.server.inbox import MAX_ANSWERS_PER_TASK, Inbox
 from hanse.server.run_journal import RunJournal
 from hanse.storage.memory import MemoryStore
@@ -606,6 +606,20 @@ def test_an_update_of_which_a_tensor_is_another_is_refused(
     refused = site.refused(TaskResult(task.key, UpdateRef(swapped, 1)))
 
     assert refused.reason == ("site-1 sent tensor 'w' of 80000 bytes; the job expects 40000")
+
+
+def test_a_number_of_a_start_beyond_measure_hurts_no_other(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server)
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+
+    refused = site.wire.refused(Channel.SERVER, "job_ended", JobEnded(job_id, attempt=2**64 - 1, status=-9))
+
+    assert refused.reason == f"JobEnded.attempt is {2**64 - 1}; expected a number of a start, up to {MAX_STARTS}"
+    assert wait(server.jobs.board.view(job_id)).state == "running"
 
 
 def test_empty_tensors_are_taken_in_numbers_that_answers_may_have(tmp_path: Path) -> None:

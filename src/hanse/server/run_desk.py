@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from hanse.cell.cell import Cell
-from hanse.errors import NotFound, NotInService, StaleEpoch
+from hanse.errors import NotFound, NotInService, ProtocolError, StaleEpoch
 from hanse.ids import ClientName, Fqcn, JobId, split_cell
 from hanse.messages import (
     CancelTasks,
@@ -21,6 +21,7 @@ from hanse.messages import (
     ok,
 )
 from hanse.server.active_run import ActiveRun
+from hanse.server.bounds import MAX_STARTS
 from hanse.server.payloads import expect
 
 TOPICS: Final[tuple[Topic, ...]] = (
@@ -92,6 +93,9 @@ class RunDesk:
 
     def _on_job_ended(self, message: Message) -> None:
         end = expect(message, JobEnded)
+        if end.attempt > MAX_STARTS:
+            expected = f"a number of a start, up to {MAX_STARTS}"
+            raise ProtocolError("JobEnded.attempt", got=end.attempt, expected=expected)
         client = ClientName(message.headers.get(Header.ORIGIN, ""))
         if (run := self._runs.get(end.job_id)) is None:
             self._demand_taken_up(end.job_id)
