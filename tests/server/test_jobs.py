@@ -30,7 +30,7 @@ from hanse.errors import (
 )
 from hanse.events import EventType, Refused
 from hanse.ids import ClientName, Digest, JobId
-from hanse.job import JobState, Resources, WorkflowSpec
+from hanse.job import JobRecord, JobState, Resources, WorkflowSpec
 from hanse.launch.long_logs import TAIL_BYTES
 from hanse.launch.process import Handle
 from hanse.messages import (
@@ -1732,6 +1732,33 @@ def test_a_server_started_again_deletes_a_submission_that_the_store_was_never_to
     start()
 
     assert {path.name for path in runs.iterdir()} == {waiting, "mine"}
+
+
+def test_a_job_is_on_the_disk_before_the_store_has_it(
+    start: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    synced: set[str] = set()
+    fsync, store = os.fsync, server.jobs.services.store
+    add_job = store.add_job
+    by_then: list[set[str]] = []
+
+    def noting(descriptor: int) -> None:
+        synced.add(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    async def adding(epoch: int, record: JobRecord) -> None:
+        by_then.append(set(synced))
+        await add_job(epoch, record)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(store, "add_job", adding)
+    job_id = submit(server, tmp_path)
+
+    folder = tmp_path / "ws" / "runs" / job_id
+    made = [folder.parent, folder, *folder.rglob("*")]
+    assert {"code", "package", "tiny_model.py"} <= {path.name for path in made}
+    assert {str(path) for path in made} <= by_then[0]
 
 
 def test_two_servers_do_not_share_a_workspace(start: StartServer, tmp_path: Path) -> None:
