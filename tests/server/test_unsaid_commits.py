@@ -165,6 +165,28 @@ def test_a_job_of_which_nobody_knows_whether_it_was_given_up_is_announced_if_it_
     assert [context.job_id for context in recorder.of(EventType.JOB_FAILED)] == [record.job_id]
 
 
+def test_a_job_of_which_nobody_knows_whether_its_refusal_was_stored_is_announced_once(
+    server: FederatedServer, store: UnsureStore, recorder: Recorder, dialler: Dialler, tmp_path: Path
+) -> None:
+    Site(dialler, server)
+    watcher = dialler.site(server, "ada@demo", fqcn="ada@demo.cli-1")
+    recorder.raising[EventType.BEFORE_JOB_LAUNCH] = ZeroDivisionError("not today")
+    store.unsure, store.unsure_then = {"end_run"}, {"job"}
+    submitted = server.jobs.submit
+
+    async def watched(*arguments: Any, **more: Any) -> JobRecord:
+        record = await submitted(*arguments, **more)
+        server.jobs.board.watch(record.job_id, watcher.fqcn)
+        return record
+
+    server.jobs.submit = watched  # type: ignore[method-assign]  # before anything happens to it
+    record = outcome(server, submit(server, tmp_path, min_clients=1))
+
+    assert (record.state, record.code) == (JobState.FAILED, "launch-refused")
+    assert watcher.told(Channel.ADMIN, "job.event").kind == EventType.JOB_FAILED.value
+    assert [context.job_id for context in recorder.of(EventType.JOB_FAILED)] == [record.job_id]
+
+
 def test_a_round_that_was_committed_is_over_for_the_runs_next_process(
     server: FederatedServer, store: UnsureStore, launcher: Threads, recorder: Recorder, dialler: Dialler, tmp_path: Path
 ) -> None:

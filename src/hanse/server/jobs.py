@@ -580,6 +580,8 @@ class Jobs:
         """Announce the ends of which the store could not say that it has them."""
         for job_id in tuple(self._in_doubt):
             record = await self._services.store.job(job_id)
+            if job_id not in self._in_doubt:
+                continue
             self._in_doubt.discard(job_id)
             if record.state in ENDED:
                 self._has_ended_idle(record)
@@ -642,6 +644,8 @@ class Jobs:
         if (active := self._runs.get(job_id)) is not None:
             await active.end(JobState.FAILED, code=code_of(error), reason=error.reason)
             return
+        if job_id in self._in_doubt:
+            await self._settle_doubts()
         record = await self._services.store.job(job_id)
         if record.state in ENDED:
             self._announce_end(record)
