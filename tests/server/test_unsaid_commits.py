@@ -253,7 +253,7 @@ def test_a_job_that_was_aborted_is_announced_as_that_whatever_ends_it_for_the_se
     site = Site(dialler, server)
     job_id = submit(server, tmp_path, min_clients=1)
     site.task()
-    store.unsure = {"end_run"}
+    store.unsure, store.unsure_then = {"end_run"}, {"job"}
 
     with pytest.raises(StoreFailed):
         wait(server.jobs.abort(job_id, reason="not needed any more"))
@@ -262,6 +262,29 @@ def test_a_job_that_was_aborted_is_announced_as_that_whatever_ends_it_for_the_se
     assert outcome(server, job_id).state is JobState.ABORTED
     assert recorder.wait_for(EventType.JOB_ABORTED).reason == "not needed any more"
     assert recorder.of(EventType.JOB_FAILED) == []
+    assert site.wire.told(Channel.JOB, "abort").reason == "not needed any more"
+
+
+@pytest.mark.parametrize("can_be_asked", [True, False])
+def test_a_job_that_was_aborted_does_not_go_on(
+    server: FederatedServer,
+    store: UnsureStore,
+    recorder: Recorder,
+    dialler: Dialler,
+    tmp_path: Path,
+    can_be_asked: bool,
+) -> None:
+    site = Site(dialler, server)
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+    store.unsure, store.unsure_then = {"end_run"}, set() if can_be_asked else {"job"}
+
+    if not can_be_asked:
+        with pytest.raises(StoreFailed):
+            wait(server.jobs.abort(job_id, reason="not needed any more"))
+    assert wait(server.jobs.abort(job_id, reason="not needed any more")).state is JobState.ABORTED
+
+    assert recorder.wait_for(EventType.JOB_ABORTED).reason == "not needed any more"
     assert site.wire.told(Channel.JOB, "abort").reason == "not needed any more"
 
 

@@ -670,12 +670,15 @@ class Jobs:
             Conflict: it has ended.
         """
         while True:
+            # First of all: the store may have its end, and not have been able to say so.
+            if (active := self._runs.get(job_id)) is not None and not active.has_ended:
+                await active.end(JobState.ABORTED, code="aborted", reason=reason)
+                return active.record
             record = await self._services.store.job(job_id)
             if record.state in ENDED:
                 raise Conflict(f"job {job_id}", state=record.state.value, wanted="aborted")
-            if (active := self._runs.get(job_id)) is not None:
-                await active.end(JobState.ABORTED, code="aborted", reason=reason)
-                return active.record
+            if job_id in self._runs:  # it began while the store was asked
+                continue
             if (life := self._lives.get(job_id)) is not None:
                 life.cancel()
                 await asyncio.gather(life, return_exceptions=True)

@@ -129,7 +129,7 @@ class RunJournal:
         try:
             with self._storing():
                 await self._store.end_run(self._epoch, record, was=was)
-        except Conflict:
+        except (Conflict, StoreFailed):
             stored = await self._store.job(self._job_id)
             if stored.state not in ENDED:
                 raise
