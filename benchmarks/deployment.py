@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import psutil
 
+from benchmarks import marked
 from hanse.client.workspace import job_folders
 from hanse.launch.surviving import pid_at
 
@@ -24,8 +25,6 @@ HANSE = [str(Path(sys.executable).with_name("hanse"))]
 ADMIN = "admin@bench"
 START_WITHIN_S = 60.0
 STOP_WITHIN_S = 60.0
-MARK = "HANSE_TEST_DEPLOYMENT"
-"""The variable that all processes of a deployment have in their environment, whoever has started them."""
 PROJECT = """
 name = "bench"
 organisation = "Bench"
@@ -149,18 +148,19 @@ class Deployment:
 
     def stop(self) -> None:
         """Ask all processes to end, and wait for them; those that do not are killed, and so is what they left."""
-        for process in self.processes.values():
-            process.terminate()
-        for process in self.processes.values():
-            try:
-                process.wait(STOP_WITHIN_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            _pipe_of(process).close()
-        self.processes.clear()
-        for left in self.living():
-            left.kill()
+        try:
+            for process in self.processes.values():
+                process.terminate()
+            for process in self.processes.values():
+                try:
+                    process.wait(STOP_WITHIN_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                _pipe_of(process).close()
+            self.processes.clear()
+        finally:
+            marked.kill(str(self.root))
 
     def process(self, name: str) -> psutil.Process:
         """Return a participant's process."""
@@ -177,7 +177,7 @@ class Deployment:
 
     def living(self) -> list[psutil.Process]:
         """Return all processes of this deployment that run, whoever their parent is by now."""
-        return [process for process in psutil.process_iter() if _mark_of(process) == str(self.root)]
+        return marked.living(str(self.root))
 
     def hanse(self, *arguments: str) -> Any:
         """Return what ``hanse ARGUMENTS --format json`` prints, run with the administrator's kit."""
@@ -198,7 +198,7 @@ class Deployment:
         return ended
 
     def _environment_of(self, name: str) -> dict[str, str]:
-        return {**os.environ, MARK: str(self.root), **self.environments.get(name, {})}
+        return {**os.environ, marked.VARIABLE: str(self.root), **self.environments.get(name, {})}
 
     def server_processes(self) -> list[psutil.Process]:
         """Return the server and its job processes."""
@@ -280,13 +280,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _mark_of(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get(MARK) if process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.Error:  # it has ended, or is none of ours
-        return None
 
 
 def _pipe_of(process: subprocess.Popen[str]) -> IO[str]:

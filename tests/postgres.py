@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,17 +19,28 @@ import psycopg
 import pytest
 
 NEEDED_BYTES = 2**30
+CONNECT_TIMEOUT_S = 60
+"""However busy the machine is, a server that is up takes a connection within this."""
+ENDED_WITHIN_S = 30
 PASSWORD = "s3cret/of@the tests"
+DROP_SCHEMAS = """
+DO $$DECLARE name text; BEGIN
+    FOR name IN SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema' LOOP
+        EXECUTE format('DROP SCHEMA %I CASCADE', name);
+    END LOOP;
+    CREATE SCHEMA public;
+END$$
+"""
 
 
 class Postgres:
-    """A server on 127.0.0.1 with its data in *folder*: durable as PostgreSQL is by default, and never tuned.
+    """A server at *port* of 127.0.0.1, its data in *folder*: durable as PostgreSQL is by default, and never tuned.
 
     Its user ``hanse`` proves itself with ``PASSWORD``, which libpq finds in ``passfile``, as the URLs say.
     """
 
-    def __init__(self, programs: Path, folder: Path) -> None:
-        self._programs, self._folder = programs, folder
+    def __init__(self, programs: Path, folder: Path, *, port: int) -> None:
+        self._programs, self._folder, self.port = programs, folder, port
         # The server refuses to run as root.
         self._user = "postgres" if os.geteuid() == 0 else None
         # By a program: Python would have to fork for it, which a process that uses gRPC does not survive.
@@ -36,9 +48,6 @@ class Postgres:
             [] if self._user is None else ["setpriv", f"--reuid={self._user}", f"--regid={self._user}", "--init-groups"]
         )
         self._databases = 0
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.port: int = listener.getsockname()[1]
         self.passfile = folder / "passfile"
         self.passfile.touch(0o600)
         self.passfile.write_text(f"*:*:*:*:{PASSWORD}\n")
@@ -64,32 +73,35 @@ class Postgres:
         """Return when the server has ended; *immediate* is as a crash: it must recover when it starts."""
         self._run("pg_ctl", "stop", "--wait", "--timeout=60", f"--mode={'immediate' if immediate else 'fast'}")
 
-    @property
-    def pid(self) -> int:
-        """The number of the server's first process."""
-        return int((self._folder / "data" / "postmaster.pid").read_text().split()[0])
-
     def url(self, database: str) -> str:
         """Return how a store finds *database*; the password is not in it."""
-        return f"postgresql://hanse@127.0.0.1:{self.port}/{database}?passfile={self.passfile}"
+        query = f"passfile={self.passfile}&connect_timeout={CONNECT_TIMEOUT_S}"
+        return f"postgresql://hanse@127.0.0.1:{self.port}/{database}?{query}"
 
-    def new_database(self) -> str:
+    def new_database(self, *, encoding: str = "UTF8") -> str:
         """Make a database and return its name."""
         self._databases += 1
         name = f"test_{self._databases}"
-        self.execute(f"CREATE DATABASE {name}")
+        self._create_database(name, encoding)
         return name
 
     def empty_database(self) -> str:
-        """Return the name of a database with nothing in it, the same each time: to make one anew takes seconds."""
+        """Return the name of a database as if new, the same each time: to make one anew takes seconds."""
         name = "emptied"
         if not self.execute(f"SELECT 1 FROM pg_database WHERE datname = '{name}'"):
-            self.execute(f"CREATE DATABASE {name}")
-        within_ms = 30_000  # who is told to end may still be ending, with its locks
-        self.execute(f"SELECT pg_terminate_backend(pid, {within_ms}) FROM pg_stat_activity WHERE datname = '{name}'")
-        self.execute("DROP SCHEMA public CASCADE", database=name)
-        self.execute("CREATE SCHEMA public", database=name)
+            self._create_database(name, "UTF8")
+        of_clients = f"FROM pg_stat_activity WHERE datname = '{name}' AND backend_type = 'client backend'"
+        # Who is told to end may still be ending, with its locks.
+        self.execute(f"SELECT pg_terminate_backend(pid, {ENDED_WITHIN_S * 1000}) {of_clients}")
+        left = self.execute(f"SELECT pid, state, query {of_clients}")
+        assert not left, f"a test has left connections to the database that do not end or are made anew: {left}"
+        self.execute(f"ALTER DATABASE {name} RESET ALL")
+        self.execute(DROP_SCHEMAS, database=name)
         return name
+
+    def _create_database(self, name: str, encoding: str) -> None:
+        # From the template that nobody can be connected to: of another, none can be made meanwhile.
+        self.execute(f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0")
 
     def execute(self, statement: str, *, database: str = "postgres") -> list[tuple[Any, ...]]:
         """Run *statement* by itself, and return its rows."""
@@ -108,7 +120,9 @@ class Postgres:
             text=True,
             check=False,
         )
-        assert outcome.returncode == 0, f"{program}: {outcome.stderr}"
+        log = self._folder / "log"
+        said = log.read_text()[-2000:] if log.exists() else ""
+        assert outcome.returncode == 0, f"{program}: {outcome.stderr}{said}"
 
 
 @contextmanager
@@ -122,22 +136,40 @@ def throw_away_server() -> Iterator[Postgres]:
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="hanse-postgres-", dir=_in_memory()))
     try:
-        server = Postgres(programs, folder)
-        server.create()
-        server.start()
-        try:
-            yield server
-        finally:
-            if (folder / "data" / "postmaster.pid").exists():
-                server.stop(immediate=True)
+        with _reserved_port() as port:
+            server = Postgres(programs, folder, port=port)
+            server.create()
+            try:
+                server.start()
+                yield server
+            finally:
+                if (folder / "data" / "postmaster.pid").exists():
+                    server.stop(immediate=True)
     finally:
         shutil.rmtree(folder)
+
+
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """Keep a port of 127.0.0.1 for one server while the block lasts: also until it has started, and while it is away.
+
+    On Linux, who sets ``SO_REUSEADDR``, as PostgreSQL does, may listen at a port that is bound like this; to nobody
+    else is it given, neither to listen nor to connect from. Other systems do not share a port: there it is let go.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port: int = held.getsockname()[1]
+        if sys.platform != "linux":
+            held.close()
+        yield port
 
 
 def _in_memory() -> Path | None:
     """Return where files cost no disk, if there is room: the tests end processes, and do not pull plugs."""
     folder = Path("/dev/shm")
-    return folder if folder.is_dir() and shutil.disk_usage(folder).free > NEEDED_BYTES else None
+    servers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # one a worker, and none has taken its room yet
+    return folder if folder.is_dir() and shutil.disk_usage(folder).free > NEEDED_BYTES * servers else None
 
 
 def _programs() -> Path | None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from hanse.cell.cell import Cell
-from hanse.cell.link import Link, Peer
+from hanse.cell.link import Link, Peer, Pipe
 from hanse.cell.rpc import CONTROL_OPTIONS, ClientTls, ServerTls
 from hanse.errors import HanseError, NotInService, TimedOut, Unauthenticated, Unreachable
 from hanse.identity.authorities import Authority as ProjectAuthority
@@ -293,6 +293,49 @@ async def test_closing_does_not_wait_for_a_dial_that_hangs(silent_target: str) -
         began = loop.time()
         await client.connector.close()
         assert loop.time() - began < 5
+
+
+async def test_a_connector_that_is_closed_as_soon_as_it_runs_dials_nobody() -> None:
+    dialled: list[str] = []
+
+    async def dial(target: str) -> Pipe:
+        dialled.append(target)
+        raise Unreachable(target, "nobody is there")
+
+    async with connecting(["memory"], dial=dial) as client:
+        await client.connector.close()
+        await client.running
+    assert dialled == []
+
+
+async def test_closing_at_the_moment_of_the_welcome_does_not_wait_for_an_introduction() -> None:
+    async def introduce(link: Link, welcome: Welcome) -> None:
+        await asyncio.Event().wait()
+
+    closing: list[asyncio.Task[None]] = []
+
+    class Closing:
+        """A pipe that, with the welcome, has the connector closed: before who waits for the welcome goes on."""
+
+        def __init__(self, pipe: Pipe) -> None:
+            self._pipe = pipe
+            self.write, self.finish, self.close = pipe.write, pipe.finish, pipe.close
+
+        async def read(self) -> bytes | None:
+            data = await self._pipe.read()
+            if not closing:
+                closing.append(asyncio.create_task(client.connector.close()))
+                await asyncio.sleep(0)
+            return data
+
+    async with serving() as server:
+
+        async def dial(target: str) -> Pipe:
+            return Closing(await server.reception.dial(target))
+
+        async with connecting(["memory"], on_welcome=introduce, dial=dial) as client, asyncio.timeout(10):
+            await client.running
+            await closing[0]
 
 
 async def test_a_client_that_leaves_tells_its_server() -> None:

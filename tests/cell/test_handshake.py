@@ -101,6 +101,38 @@ async def test_a_welcome_in_a_version_that_was_not_offered_is_a_mismatch() -> No
         await say_hello(near, hello())
 
 
+async def test_a_reception_that_is_closed_while_a_silent_streams_time_ends_is_closed() -> None:
+    stopping = NotInService("the server is stopping")
+    async with reception() as desk:
+        pipe = await desk.dial("memory")
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(desk.close(stopping))
+        await asyncio.sleep(0)
+        again = asyncio.create_task(desk.close(stopping))
+        await asyncio.gather(closing, again)
+        assert str(await refused_with(pipe)) == str(stopping)
+
+
+async def test_who_waits_for_its_turn_when_the_reception_is_closed_is_not_let_in() -> None:
+    waits, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait_turn() -> None:
+        waits.set()
+        await may_go_on.wait()
+
+    cell = Cell(SERVER)
+    async with reception(cell, wait_turn=wait_turn) as desk, asyncio.timeout(10):
+        pipe = await desk.dial("memory")
+        await pipe.write(encode(Frame(FrameKind.HELLO, origin=SITE, payload=encode_struct(hello()))))
+        await waits.wait()
+        closing = asyncio.create_task(desk.close(NotInService("the server is stopping")))
+        await asyncio.sleep(0)
+        may_go_on.set()
+        assert str(await refused_with(pipe)) == "the server is stopping"
+        await closing
+        assert cell.peers() == []
+
+
 async def test_a_stream_that_says_nothing_is_closed() -> None:
     async with reception(hello_timeout_s=0.02) as desk:
         pipe = await desk.dial("memory")

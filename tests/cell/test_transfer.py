@@ -1,6 +1,7 @@
 import asyncio
 import random
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -411,6 +412,66 @@ async def test_a_transfer_over_a_connection_that_died_without_a_word_goes_on_ove
             await transfers.renew()
             await upload
             assert network.connections == 2
+    assert there.map(digest) == memoryview(BIG)
+
+
+async def test_an_upload_goes_on_from_what_is_there_when_its_connection_broke_while_that_was_being_read(
+    there: TensorFiles,
+) -> None:
+    digest = digest_of(BIG)
+    partial = there.begin(digest, len(BIG))
+    partial.write(BIG[: 3 * CHUNK_BYTES])
+    partial.close()
+    begun = asyncio.Event()
+    asked_again, is_dropped = threading.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    class Slow(CountingPartial):
+        """Tells when it and the file that it holds have gone: what it was given last goes last."""
+
+        def __init__(self, files: CountingFiles, partial: Any) -> None:
+            super().__init__(files, partial)
+            self.last = threading.Event()
+            weakref.finalize(self.last, is_dropped.set)
+
+    class SlowFiles(CountingFiles):
+        def begin(self, digest: Digest, size: int) -> CountingPartial:
+            if begun.is_set():
+                asked_again.set()
+                assert is_dropped.wait(10)
+                return super().begin(digest, size)
+            loop.call_soon_threadsafe(begun.set)
+            assert asked_again.wait(10)
+            return Slow(self, there.begin(digest, size))
+
+    counted = SlowFiles(there)
+    async with moving(counted) as (_, transfers):
+        upload = asyncio.create_task(transfers.upload(SCOPE, digest, memoryview(BIG)))
+        await begun.wait()
+        await transfers.renew()
+        await upload
+    assert counted.written == len(BIG) - 3 * CHUNK_BYTES
+    assert [path.name for path in there.root.iterdir()] == [digest]
+
+
+async def test_a_connection_that_is_renewed_while_what_was_under_way_is_just_ending_is_renewed(
+    there: TensorFiles,
+) -> None:
+    digest = digest_of(BIG)
+    async with serving(scopes=scopes_of(there)) as server:
+        network = FaultyNetwork(int(server.target.rpartition(":")[2]))
+        async with network.serving() as port, transferring(f"127.0.0.1:{port}") as transfers, asyncio.timeout(10):
+            assert await transfers.missing(SCOPE, [digest]) == [digest]
+            await network.become(SPLIT)
+            upload = asyncio.create_task(transfers.upload(SCOPE, digest, memoryview(BIG)))
+            await asyncio.sleep(0)
+            await network.forget()
+            await network.become(FAIR)
+            renewed = asyncio.create_task(transfers.renew())
+            await asyncio.sleep(0)  # its time is over from here on, and it has not heard of that
+            again = asyncio.create_task(transfers.renew())
+            await asyncio.gather(renewed, again)
+            await upload
     assert there.map(digest) == memoryview(BIG)
 
 

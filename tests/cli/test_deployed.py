@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 
 from hanse.cli.job_text import JOB_ABORTED, JOB_FAILED
-from hanse.identity.authorities import Authority
-from hanse.identity.certificates import Identity
 from hanse.storage.models import read_safetensors
+from tests.certificates import certify_anew
 
 HANSE = str(Path(sys.executable).with_name("hanse"))
 WITHIN_S = 60.0
@@ -178,17 +177,7 @@ def test_ctrl_c_ends_waiting_and_leaves_the_job_alone_and_ends_a_server_in_order
 def certified_anew(kit: Path, authority: Path, copy: Path, made: datetime, *hosts: str, **more: timedelta) -> Path:
     """A copy of *kit* whose certificate, for the same key and by the same authority, was made at *made*."""
     shutil.copytree(kit, copy, ignore=shutil.ignore_patterns("workspace"))
-    identity = Identity.load(kit / "cert.pem", kit / "key.pem")
-    certificate = Authority.load(authority).issue(
-        name=identity.name,
-        organisation=identity.organisation,
-        role=identity.role,
-        public_key=identity.key.public_key(),
-        now=made,
-        hosts=hosts,
-        **more,
-    )
-    (copy / "cert.pem").write_bytes(certificate)
+    certify_anew(copy, authority, made=made, hosts=hosts, **more)
     return copy
 
 

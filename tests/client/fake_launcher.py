@@ -16,6 +16,8 @@ class FakeHandle:
         self.module, self.log_path = module, log_path
         self.spec = msgspec.msgpack.decode(spec, type=JobProcessSpec)
         self.pid = 1
+        self.may_stop = asyncio.Event()
+        self.may_stop.set()
         self.is_stopped = False
         self.tail = ""
         self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -28,6 +30,7 @@ class FakeHandle:
         return await asyncio.shield(self._status)
 
     async def stop(self, grace_s: float = 5.0) -> int:
+        await self.may_stop.wait()
         self.is_stopped = True
         if not self._status.done():
             self._status.set_result(0)

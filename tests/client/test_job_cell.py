@@ -346,6 +346,25 @@ async def test_tensor_that_the_server_lost_meanwhile_is_sent_again(tmp_path: Pat
         assert answered(server, await server.next(TaskResult))["w"][0] == 1
 
 
+async def test_tensors_that_the_disk_does_not_let_go_keep_nobody_from_the_next_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.parent == tmp_path / "t":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    async with fake_server(tmp_path / "s") as server, job(server, tmp_path / "t", FakeTrainer(add_one)):
+        await server.up(CELL)
+        for number in (1, 2, 3):
+            model = Model({"w": LARGE["w"] * np.float32(number)})
+            give(server, assignment(server, model, key=key(number)))
+            assert answered(server, await server.next(TaskResult))["w"][1] == number + 1
+
+
 async def test_answer_that_is_refused_is_dropped_and_the_next_task_worked_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

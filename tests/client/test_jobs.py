@@ -1,6 +1,10 @@
 import asyncio
+import errno
+import os
+import shutil
 import stat
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,9 +12,10 @@ from typing import Any
 import pytest
 
 from hanse.cell.cell import RemoteError
+from hanse.cell.transfer import LocalTransfers, Partial
 from hanse.client.process_spec import PROCESS_MODULE
 from hanse.client.workspace import JobFolder
-from hanse.errors import NotFound, Unreachable
+from hanse.errors import NotFound, Unauthenticated, Unreachable
 from hanse.ids import Digest, Fqcn, JobId
 from hanse.launch import long_logs
 from hanse.launch.long_logs import TAIL_BYTES
@@ -21,7 +26,7 @@ from hanse.storage.packages import MAX_PACKAGE_BYTES
 
 from ..launch.much import MUCH, is_too_long, log_much
 from .fake_server import JOB, PROJECT, SITE, FakeServer, fake_server, job_identity, job_spec
-from .site import code_folder, site, within
+from .site import APP, code_folder, site, within
 
 AWAY = Unreachable("server", "it has gone")
 
@@ -57,6 +62,23 @@ async def test_what_is_asked_twice_is_done_once(tmp_path: Path) -> None:
 
         assert len(here.launcher.launched) == 1
         assert not here.launcher.launched[0].is_stopped
+
+
+async def test_job_that_is_deployed_anew_with_other_files_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code", f"{APP}more = 1\n"), job_spec()))
+        (first,) = here.launcher.launched
+        assert first.is_stopped
+        await server.ask("start", server.start())
+
+        assert len(here.launcher.launched) == 2
+        assert "more = 1" in (here.workspace / "jobs" / JOB / "code" / "app.py").read_text()
+        assert server.queue(JobEnded).empty(), "it was asked to end"
+        here.agent.stop()
+        await within(20, here.running)
 
 
 async def test_next_attempt_takes_the_place_of_a_process_that_the_server_gave_up(tmp_path: Path) -> None:
@@ -145,6 +167,32 @@ async def test_client_that_is_neither_in_the_job_nor_installed_is_told_when_it_i
         await server.up()
         deploy = server.announce(code_folder(tmp_path / "code"), job_spec(client))
         with pytest.raises(RemoteError, match="a module of the job, or one installed at the site"):
+            await server.ask("deploy", deploy)
+
+
+async def test_package_that_is_fetched_with_a_token_that_has_just_been_renewed_may_be_had_another_time(
+    tmp_path: Path,
+) -> None:
+    class JustRenewed(LocalTransfers):
+        """The first call comes with the token before."""
+
+        is_first = True
+
+        async def download(self, scope: str, digest: Digest, size: int, into: Partial) -> None:
+            if self.is_first:
+                self.is_first = False
+                into.close()
+                raise Unauthenticated("the token was revoked")
+            await super().download(scope, digest, size, into)
+
+    async with fake_server(tmp_path / "s") as server:
+        server.transfers = JustRenewed(server.files)
+        async with site(server, tmp_path / "w"):
+            await server.up()
+            deploy = server.announce(code_folder(tmp_path / "code"), job_spec())
+            with pytest.raises(RemoteError, match="the token was revoked") as caught:
+                await server.ask("deploy", deploy)
+            assert caught.value.retryable
             await server.ask("deploy", deploy)
 
 
@@ -259,6 +307,23 @@ async def test_end_is_reported_until_the_server_has_heard_of_it(tmp_path: Path) 
             pass  # until then the job counts as running, so that the server does not believe that it never started
 
 
+async def test_end_is_told_again_once_the_agent_has_registered_anew_where_its_token_is_not_taken_any_more(
+    tmp_path: Path,
+) -> None:
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        expired = Unauthenticated("the token has expired")
+        server.refuse |= {"job_ended": expired, "heartbeat": expired}
+        here.launcher.launched[0].end(-9, "the last line")
+
+        assert await server.next(JobEnded) == JobEnded(JOB, 1, -9, "the last line")
+        while (await server.next(Heartbeat)).jobs:
+            pass
+        assert len(server.hellos) == 2
+
+
 async def test_end_that_the_server_does_not_want_to_hear_of_is_forgotten(tmp_path: Path) -> None:
     async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
         await server.up()
@@ -287,6 +352,45 @@ async def test_aborted_job_is_stopped_and_leaves_its_log(tmp_path: Path) -> None
         assert JobFolder(here.workspace / "jobs" / JOB).log.read_text() == "a line"
 
 
+async def test_job_whose_files_the_disk_does_not_let_go_ends_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    other = JobId("other-1")
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        for job_id in (JOB, other):
+            await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec(), job_id=job_id))
+            await server.ask("start", server.start(job_id=job_id))
+        with monkeypatch.context() as disk:
+            disk.setattr(Path, "unlink", refuse)
+            server.cell.tell(Fqcn(SITE), Channel.JOB, "abort", AbortJob(JOB, "the lead wants it so"))
+            await has_told(server, running=(other,), idle=())
+
+        first, second = here.launcher.launched
+        assert first.is_stopped
+        assert not second.is_stopped
+
+
+async def test_job_whose_process_takes_its_time_to_end_is_told_as_one_without(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+        await server.ask("start", server.start())
+        await has_told(server, running=(JOB,), idle=())
+        (handle,) = here.launcher.launched
+        handle.may_stop.clear()
+        server.cell.tell(Fqcn(SITE), Channel.JOB, "abort", AbortJob(JOB, "the lead wants it so"))
+        await has_told(server, running=(), idle=(JOB,))
+        assert not handle.is_stopped
+        handle.may_stop.set()
+        await has_told(server, running=(), idle=())
+
+        assert handle.is_stopped
+
+
 async def test_stopping_the_agent_ends_its_jobs_and_leaves_only_logs(tmp_path: Path) -> None:
     async with fake_server(tmp_path / "s") as server, site(server, tmp_path / "w") as here:
         await server.up()
@@ -297,6 +401,53 @@ async def test_stopping_the_agent_ends_its_jobs_and_leaves_only_logs(tmp_path: P
 
         assert here.launcher.launched[0].is_stopped
         assert [path.name for path in (here.workspace / "jobs" / JOB).iterdir()] == ["job.log"]
+
+
+@pytest.mark.parametrize("doing", ["unpacking", "noting"])
+async def test_job_that_is_being_deployed_or_started_again_when_the_agent_stops_leaves_only_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doing: str
+) -> None:
+    loop, begun = asyncio.get_running_loop(), asyncio.Event()
+    is_cleared, is_through = threading.Event(), threading.Event()
+    clear = JobFolder.clear
+
+    def clear_and_tell(folder: JobFolder) -> None:
+        clear(folder)
+        is_cleared.set()
+
+    def slowly(work: Callable[..., Any], *arguments: Any) -> Any:
+        """Work as a slow disk does: only when the folder has been cleared, if anybody clears it meanwhile."""
+        loop.call_soon_threadsafe(begun.set)
+        is_cleared.wait(0.5)
+        try:
+            return work(*arguments)
+        finally:
+            is_through.set()
+
+    async with fake_server(tmp_path / "s", heartbeat_s=0.05) as server, site(server, tmp_path / "w") as here:
+        await server.up()
+        deploy = server.announce(code_folder(tmp_path / "code"), job_spec())
+        await server.ask("deploy", deploy)
+        await server.ask("start", server.start(attempt=1))
+        if doing == "unpacking":
+            server.abort = (JOB,)
+            await has_told(server, running=(), idle=())
+            monkeypatch.setattr(shutil, "copyfileobj", partial(slowly, shutil.copyfileobj))
+            asking = asyncio.create_task(server.ask("deploy", deploy))
+        else:
+            note = JobFolder.note
+            monkeypatch.setattr(JobFolder, "note", lambda folder, started: slowly(note, folder, started))
+            asking = asyncio.create_task(server.ask("start", server.start(attempt=2)))
+        await within(20, begun.wait())
+        monkeypatch.setattr(JobFolder, "clear", clear_and_tell)
+        here.agent.stop()
+        await within(20, here.running)
+        assert await asyncio.to_thread(is_through.wait, 20)
+
+        with pytest.raises(Unreachable):
+            await asking
+        assert [path.name for path in (here.workspace / "jobs" / JOB).iterdir()] == ["job.log"]
+        assert all(handle.is_stopped for handle in here.launcher.launched)
 
 
 async def test_agent_that_is_refused_for_good_leaves_no_process(tmp_path: Path) -> None:

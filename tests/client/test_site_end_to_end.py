@@ -1,13 +1,14 @@
 """A site with real processes and a real port: what runs here runs at a hospital."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import msgspec
 import numpy as np
 import psutil
 import pytest
+from benchmarks import marked
 
 from hanse.cell.listener import Listener
 from hanse.client.agent import ClientAgent
-from hanse.client.workspace import JobFolder, end_orphans, only_agent_of
+from hanse.client.workspace import JobFolder, end_orphans, job_folders, only_agent_of
 from hanse.errors import UNKNOWN_STATUS
 from hanse.ids import Fqcn
 from hanse.launch.held import HeldProcess
@@ -49,6 +51,10 @@ def train(model, ctx):
             print("x" * 100_000)
         print("no more")
         threading.Event().wait()
+    if ctx.round == 5:
+        import subprocess, sys
+        child = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"])
+        return Update(model, 1, {"child": child.pid})
     return Update(Model({"w": model["w"] + float(ctx.site["add"])}), 1)
 """
 
@@ -156,24 +162,23 @@ async def left(tmp_path: Path) -> AsyncIterator[Left]:
         listener = Listener(server.reception, scopes=server.scopes, tls=None, target="127.0.0.1:0")
         target = await listener.start()
         workspace = tmp_path / "w"
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        agent = await asyncio.create_subprocess_exec(sys.executable, "-c", AGENT, target, str(workspace), env=env)
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), marked.VARIABLE: str(tmp_path)}
         try:
-            await server.up()
-            await server.ask("deploy", server.announce(code_folder(tmp_path / "code", APP), job_spec()))
-            await server.ask("start", server.start(attempt=2))
-            await server.up(CELL)
+            agent = await asyncio.create_subprocess_exec(sys.executable, "-c", AGENT, target, str(workspace), env=env)
+            try:
+                await server.up()
+                await server.ask("deploy", server.announce(code_folder(tmp_path / "code", APP), job_spec()))
+                await server.ask("start", server.start(attempt=2))
+                await server.up(CELL)
+            finally:
+                agent.kill()
+                await agent.wait()
+            pid = pid_at(workspace / "jobs" / JOB)
+            assert pid is not None
+            with closing(HeldProcess(pid)) as process:
+                yield Left(server, target, workspace, process)
         finally:
-            agent.kill()
-            await agent.wait()
-        pid = pid_at(workspace / "jobs" / JOB)
-        assert pid is not None
-        site = Left(server, target, workspace, HeldProcess(pid))
-        try:
-            yield site
-        finally:
-            site.process.kill_group()
-            site.process.close()
+            marked.kill(str(tmp_path))
             await listener.stop(0.1)
 
 
@@ -255,12 +260,39 @@ async def test_process_that_has_died_with_its_agent_is_cleared_away(left: Left) 
         assert [path.name for path in left.folder.path.iterdir()] == ["job.log"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has left behind")
+@pytest.mark.parametrize("by", ["the next agent", "who stops the client"])
+async def test_what_a_process_has_left_behind_that_was_killed_with_its_agent_is_ended(left: Left, by: str) -> None:
+    left.give(5)
+    result = await left.server.next(TaskResult)
+    assert result.update is not None
+    child = HeldProcess(int(result.update.metrics["child"]))
+    try:
+        left.process.send(signal.SIGKILL)
+        assert await asyncio.to_thread(left.process.wait, 20)
+        assert not child.wait(0)
+        if by == "the next agent":
+            async with left.next_agent():
+                await left.server.up()
+        else:
+            assert await asyncio.to_thread(end_orphans, left.workspace, grace_s=30) == []
+
+        assert await asyncio.to_thread(child.wait, 20)
+        assert [path.name for path in left.folder.path.iterdir()] == ["job.log"]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            child.send(signal.SIGKILL)
+        child.close()
+
+
 async def test_orphans_are_left_to_the_agent_that_runs(left: Left) -> None:
     with only_agent_of(left.workspace):
         assert end_orphans(left.workspace, grace_s=30) == []
         assert not left.process.wait(0)
     assert await asyncio.to_thread(end_orphans, left.workspace, grace_s=30) == [left.process.pid]
     assert left.process.wait(0)
+    (folder,) = await asyncio.to_thread(job_folders, left.workspace)
+    assert [path.name for path in folder.path.iterdir()] == ["job.log"]
 
 
 def test_agent_at_rest_carries_no_arrays_and_no_database() -> None:

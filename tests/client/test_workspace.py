@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,10 @@ import pytest
 
 from hanse.client.in_background import running_client
 from hanse.client.workspace import JobFolder, StartedJob, end_orphans, job_folders, only_agent_of
-from hanse.errors import Conflict, StoreFailed
+from hanse.errors import Conflict, NoSpace, StoreFailed
 from hanse.ids import Digest
 from hanse.messages import DeployJob
+from hanse.storage.packages import build_package
 
 from .fake_server import JOB, job_spec
 from .site import settings
@@ -37,6 +39,16 @@ def test_note_that_the_disk_does_not_take_says_so(tmp_path: Path) -> None:
     (tmp_path / "started.tmp").mkdir()
     with pytest.raises(StoreFailed, match=f"the store failed while noting the start of job {tmp_path.name}"):
         JobFolder(tmp_path).note(STARTED)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a file that is always full")
+def test_note_for_which_the_disk_has_no_space_says_which_disk(tmp_path: Path) -> None:
+    (tmp_path / "started.tmp").symlink_to("/dev/full")
+    with pytest.raises(
+        NoSpace, match=f"noting the start of job {tmp_path.name} failed: the disk mounted at .* is full"
+    ):
+        JobFolder(tmp_path).note(STARTED)
+    assert JobFolder(tmp_path).started() is None
 
 
 def test_folder_is_cleared_of_all_but_its_logs(tmp_path: Path) -> None:
@@ -85,3 +97,24 @@ with only_agent_of(pathlib.Path({str(tmp_path)!r})):
 def test_where_no_process_was_left_none_is_ended(tmp_path: Path) -> None:
     (tmp_path / "jobs" / "a-1").mkdir(parents=True)
     assert end_orphans(tmp_path, grace_s=1) == []
+
+
+def test_what_an_agent_has_unpacked_when_it_is_killed_is_cleared_too(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path / "jobs" / JOB)
+    folder.code.parent.mkdir(parents=True)
+    (tmp_path / "app.py").write_text("app = 1")
+    package = tmp_path / "package.zip"
+    package.write_bytes(build_package(tmp_path, job_spec()))
+    program = f"""
+import os, pathlib, shutil, signal
+from hanse.storage.packages import unpack_package
+shutil.copyfileobj = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+unpack_package(pathlib.Path({str(package)!r}), pathlib.Path({str(folder.code)!r}))
+"""
+    killed = subprocess.run([sys.executable, "-c", program], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(folder.path.iterdir()) != []
+
+    folder.clear()
+
+    assert not folder.path.exists()

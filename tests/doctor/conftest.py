@@ -2,13 +2,9 @@
 
 import shutil
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
 import pytest
-
-from hanse.identity.authorities import Authority
-from hanse.identity.certificates import Identity
 
 from ..admin.world import make_kits
 
@@ -43,17 +39,3 @@ def copy_of(tmp_path: Path) -> Copy:
         return made
 
     return copy
-
-
-def certified_anew(kit: Path, authority: Path, *, made: datetime, hosts: tuple[str, ...] = ()) -> None:
-    """Give *kit* a certificate that was made at *made*, for its key, by the authority in the folder *authority*."""
-    identity = Identity.load(kit / "cert.pem", kit / "key.pem")
-    certificate = Authority.load(authority).issue(
-        name=identity.name,
-        organisation=identity.organisation,
-        role=identity.role,
-        public_key=identity.key.public_key(),
-        now=made,
-        hosts=hosts,
-    )
-    (kit / "cert.pem").write_bytes(certificate)

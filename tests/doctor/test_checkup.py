@@ -20,12 +20,13 @@ from hanse.cli.failures import failure_of
 from hanse.doctor.checkup import Surroundings, examine
 from hanse.doctor.findings import Check, Finding, Verdict, first_failure
 from hanse.storage.objects import objects_at
+from tests.certificates import certify_anew
 from tests.postgres import Postgres
 from tests.s3 import S3
 
 from ..admin.world import Deployment, deployed, wait
 from ..cell.world import serving
-from .conftest import Copy, certified_anew
+from .conftest import Copy
 
 Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -182,7 +183,7 @@ def test_a_key_that_others_can_read_keeps_from_using_it(server: Deployment, kits
 
 def test_an_expired_certificate_is_found_here_and_refused_there(server: Deployment, kits: Path, copy_of: Copy) -> None:
     kit = copy_of(kits / "site-1", target=server.target)
-    certified_anew(kit, kits / "authority", made=datetime.now(UTC) - timedelta(days=400))
+    certify_anew(kit, kits / "authority", made=datetime.now(UTC) - timedelta(days=400))
     found = findings(kit)
 
     assert exit_status(found) == 5
@@ -279,7 +280,7 @@ async def test_a_tls_server_with_a_strange_certificate_is_found(kits: Path, copy
 
 async def test_a_servers_certificate_that_has_expired_is_found(kits: Path, copy_of: Copy) -> None:
     server = copy_of(kits / "server")
-    certified_anew(server, kits / "authority", made=datetime.now(UTC) - timedelta(days=400), hosts=("127.0.0.1",))
+    certify_anew(server, kits / "authority", made=datetime.now(UTC) - timedelta(days=400), hosts=("127.0.0.1",))
     found = await against(kits / "site-1", tls_of(server), copy_of)
 
     assert "if that is right, the server needs a new one" in assert_fails_at(Check.TLS, found, 5)
@@ -287,7 +288,7 @@ async def test_a_servers_certificate_that_has_expired_is_found(kits: Path, copy_
 
 async def test_a_servers_certificate_for_other_hosts_is_found(kits: Path, copy_of: Copy) -> None:
     server = copy_of(kits / "server")
-    certified_anew(server, kits / "authority", made=datetime.now(UTC), hosts=("fl.example.org",))
+    certify_anew(server, kits / "authority", made=datetime.now(UTC), hosts=("fl.example.org",))
     found = await against(kits / "site-1", tls_of(server), copy_of)
 
     assert "is good for fl.example.org, server; dial it by one" in assert_fails_at(Check.TLS, found, 5)
@@ -608,7 +609,7 @@ def test_a_server_that_runs_answers_for_itself(kits: Path, copy_of: Copy) -> Non
         assert of(Check.IDENTITY, found).verdict is Verdict.OK
         assert exit_status(found) == 0
 
-        certified_anew(kit, kits / "authority", made=datetime.now(UTC), hosts=("127.0.0.1",))
+        certify_anew(kit, kits / "authority", made=datetime.now(UTC), hosts=("127.0.0.1",))
         assert (
             "shows another certificate than the kit has now"
             in of(Check.LISTEN, findings(kit, process_in=lambda _: 42)).text

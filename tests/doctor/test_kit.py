@@ -9,8 +9,9 @@ from hanse.doctor.kit import judge_certificate, judge_dates, judge_key, judge_se
 from hanse.errors import ConfigError, Unauthenticated
 from hanse.identity.authorities import Authority
 from hanse.identity.certificates import one_certificate
+from tests.certificates import certify_anew
 
-from .conftest import Copy, certified_anew
+from .conftest import Copy
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
@@ -134,7 +135,7 @@ def test_a_kit_without_certificates_has_none_to_look_at(tmp_path: Path, line: st
 
 def test_an_expired_certificate_is_named_with_the_day_and_what_to_do(kits: Path, copy_of: Copy):
     kit = copy_of(kits / "site-1")
-    certified_anew(kit, kits / "authority", made=NOW - 400 * DAY)
+    certify_anew(kit, kits / "authority", made=NOW - 400 * DAY)
     *_, certificate, dates = found(kit)
 
     assert certificate.verdict is Verdict.OK

@@ -16,8 +16,7 @@ import pytest
 from benchmarks.deployment import ADMIN, HANSE, Deployment, deployment
 
 from hanse.codes import CODES
-from hanse.identity.authorities import Authority
-from hanse.identity.certificates import Identity
+from tests.certificates import certify_anew
 
 JOB = Path(__file__).parent / "failing"
 BROKEN = "site-2"
@@ -132,7 +131,8 @@ def test_client_of_another_protocol_is_told_at_the_server_and_there_until_it_is_
 @pytest.mark.slow
 def test_certificate_that_expires_at_one_client_is_told_at_the_server_and_there() -> None:
     with deployment(settings="settings = { heartbeat_s = 1.0 }") as running:
-        certify_for(running, BROKEN, timedelta(seconds=25))  # time enough to register on a busy machine
+        lifetime = timedelta(seconds=25)  # time enough to register on a busy machine
+        certify_anew(running.kit(BROKEN), running.kit("authority"), made=datetime.now(UTC), lifetime=lifetime)
         gate = running.root / "gate"
         os.mkfifo(gate)
         running.start("server", "site-1")
@@ -155,21 +155,6 @@ def test_certificate_that_expires_at_one_client_is_told_at_the_server_and_there(
     assert waiting["whom"][0]["reason"].startswith(because)
     assert told.startswith("hanse: the certificate of 'site-2' expired on ")
     assert told.endswith(" [certificate-expired]")
-
-
-def certify_for(running: Deployment, name: str, lifetime: timedelta) -> None:
-    """Give a client another certificate for the key that it has, which lasts for *lifetime* from now."""
-    kit = running.kit(name)
-    identity = Identity.load(kit / "cert.pem", kit / "key.pem")
-    certificate = Authority.load(running.kit("authority")).issue(
-        name=name,
-        organisation=identity.organisation,
-        role=identity.role,
-        public_key=identity.key.public_key(),
-        now=datetime.now(UTC),
-        lifetime=lifetime,
-    )
-    (kit / "cert.pem").write_bytes(certificate)
 
 
 def test_running_job_says_for_whom_it_waits_until_when_and_what_then(broken: Deployment, tmp_path: Path) -> None:

@@ -34,6 +34,15 @@ def test_a_replaced_file_has_the_new_content_and_nothing_lies_beside_it(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_file_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_path: Path):
+    (tmp_path / "file").mkdir()
+
+    with pytest.raises(ConfigError, match="a file that can be written"):
+        replace_file(tmp_path / "file", b"secret")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_what_is_there_is_kept(tmp_path: Path):
     assert keep_or_create(tmp_path / "file", b"first") == b"first"
     assert keep_or_create(tmp_path / "file", b"second") == b"first"

@@ -78,6 +78,18 @@ def main() -> int:
                 os._exit(6)
             say(f"forked {os.getpid()}")
             signal.pause()
+        case ["fork-twice"]:
+            number = int(os.environ["HANSE_PROCESS_LOCK"])
+            LifeLine()
+            if child := os.fork():
+                return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(number)]
+            if grandchild := os.fork():
+                os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))
+            for descriptor in opened:
+                os.fstat(descriptor)
+            say("all that was opened is open")
+            os._exit(0)
         case _:
             say(f"got {len(spec)} bytes")
             return 0

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,13 +10,22 @@ from pathlib import Path
 import pytest
 
 from hanse.errors import UNKNOWN_STATUS, Conflict
-from hanse.launch.held import HeldProcess, held_by, lock_nowait, number_in, only_holder, started_at
+from hanse.launch.held import HeldProcess, held_by, kill_session, lock_nowait, number_in, only_holder, started_at
 
 LEADER = """
 import subprocess, sys
 child = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL)
 print(child.pid, flush=True)
 sys.stdin.read()
+"""
+
+BEHIND = """
+import subprocess, sys
+quiet = {"stderr": subprocess.DEVNULL}
+with open(sys.argv[1], "a") as other:
+    left = subprocess.Popen(["sleep", "1000"], **quiet)
+    elsewhere = subprocess.Popen(["sleep", "1000"], stdout=other, **quiet)
+print(left.pid, elsewhere.pid, file=sys.stderr)
 """
 
 
@@ -147,3 +157,28 @@ def test_a_file_that_cannot_be_opened_is_held_by_nobody(tmp_path: Path) -> None:
 
     assert held_by(tmp_path / "loop") is None
     assert held_by(tmp_path / "nothing" / "file") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has left behind")
+def test_of_a_session_whose_leader_has_ended_those_are_killed_that_write_to_its_output(tmp_path: Path) -> None:
+    output, other = tmp_path / "job.log", tmp_path / "other.log"
+    with output.open("w") as its, other.open("w") as anothers:
+        command = [sys.executable, "-c", BEHIND, str(other)]
+        leader = subprocess.Popen(command, stdout=its, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        stranger = subprocess.Popen(["sleep", "1000"], stdout=its, stderr=anothers, start_new_session=True)
+        _, said = leader.communicate()
+    left, elsewhere = (HeldProcess(int(number)) for number in said.split())
+    try:
+        kill_session(leader.pid, output=tmp_path / "none.log")
+        kill_session(leader.pid, output=output)
+
+        assert left.wait(30)
+        assert not elsewhere.wait(0), "its output goes to another file"
+        assert stranger.poll() is None, "it is of another session"
+    finally:
+        stranger.kill()
+        stranger.wait()
+        for held in (left, elsewhere):
+            with contextlib.suppress(ProcessLookupError):
+                held.send(signal.SIGKILL)
+            held.close()

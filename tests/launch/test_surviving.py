@@ -1,11 +1,10 @@
 import asyncio
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -14,7 +13,7 @@ import pytest
 from hanse.errors import UNKNOWN_STATUS, Conflict
 from hanse.launch.held import HeldProcess, lock_nowait
 from hanse.launch.process import MAX_SPEC_BYTES, ProcessLauncher, RunningProcess
-from hanse.launch.surviving import LINE_FILE, LOCK_FILE, SurvivingLauncher, end_survivor, forget, pid_at, survivor_at
+from hanse.launch.surviving import LINE_FILE, LOCK_FILE, SurvivingLauncher, end_survivor, pid_at, survivor_at
 
 PATHS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 ENV = {"PYTHONPATH": PATHS}
@@ -58,16 +57,6 @@ def left_by_a_dead_parent(spec: str, log: Path) -> tuple[int, str]:
     return int(pid), said
 
 
-@contextmanager
-def killed_at_last(pid: int) -> Iterator[HeldProcess]:
-    held = HeldProcess(pid)
-    try:
-        yield held
-    finally:
-        held.kill_group()
-        held.close()
-
-
 def is_free(folder: Path) -> bool:
     with (folder / LOCK_FILE).open("r+") as file:
         return lock_nowait(file.fileno())
@@ -101,7 +90,7 @@ async def test_second_process_of_a_folder_is_refused_while_the_first_lives(tmp_p
 async def test_process_goes_on_when_its_parent_is_killed_and_another_takes_it_over(tmp_path: Path) -> None:
     log = tmp_path / "log"
     pid, said = left_by_a_dead_parent("survive 60", log)
-    with killed_at_last(pid) as held:
+    with closing(HeldProcess(pid)) as held:
         assert said == "surviving"
         assert not held.wait(0)
         survivor = survivor_at(log, name="child")
@@ -119,7 +108,7 @@ async def test_process_goes_on_when_its_parent_is_killed_and_another_takes_it_ov
 async def test_process_ends_by_itself_when_nobody_comes_in_time(tmp_path: Path) -> None:
     log = tmp_path / "log"
     pid, _ = left_by_a_dead_parent("survive 0.05", log)
-    with killed_at_last(pid) as held:
+    with closing(HeldProcess(pid)) as held:
         said = await asyncio.to_thread(log.with_suffix(".ready").read_text)
 
         assert said == "ending: its agent has been gone for 0.05 s, and no other has come"
@@ -129,22 +118,21 @@ async def test_process_ends_by_itself_when_nobody_comes_in_time(tmp_path: Path) 
 async def test_process_that_was_taken_over_waits_anew_when_that_agent_is_gone_too(tmp_path: Path) -> None:
     log = tmp_path / "log"
     pid, _ = left_by_a_dead_parent("survive 60", log)
-    with killed_at_last(pid):
-        for _ in range(2):
-            survivor = survivor_at(log, name="child")
-            assert survivor is not None
-            survivor.take_over()
-            assert survivor._life_line is not None
-            os.close(survivor._life_line)  # as the kernel does when the agent dies
-            survivor._life_line = None
-        assert survivor.pid == pid
-        assert await survivor.stop() == -signal.SIGTERM
+    for _ in range(2):
+        survivor = survivor_at(log, name="child")
+        assert survivor is not None
+        survivor.take_over()
+        assert survivor._life_line is not None
+        os.close(survivor._life_line)  # as the kernel does when the agent dies
+        survivor._life_line = None
+    assert survivor.pid == pid
+    assert await survivor.stop() == -signal.SIGTERM
 
 
 async def test_end_of_a_process_that_was_taken_over_is_noticed_with_its_status(tmp_path: Path) -> None:
     log = tmp_path / "log"
     pid, _ = left_by_a_dead_parent("survive 60", log)
-    with killed_at_last(pid) as held:
+    with closing(HeldProcess(pid)) as held:
         survivor = survivor_at(log, name="child")
         assert survivor is not None
         survivor.take_over()
@@ -156,21 +144,20 @@ async def test_end_of_a_process_that_was_taken_over_is_noticed_with_its_status(t
 
 async def test_life_line_that_is_gone_ends_the_process_and_cannot_be_taken(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    pid, _ = left_by_a_dead_parent("survive 60", log)
-    with killed_at_last(pid):
-        survivor = survivor_at(log, name="child")
-        assert survivor is not None
-        (tmp_path / LINE_FILE).unlink()
-        with pytest.raises(FileNotFoundError):
-            survivor.take_over()
+    left_by_a_dead_parent("survive 60", log)
+    survivor = survivor_at(log, name="child")
+    assert survivor is not None
+    (tmp_path / LINE_FILE).unlink()
+    with pytest.raises(FileNotFoundError):
+        survivor.take_over()
 
-        assert await survivor.stop() == -signal.SIGTERM
+    assert await survivor.stop() == -signal.SIGTERM
 
 
 async def test_stubborn_process_is_killed_with_its_group(tmp_path: Path) -> None:
     log = tmp_path / "log"
     pid, _ = left_by_a_dead_parent("stubborn", log)
-    with killed_at_last(pid) as held:
+    with closing(HeldProcess(pid)) as held:
         survivor = survivor_at(log, name="child")
         assert survivor is not None
         await survivor.stop(grace_s=0.05)
@@ -182,20 +169,26 @@ async def test_what_a_process_forks_does_not_hold_its_lock_and_ends_with_it(tmp_
     log = tmp_path / "log"
     pid, said = left_by_a_dead_parent("fork-and-end", log)
     forked = int(said.split()[1])
-    with killed_at_last(forked) as held:
-        with contextlib.suppress(ProcessLookupError):  # it may be gone by now
-            process = HeldProcess(pid)
+    with closing(HeldProcess(forked)) as held:
+        with suppress(ProcessLookupError), closing(HeldProcess(pid)) as process:  # it may be gone by now
             await asyncio.to_thread(process.wait, 30)
-            process.close()
         assert not held.wait(0), "the process has ended, what it has forked has not"
         assert pid_at(tmp_path) is None
         assert is_free(tmp_path)
 
 
+async def test_what_a_forked_process_forks_in_turn_keeps_all_that_was_opened_meanwhile(tmp_path: Path) -> None:
+    process = await SurvivingLauncher().launch(
+        "children", spec=b"fork-twice", log_path=tmp_path / "log", env=ENV, name="child"
+    )
+    status = await process.wait()
+    assert (status, process.log_tail(1)) == (0, "all that was opened is open")
+
+
 def test_survivor_can_be_ended_by_who_has_no_loop(tmp_path: Path) -> None:
     log = tmp_path / "log"
     pid, _ = left_by_a_dead_parent("survive 60", log)
-    with killed_at_last(pid) as held:
+    with closing(HeldProcess(pid)) as held:
         assert end_survivor(tmp_path, grace_s=30) == pid
         assert held.wait(0)
         assert end_survivor(tmp_path, grace_s=30) is None
@@ -203,7 +196,7 @@ def test_survivor_can_be_ended_by_who_has_no_loop(tmp_path: Path) -> None:
 
 def test_stubborn_survivor_is_killed(tmp_path: Path) -> None:
     pid, _ = left_by_a_dead_parent("stubborn", tmp_path / "log")
-    with killed_at_last(pid) as held:
+    with closing(HeldProcess(pid)) as held:
         assert end_survivor(tmp_path, grace_s=0.05) == pid
         assert held.wait(0)
 
@@ -251,5 +244,4 @@ async def test_process_that_cannot_be_started_leaves_no_lock(tmp_path: Path) -> 
 
     assert psutil.Process().num_fds() <= before + 1, "the log, the lock, the pipe and the life line are closed"
     assert is_free(tmp_path)
-    forget(tmp_path)
-    assert await asyncio.to_thread(os.listdir, tmp_path) == ["log"]
+    assert sorted(await asyncio.to_thread(os.listdir, tmp_path)) == [LINE_FILE, "log", LOCK_FILE]

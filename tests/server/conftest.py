@@ -1,5 +1,6 @@
 """The fixtures of the server's tests: a project's kits, made once, and servers and streams that are gone at the end."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,16 @@ def make_server() -> Iterator[MakeServer]:
 
 @pytest.fixture
 def deployed(make_server: MakeServer, project: Project, tmp_path: Path) -> MakeServer:
-    """``deployed(**arguments)``: the same, deployed with mutual TLS on a free port of loopback."""
+    """``deployed(**arguments)``: the same, deployed with mutual TLS on a free port of loopback; *wall* is its clock."""
 
-    def make(workspace: Path = tmp_path / "ws", arguments: Any = None, **more: Any) -> FederatedServer:
+    def make(
+        workspace: Path = tmp_path / "ws",
+        arguments: Any = None,
+        wall: Callable[[], float] = time.time,
+        **more: Any,
+    ) -> FederatedServer:
         server = make_server(**more)
+        server.wall = wall
         server.deploy(arguments or args(workspace), project.grpc_args(), secure_train=True)
         return server
 

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ class Short:
     ) -> None:
         self.identity = project.issued(folder, "site-1", now=datetime.now(UTC), lifetime=LIFETIME)
         self.end = self.identity.expires.timestamp()
-        self._deploy = lambda: deployed(
+        self._deploy = partial(
+            deployed,
             arguments=args(folder / "ws", launcher=Threads(), settings=settings(**more)),
             cmd_modules=[AdminCommands()],
             snapshot_persistor=store,
@@ -60,10 +62,8 @@ class Short:
 
     def start_again(self) -> None:
         """End the server, and have another one go on with its workspace and its store, at the same time of day."""
-        wall = self.server.wall
         self.server.close()
-        self.server = self._deploy()
-        self.server.wall = wall
+        self.server = self._deploy(wall=self.server.wall)
 
     def stand_at(self, moment: float) -> None:
         """Have it be *moment* at the server, from now on for ever."""

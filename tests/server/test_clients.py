@@ -53,16 +53,11 @@ from .world import (
     settings,
     target_of,
     transferring,
+    unauthenticated,
     wait,
 )
 
 MakeServer = Callable[..., FederatedServer]
-
-
-def unauthenticated(reply: Message) -> str:
-    assert (reply.return_code, reply.payload) == (ReturnCode.UNAUTHENTICATED, None)
-    assert reply.reason
-    return reply.reason
 
 
 def beat(server: FederatedServer, headers: dict[str, str], *jobs: str) -> Message:

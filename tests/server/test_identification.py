@@ -45,16 +45,10 @@ from .world import (
     request,
     signed,
     target_of,
+    unauthenticated,
 )
 
 MakeServer = Callable[..., FederatedServer]
-
-
-def unauthenticated(reply: Message) -> str:
-    """Return why *reply* refuses, which must be for who the sender is, and no empty success."""
-    assert (reply.return_code, reply.payload) == (ReturnCode.UNAUTHENTICATED, None)
-    assert reply.reason
-    return reply.reason
 
 
 def challenged(server: FederatedServer, site: Identity, **fields: Any) -> tuple[Challenge, ChallengeReply]:

@@ -24,7 +24,7 @@ from hanse.messages import (
     UpdateRef,
 )
 from hanse.model import Model
-from hanse.server import FederatedServer, jobs
+from hanse.server import FederatedServer, jobs, leftovers
 from hanse.storage.models import read_safetensors
 from hanse.storage.objects import objects_at
 from hanse.storage.store import SqlStore
@@ -98,7 +98,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have nobody wait for a bucket that is away."""
     monkeypatch.setattr(bucket, "MAX_RETRIES", 0)
     monkeypatch.setattr(jobs, "POSTPONED_S", 0.01)
-    monkeypatch.setattr(jobs, "CLEARED_AGAIN_S", 0.01)
+    monkeypatch.setattr(leftovers, "CLEARED_AGAIN_S", 0.01)
 
 
 def large(value: float) -> bytes:
@@ -281,16 +281,14 @@ def test_a_result_is_had_from_the_server_that_has_not_seen_it(start: Start, dial
 
 
 def test_a_job_that_the_store_does_not_take_leaves_nothing(
-    start: Start, kept: Callable[[], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Start, kept: Callable[[], list[str]], bucket_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = start("one")
     seen: list[list[str]] = []
 
     async def refuse(store: SqlStore, epoch: int, record: JobRecord) -> None:
         del store
-        objects = server.jobs._objects
-        assert objects is not None
-        seen.append(list(await objects.sizes(record.job_id)))
+        seen.append(list(await objects_at(bucket_url).sizes(record.job_id)))
         raise StaleEpoch(ours=epoch, current=epoch + 1)
 
     monkeypatch.setattr(SqlStore, "add_job", refuse)

@@ -44,6 +44,7 @@ from hanse.messages import (
     Payload,
     Register,
     Registered,
+    ReturnCode,
     Welcome,
 )
 from hanse.server import FederatedServer
@@ -250,6 +251,13 @@ def credentials_in(reply: Message, name: str) -> dict[str, str]:
         Header.TOKEN_SIGNATURE: given.token_signature,
         Header.SSID: given.ssid,
     }
+
+
+def unauthenticated(reply: Message) -> str:
+    """Return why *reply* refuses, which must be for who the sender is, and no empty success."""
+    assert (reply.return_code, reply.payload) == (ReturnCode.UNAUTHENTICATED, None)
+    assert reply.reason
+    return reply.reason
 
 
 def register_plain(server: FederatedServer, name: str = "site-1", **fields: Any) -> dict[str, str]:

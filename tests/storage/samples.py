@@ -1,5 +1,6 @@
-"""Records and messages for the tests of the store: small, valid, and varied by keyword."""
+"""Records and messages for the tests of the store: small, valid, and varied by keyword; and what servers do with it."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from hanse.messages import (
     UpdateRef,
 )
 from hanse.storage.records import Lease, Store
+from hanse.storage.store import SqlStore
 
 DIGEST = Digest("0123456789abcdef" * 4)
 JOB = JobId("digits-1")
@@ -73,3 +75,15 @@ def changed(value: Any, **fields: Any) -> Any:
 
 async def take(store: Store, server: str, *, seen: Lease | None = None, force: bool = False) -> Lease:
     return await store.take_lease(server, name=server, target=f"{server}:8102", ttl_s=30.0, seen=seen, force=force)
+
+
+async def standby(store: SqlStore) -> "asyncio.Task[Lease]":
+    """Return a task that waits for the lease to move, when it listens and has had its first look."""
+    seen = await store.lease()
+    assert store._listener is not None
+    await store._listener.listen()
+    waiting = asyncio.create_task(store.lease_moved(seen, within_s=3600.0), name="standby")
+    await asyncio.sleep(0)  # its look has been asked for
+    await store.standbys()
+    assert not waiting.done()
+    return waiting

@@ -17,47 +17,22 @@ import pytest
 from hanse.errors import NoSpace, StoreFailed
 from hanse.storage import pipes
 from hanse.storage.pipes import Listeners, PipeListener
-from hanse.storage.records import Lease
 from hanse.storage.store import SqlStore
 
-from .samples import changed, take
+from .samples import changed, standby, take
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-async def store(path: Path) -> AsyncIterator[SqlStore]:
-    async with SqlStore(path) as store:
-        yield store
-
-
-@pytest.fixture
-async def other(store: SqlStore, path: Path) -> AsyncIterator[SqlStore]:
-    """Another server's store on the same file."""
-    async with SqlStore(path) as other:
-        yield other
-
-
-@pytest.fixture
-async def epoch(store: SqlStore) -> int:
-    """The epoch under which ``store`` may write."""
-    return (await take(store, "server-1")).epoch
+def where(path: Path) -> Path:
+    return path
 
 
 @pytest.fixture
 def folder(path: Path) -> Path:
     """Where the pipes are."""
     return path.with_name("store.db-listeners")
-
-
-async def standby(other: SqlStore) -> "asyncio.Task[Lease]":
-    """Return a task that waits for the lease to move, when it listens and has had its first look."""
-    seen = await other.lease()
-    waiting = asyncio.create_task(other.lease_moved(seen, within_s=3600.0), name="standby")
-    await asyncio.sleep(0)  # its look has been asked for
-    await other.standbys()
-    assert not waiting.done()
-    return waiting
 
 
 def pipes_in(folder: Path) -> list[Path]:

@@ -8,9 +8,10 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from urllib.parse import quote
 
+import psutil
 import psycopg
 import pytest
 from sqlalchemy import text
@@ -20,34 +21,18 @@ from hanse.ids import JobId
 from hanse.storage import postgres as adapter
 from hanse.storage import statements as sql
 from hanse.storage import writer as writer_module
-from hanse.storage.records import AuditEntry, Lease, Store
+from hanse.storage.records import AuditEntry, Store
 from hanse.storage.store import SqlStore, database_at
 from hanse.storage.transaction import Statement, Transaction
 from hanse.storage.writer import Writer
 from tests.postgres import PASSWORD, Postgres
 
-from .samples import answer, changed, commit, record, take, task
-
-OURS = "application_name = 'hanse' AND datname = 'emptied'"
+from .samples import answer, changed, commit, record, standby, take, task
 
 
 @pytest.fixture
-async def store(postgres_url: str) -> AsyncIterator[SqlStore]:
-    async with SqlStore(postgres_url) as store:
-        yield store
-
-
-@pytest.fixture
-async def other(store: SqlStore, postgres_url: str) -> AsyncIterator[SqlStore]:
-    """Another server's store on the same database."""
-    async with SqlStore(postgres_url) as other:
-        yield other
-
-
-@pytest.fixture
-async def epoch(store: SqlStore) -> int:
-    """The epoch under which ``store`` may write."""
-    return (await take(store, "server-1")).epoch
+def where(postgres_url: str) -> str:
+    return postgres_url
 
 
 @contextmanager
@@ -60,28 +45,40 @@ def away(postgres: Postgres) -> Iterator[None]:
         postgres.start()
 
 
+def backends(postgres: Postgres) -> list[int]:
+    """Return the numbers of the processes that serve the connections which the stores have open.
+
+    What served one that was closed may still be ending, and is not among them.
+    """
+    ports = [each.laddr.port for each in psutil.Process().net_connections("tcp4") if each.raddr]
+    found = f"datname = 'emptied' AND client_port = ANY('{{{', '.join(map(str, ports))}}}')"
+    return [pid for (pid,) in postgres.execute(f"SELECT pid FROM pg_stat_activity WHERE {found}")]
+
+
 def cut_off(postgres: Postgres) -> int:
     """End the connections of all stores and return how many there were."""
-    return len(postgres.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OURS}"))
+    found = backends(postgres)
+    for pid in found:
+        postgres.execute(f"SELECT pg_terminate_backend({pid})")
+    return len(found)
+
+
+@contextmanager
+def stopped(backend: int) -> Iterator[None]:
+    """Have a process of the database's server do nothing until the block ends."""
+    os.kill(backend, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(backend, signal.SIGCONT)
 
 
 # Hearing of the lease -------------------------------------------------------------------------------------------------
 
 
-async def standby(other: SqlStore, seen: Lease) -> "asyncio.Task[Lease]":
-    """Return a task that waits for the lease to move, when it listens and has had its first look."""
-    assert other._listener is not None
-    await other._listener.listen()
-    waiting = asyncio.create_task(other.lease_moved(seen, within_s=3600.0), name="standby")
-    await asyncio.sleep(0)  # its look has been asked for
-    await other.standbys()
-    assert not waiting.done()
-    return waiting
-
-
 async def test_a_standby_hears_of_a_beat_a_release_and_a_takeover(store: SqlStore, other: SqlStore, epoch: int) -> None:
     for move in (store.renew_lease(epoch), store.release_lease(epoch), take(store, "server-1")):
-        waiting = await standby(other, await other.lease())
+        waiting = await standby(other)
 
         await move
 
@@ -91,7 +88,7 @@ async def test_a_standby_hears_of_a_beat_a_release_and_a_takeover(store: SqlStor
 async def test_a_standby_that_was_cut_off_hears_again(
     store: SqlStore, other: SqlStore, epoch: int, postgres: Postgres
 ) -> None:
-    waiting = await standby(other, await other.lease())
+    waiting = await standby(other)
     assert cut_off(postgres) == 3  # two for transactions and the standby's, to listen
 
     beat = await store.renew_lease(epoch)
@@ -113,7 +110,7 @@ async def test_a_standby_learns_that_the_database_is_away(
     store: SqlStore, other: SqlStore, epoch: int, postgres: Postgres
 ) -> None:
     seen = await store.lease()
-    waiting = await standby(other, seen)
+    waiting = await standby(other)
     with away(postgres):
         with pytest.raises(StoreFailed, match="Connection refused"):
             await waiting
@@ -124,7 +121,7 @@ async def test_a_standby_learns_that_the_database_is_away(
 
 
 async def test_closing_ends_the_wait_of_a_standby(store: SqlStore, other: SqlStore, epoch: int) -> None:
-    waiting = await standby(other, await store.lease())
+    waiting = await standby(other)
 
     await other.close()
 
@@ -137,7 +134,7 @@ async def test_several_may_wait_over_one_connection_and_give_up(
 ) -> None:
     seen = await store.lease()
     waiting = [asyncio.ensure_future(other.lease_moved(seen, within_s=3600.0)) for _ in range(5)]
-    waiting.append(await standby(other, seen))
+    waiting.append(await standby(other))
     waiting[0].cancel()
 
     beat = await store.renew_lease(epoch)
@@ -253,8 +250,10 @@ async def test_a_crash_in_the_middle_of_writes_leaves_each_of_them_whole_or_abse
     for is_busy in are_busy:
         await is_busy.wait()
     await asyncio.to_thread(postgres.stop, immediate=True)
-    failed = await asyncio.gather(*writing)
-    await asyncio.to_thread(postgres.start)
+    try:
+        failed = await asyncio.gather(*writing)
+    finally:
+        await asyncio.to_thread(postgres.start)
 
     for job, number in zip(jobs, failed, strict=True):
         run = await store.snapshot(job)
@@ -274,16 +273,15 @@ async def test_a_server_that_does_not_answer_is_given_up_and_the_next_call_finds
     store: SqlStore, epoch: int, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await store.add_job(epoch, record())
-    ((backend,),) = postgres.execute(f"SELECT pid FROM pg_stat_activity WHERE {OURS}")
-    monkeypatch.setattr(adapter._Connection, "answer_within_s", 0.2)
-    monkeypatch.setattr(writer_module, "RETRY_WITHIN_S", 0.1)
-    os.kill(backend, signal.SIGSTOP)
-    with pytest.raises(StoreFailed, match=r"it has not answered for 0\.2 s"):
-        await store.jobs()
-    monkeypatch.undo()
+    (backend,) = backends(postgres)
+    with stopped(backend):
+        monkeypatch.setattr(adapter._Connection, "answer_within_s", 0.2)
+        monkeypatch.setattr(writer_module, "RETRY_WITHIN_S", 0.1)
+        with pytest.raises(StoreFailed, match=r"it has not answered for 0\.2 s"):
+            await store.jobs()
+        monkeypatch.undo()
 
-    await store.add_job(epoch, record("other"))
-    os.kill(backend, signal.SIGCONT)
+        await store.add_job(epoch, record("other"))
     assert len(await store.jobs()) == 2
 
 
@@ -383,25 +381,25 @@ async def test_a_transaction_that_loses_its_connection_in_the_commit_is_not_trie
 async def test_a_commit_whose_answer_was_lost_is_a_failure_that_may_have_happened(
     writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped: list[int] = []
+    times = 0
 
     def add_and_stop_the_server(transaction: Transaction) -> None:
+        nonlocal times
+        times += 1
         transaction.run(ADD)
-        stopped.append(transaction.value(BACKEND))
-        os.kill(stopped[-1], signal.SIGSTOP)
+        until_told.enter_context(stopped(transaction.value(BACKEND)))
+        monkeypatch.setattr(adapter._Connection, "answer_within_s", 0.2)
 
     def count_when_others_are_done(transaction: Transaction) -> int:
         transaction.run(LOCK)
         return count(transaction)
 
-    monkeypatch.setattr(adapter._Connection, "answer_within_s", 0.2)
-    with pytest.raises(StoreFailed, match="it has not answered"):
-        await writer.write(add_and_stop_the_server)
-    monkeypatch.undo()
-    for backend in stopped:
-        os.kill(backend, signal.SIGCONT)
+    with ExitStack() as until_told:
+        with pytest.raises(StoreFailed, match="it has not answered"):
+            await writer.write(add_and_stop_the_server)
+        monkeypatch.undo()
 
-    assert len(stopped) == 1
+    assert times == 1
     assert await writer.read(count_when_others_are_done) == 1
 
 
@@ -436,10 +434,10 @@ def test_a_missing_driver_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPat
 
 
 async def test_a_database_that_cannot_hold_every_name_is_refused(postgres: Postgres) -> None:
-    postgres.execute("CREATE DATABASE narrow ENCODING 'SQL_ASCII' TEMPLATE template0")
+    narrow = postgres.new_database(encoding="SQL_ASCII")
 
     with pytest.raises(StoreFailed, match="its encoding is SQL_ASCII; make it with ENCODING 'UTF8'"):
-        await SqlStore(postgres.url("narrow")).open()
+        await SqlStore(postgres.url(narrow)).open()
 
 
 async def test_a_commit_is_on_the_disk_when_it_is_answered_whatever_the_database_is_set_to(

@@ -510,6 +510,22 @@ def test_closing_twice_or_after_the_end_is_nothing(files: TensorFiles) -> None:
     assert partial.finish() == DIGEST
 
 
+def test_what_nobody_holds_any_more_can_be_resumed_and_deleted(files: TensorFiles) -> None:
+    descriptors = len(list(Path("/dev/fd").iterdir()))
+    dropped = files.begin(DIGEST, len(CONTENT))
+    dropped.write(CONTENT[:1000])
+    beside = files.begin(DIGEST, len(CONTENT))
+    beside.write(CONTENT[:10])
+    del dropped, beside
+    gc.collect()
+
+    assert names(files) == {f"{DIGEST}.part"}
+    assert len(list(Path("/dev/fd").iterdir())) == descriptors
+    assert files.begin(DIGEST, len(CONTENT)).offset == 1000
+    gc.collect()
+    assert files.keep_only([]) == 1
+
+
 def test_what_a_killed_process_received_can_be_resumed(files: TensorFiles) -> None:
     dying = f"""
 import os, pathlib

@@ -121,6 +121,8 @@ class Connector:
     async def _keep_up(self) -> None:
         refused: tuple[HanseError, int] | None = None
         for number in itertools.count(1):
+            if self._closing.is_set():
+                return
             self._was_up = False
             error = await self._attempt(self._targets[(number - 1) % len(self._targets)])
             if self._closing.is_set():
@@ -134,8 +136,6 @@ class Connector:
             self._last = error
             if number % len(self._targets) == 0:
                 await self._pause(error)
-            if self._closing.is_set():
-                return
 
     async def _pause(self, error: HanseError) -> None:
         delay_s = self._backoff.next_s()
@@ -186,7 +186,7 @@ class Connector:
 
     async def _introduce(self, link: StreamLink, welcome: Welcome) -> None:
         try:
-            if self._on_welcome is not None:
+            if self._on_welcome is not None and not self._closing.is_set():
                 await self._on_welcome(link, welcome)
         except HanseError as error:
             link.close_nowait(error)

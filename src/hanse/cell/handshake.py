@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Final, TypeAlias
 
 from hanse.cell.cell import Cell
@@ -187,7 +188,8 @@ class Reception:
         """End all streams, telling their peers of *error*, and return when they have ended."""
         self._closed_for = error
         for opening in self._opening:
-            opening.reschedule(asyncio.get_running_loop().time())
+            with suppress(RuntimeError):  # its time is over at this very moment
+                opening.reschedule(asyncio.get_running_loop().time())
         await asyncio.gather(*(link.close(error) for link in self._links))
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -199,6 +201,8 @@ class Reception:
         hello = await self._hear_hello(pipe)
         if self._wait_turn is not None:
             await self._wait_turn()
+        if self._closed_for is not None:
+            raise self._closed_for
         try:
             version = choose_version(hello, self._versions, release=self._release)
             peer = self._authorize(hello, certificate, transport)

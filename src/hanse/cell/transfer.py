@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
@@ -321,7 +321,8 @@ class Transfers:
     async def _hang_up(self) -> None:
         channel, self._channel = self._channel, None
         for limit in self._limits:  # for a call that has only just begun is not ended by closing its channel
-            limit.reschedule(asyncio.get_running_loop().time())
+            with suppress(RuntimeError):  # its time is over at this very moment
+                limit.reschedule(asyncio.get_running_loop().time())
         if channel is not None:
             await channel[1].close(None)
 

@@ -171,23 +171,30 @@ class ClientAgent:
         if self._stopping.is_set():
             return
         try:
-            async with self._jobs.serving(), asyncio.TaskGroup() as group:
-                connection = group.create_task(self._connector.run(), name=f"connection of {self._settings.name}")
-                beat = group.create_task(self._beat(), name=f"heartbeat of {self._settings.name}")
-                await self._stopping.wait()
-                beat.cancel()
-                await self._quit()
-                await self._connector.close()
-                await connection
+            async with self._jobs.serving():
+                try:
+                    await self._stay_connected()
+                finally:
+                    # What the server has asked for ends before what it is about: nobody starts what is being ended.
+                    await self._uplink.cell.close()
         except ExceptionGroup as errors:
             raise first_error(errors) from None
         finally:
             if self._own_transfers is not None:
                 await self._own_transfers.close()
-            await self._uplink.cell.close()
             _log.info("stopped", extra={"client": self._settings.name})
 
     # The connection ---------------------------------------------------------------------------------------------------
+
+    async def _stay_connected(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            connection = group.create_task(self._connector.run(), name=f"connection of {self._settings.name}")
+            beat = group.create_task(self._beat(), name=f"heartbeat of {self._settings.name}")
+            await self._stopping.wait()
+            beat.cancel()
+            await self._quit()
+            await self._connector.close()
+            await connection
 
     def _hello(self) -> Hello:
         """Return what opens a stream; raise ``Unauthenticated`` once the certificate that goes with it is not valid."""

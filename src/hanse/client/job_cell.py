@@ -24,6 +24,7 @@ from hanse.errors import (
     HanseError,
     InternalError,
     ProtocolError,
+    StoreFailed,
     TrainingFailed,
     Unauthenticated,
     UpdateRejected,
@@ -149,7 +150,10 @@ class ClientJob:
             self._log.warning("task failed", extra=extra)
         await self._deliver(result, bytes_of)
         if assignment.model is not None:
-            await asyncio.to_thread(self._keep_only, digests_of(assignment.model))
+            try:
+                await asyncio.to_thread(self._keep_only, digests_of(assignment.model))
+            except StoreFailed as failed:  # which the next task, or the agent at the job's end, tries again
+                self._log.warning("tensors that are no longer needed stay", extra={"reason": failed.reason})
 
     async def _result_of(self, assignment: TaskAssignment) -> tuple[TaskResult, Mapping[Digest, memoryview]]:
         """Return the answer to a task with its large tensors' bytes; whatever goes wrong is the answer's fault."""

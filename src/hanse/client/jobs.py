@@ -13,21 +13,29 @@ import hashlib
 import importlib.util
 import logging
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 import msgspec
 
 from hanse.cell.transfer import TensorTransfers
 from hanse.client.process_spec import PROCESS_MODULE, TAIL_CHARS, JobProcessSpec
-from hanse.client.uplink import Uplink
+from hanse.client.uplink import ANSWER_TIMEOUT_S, Uplink
 from hanse.client.workspace import JobFolder, StartedJob, job_folders
 from hanse.coordination.policy import may_run
-from hanse.errors import HanseError, JobInvalid, NotFound, ProtocolError, SiteRefused
-from hanse.ids import ClientName, JobId, Ssid, Token, is_job_id
+from hanse.errors import (
+    HanseError,
+    JobInvalid,
+    NotFound,
+    ProtocolError,
+    SiteRefused,
+    Unauthenticated,
+    Unreachable,
+)
+from hanse.ids import SERVER, ClientName, JobId, Ssid, Token, is_job_id
 from hanse.job import JobSpec
 from hanse.launch.long_logs import LongLogs
 from hanse.launch.memory import KillCounter, cause_of
@@ -38,6 +46,9 @@ from hanse.settings import ClientSettings
 from hanse.storage.disk import start_failure
 from hanse.storage.packages import MAX_PACKAGE_BYTES, comes_with, unpack_package
 from hanse.storage.tensors import TensorFiles
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +81,10 @@ class _Job:
     folder: JobFolder
     process: _Process | None = None
     is_here: bool = False
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and not self.process.is_asked
 
 
 class SiteJobs:
@@ -119,13 +134,13 @@ class SiteJobs:
 
     @property
     def running(self) -> tuple[JobId, ...]:
-        """The jobs with a process here, or with one whose end the server has not heard of yet; sorted."""
-        return tuple(sorted(job_id for job_id, job in self._jobs.items() if job.process is not None))
+        """The jobs with a process here that goes on, or with one whose end the server has not heard of yet; sorted."""
+        return tuple(sorted(job_id for job_id, job in self._jobs.items() if job.is_running))
 
     @property
     def idle(self) -> tuple[JobId, ...]:
-        """The jobs that have files here, if only a part of a package, but no process; sorted."""
-        return tuple(sorted(job_id for job_id, job in self._jobs.items() if job.process is None))
+        """The jobs that have files here, if only a part of a package, but no process that goes on; sorted."""
+        return tuple(sorted(job_id for job_id, job in self._jobs.items() if not job.is_running))
 
     def shorten_logs(self) -> None:
         """Have the logs of the jobs here shortened, as far as they are too long; returns at once."""
@@ -169,8 +184,11 @@ class SiteJobs:
             raise SiteRefused(self._client, refusal)
         async with self._lock_of(deploy.job_id):
             job = self._jobs.get(deploy.job_id)
-            if job is None or not job.is_here or job.deployed.package != deploy.package:
-                await self._deploy(deploy)
+            if job is not None and job.is_here and job.deployed.package == deploy.package:
+                return
+            if job is not None:
+                await self._stop_process(job)
+            await self._deploy(deploy)
 
     async def _on_start(self, message: Message) -> None:
         start = message.payload
@@ -228,10 +246,13 @@ class SiteJobs:
     async def _deploy(self, deploy: DeployJob) -> None:
         folder = JobFolder(self._workspace / "jobs" / deploy.job_id)
         self._jobs[deploy.job_id] = job = _Job(deploy, folder)
-        packages = await asyncio.to_thread(TensorFiles, folder.package)
-        partial = await asyncio.to_thread(packages.begin, deploy.package, deploy.package_bytes)
-        await self._transfers.download(f"job/{deploy.job_id}", deploy.package, deploy.package_bytes, partial)
-        spec = await asyncio.to_thread(unpack_package, packages.path(deploy.package), folder.code)
+        packages = await _in_thread(TensorFiles, folder.package)
+        partial = await _in_thread(packages.begin, deploy.package, deploy.package_bytes)
+        try:
+            await self._transfers.download(f"job/{deploy.job_id}", deploy.package, deploy.package_bytes, partial)
+        except Unauthenticated as error:  # the agent has had another token since, or is about to
+            raise Unreachable(SERVER, error.reason) from error
+        spec = await _in_thread(unpack_package, packages.path(deploy.package), folder.code)
         if spec != deploy.spec:
             raise JobInvalid("package", got=f"another definition of {spec.name}", expected="the one that was announced")
         if not _is_there(spec, folder.code) and not _is_installed(spec):
@@ -240,9 +261,8 @@ class SiteJobs:
         _log.info("job deployed", extra={"job": deploy.job_id, "job_name": deploy.name, "submitter": deploy.submitter})
 
     async def _start(self, job: _Job, start: StartJob) -> None:
-        self._serving_group()
         terms, authority = self._terms(job.deployed, job.folder), start.identity.authority
-        await asyncio.to_thread(job.folder.note, StartedJob(job.deployed, start.attempt, terms, authority))
+        await _in_thread(job.folder.note, StartedJob(job.deployed, start.attempt, terms, authority))
         kills = KillCounter()
         try:
             handle = await self._launcher.launch(
@@ -254,8 +274,6 @@ class SiteJobs:
             )
         except OSError as error:
             raise start_failure(f"the job's process at {self._client}", error, job.folder.path) from error
-        if self._group is None:  # the agent has begun to stop meanwhile
-            await handle.stop(STOP_GRACE_S)
         self._run(job, _Process(handle, start.attempt, kills, authority))
         _log.info("job started", extra={"job": start.job_id, "attempt": start.attempt, "pid": handle.pid})
 
@@ -298,11 +316,17 @@ class SiteJobs:
         _log.warning("a job's process ended unasked", extra=extra)
         end = JobEnded(job.deployed.job_id, process.attempt, status, tail, cause)
         try:
-            await self._uplink.ask_until_answered(Channel.SERVER, "job_ended", end)
+            await self._uplink.persist(lambda: self._tell(end), doing="telling of the end of a job's process")
         except HanseError as error:
             _log.info("the server does not want to hear of it", extra={**extra, "reason": error.reason})
         if job.process is process:
             job.process = None
+
+    async def _tell(self, end: JobEnded) -> None:
+        try:
+            await self._uplink.ask(Channel.SERVER, "job_ended", end, timeout_s=ANSWER_TIMEOUT_S)
+        except Unauthenticated as error:  # with another token it may: the agent registers anew, or ends
+            raise Unreachable(SERVER, error.reason) from error
 
     async def _end(self, job_id: JobId) -> None:
         async with self._lock_of(job_id):
@@ -315,13 +339,15 @@ class SiteJobs:
             _log.info("job ended", extra={"job": job_id})
 
     async def _stop_process(self, job: _Job) -> None:
-        process, job.process = job.process, None
+        process = job.process
         if process is None:
             return
         process.is_asked = True
         await process.handle.stop(STOP_GRACE_S)
         if process.watcher is not None:
             process.watcher.cancel()  # it may be reporting an end that came before
+        if job.process is process:  # what ends at the same time as another asks for it is ended once
+            job.process = None
 
     async def _stop_all(self) -> None:
         jobs = list(self._jobs.values())
@@ -338,6 +364,16 @@ class SiteJobs:
         if self._group is None:
             raise SiteRefused(self._client, "its agent is stopping")
         return self._group
+
+
+async def _in_thread(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """Return what *work* returns, done in a thread. Cancelled, this ends when *work* does: it has a job's files."""
+    working = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **named))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.gather(working, return_exceptions=True)
+        raise
 
 
 def _is_installed(spec: JobSpec) -> bool:

@@ -15,10 +15,12 @@ from typing import Final
 
 import msgspec
 
-from hanse.errors import Conflict, StoreFailed
+from hanse.errors import Conflict
 from hanse.launch.held import only_holder
-from hanse.launch.surviving import end_survivor, forget
+from hanse.launch.process import SET_ASIDE
+from hanse.launch.surviving import end_left_behind, end_survivor
 from hanse.messages import DeployJob
+from hanse.storage.disk import disk_failure
 
 CLIENT_FILE: Final = "client.pid"
 """The agent locks it as long as it runs, and writes its number into it where it is one process's purpose."""
@@ -79,7 +81,7 @@ class JobFolder:
                 file.write(msgspec.msgpack.encode(started))
             partial.replace(self._started)
         except OSError as error:
-            raise StoreFailed(f"noting the start of job {self.path.name}", str(error.strerror)) from error
+            raise disk_failure(f"noting the start of job {self.path.name}", error, self.path) from error
 
     def started(self) -> StartedJob | None:
         """Return what was noted last; ``None`` where nothing is, or nothing that this release can read."""
@@ -89,12 +91,20 @@ class JobFolder:
             return None
 
     def clear(self) -> None:
-        """Delete all but the log, and the folder where there is none; no process of the job may live."""
-        for path in (self.package, self.code, self.tensors):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in (self._started, self._started.with_suffix(".tmp")):
-            path.unlink(missing_ok=True)
-        forget(self.path)
+        """Delete all but the log, and the folder where there is none; no process of the job may live.
+
+        What that has left behind is killed. What the disk does not let go stays, for the next agent of the workspace to
+        delete.
+        """
+        end_left_behind(self.log)
+        for path in self.path.glob("*"):
+            if path.name in (self.log.name, self.log.name + SET_ASIDE):
+                continue
+            with suppress(OSError):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
         with suppress(OSError):  # not empty, or not there
             self.path.rmdir()
 
@@ -121,11 +131,14 @@ def only_agent_of(workspace: Path) -> Iterator[int]:
 def end_orphans(workspace: Path, *, grace_s: float) -> list[int]:
     """End the jobs' processes that an agent which was killed has left in *workspace*; return their numbers. Blocks.
 
-    Where an agent runs they are its own, and left to it.
+    Their folders are cleared. Where an agent runs they are its own, and left to it.
     """
+    pids = []
     try:
         with only_agent_of(workspace):
-            pids = [end_survivor(folder.path, grace_s=grace_s) for folder in job_folders(workspace)]
+            for folder in job_folders(workspace):
+                pids.append(end_survivor(folder.path, grace_s=grace_s))
+                folder.clear()
     except Conflict:
         return []
     return [pid for pid in pids if pid is not None]

@@ -82,15 +82,41 @@ def started_at(pid: int) -> int:
     return int(fields[_STARTED]) if fields else 0
 
 
+_PROC: Final = Path("/proc")
 _STATE: Final = 0
+_SESSION: Final = 3
 _STARTED: Final = 19
 _EXIT_CODE: Final = 49
-"""Fields of ``/proc/<pid>/stat`` behind the name: the third, the 22nd and the 52nd of proc(5)."""
+"""Fields of ``/proc/<pid>/stat`` behind the name: the third, the sixth, the 22nd and the 52nd of proc(5)."""
+
+
+def kill_session(leader: int, *, output: Path) -> None:
+    """Kill what is left of the session that process *leader* led and writes to the file *output*, where that is told.
+
+    The number alone may be another session's by now; the file is nobody else's output.
+    """
+    if not _PROC.is_dir():
+        return
+    for pid in [int(path.name) for path in _PROC.iterdir() if path.name.isdigit()]:
+        if _is_of(pid, leader, output):
+            with contextlib.suppress(OSError), contextlib.closing(HeldProcess(pid)) as held:
+                if _is_of(pid, leader, output):  # held on to by now, it is the one
+                    held.send(signal.SIGKILL)
+
+
+def _is_of(pid: int, session: int, output: Path) -> bool:
+    fields = _stat(pid)
+    if len(fields) <= _SESSION or int(fields[_SESSION]) != session:
+        return False
+    try:
+        return any((_PROC / str(pid) / "fd" / number).samefile(output) for number in ("1", "2"))
+    except OSError:  # it has ended meanwhile, or has closed them
+        return False
 
 
 def _stat(pid: int) -> list[str]:
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return []
 

@@ -27,7 +27,7 @@ from typing import Final
 import msgspec
 
 from hanse.errors import ConfigError, Conflict
-from hanse.launch.held import HeldProcess, lock_nowait, started_at
+from hanse.launch.held import HeldProcess, kill_session, lock_nowait, started_at
 from hanse.launch.process import RunningProcess, ask_then_force, last_lines, start_process
 
 LOCK_FILE: Final = "process"
@@ -190,10 +190,16 @@ def end_survivor(folder: Path, *, grace_s: float) -> int | None:
     return held.pid
 
 
-def forget(folder: Path) -> None:
-    """Delete what ties a process to *folder*; there must be none."""
-    for name in (LOCK_FILE, LINE_FILE):
-        (folder / name).unlink(missing_ok=True)
+def end_left_behind(log_path: Path) -> None:
+    """Kill what the process with the log *log_path* had started and has left behind; it must have ended. Blocks.
+
+    Where that was killed, and its agent as well, nobody else does.
+    """
+    try:
+        note = msgspec.json.decode((log_path.parent / LOCK_FILE).read_bytes(), type=_Note)
+    except (msgspec.MsgspecError, OSError):
+        return
+    kill_session(note.pid, output=log_path)
 
 
 class LifeLine:
@@ -212,7 +218,8 @@ class LifeLine:
         self._is_held = self._is_over = False
         # The lock is to tell of this process alone: what it starts, and what it forks, must not have it.
         os.set_inheritable(lock, False)
-        os.register_at_fork(after_in_child=lambda: _close(lock))
+        file = os.fstat(lock)
+        os.register_at_fork(after_in_child=lambda: _close(lock, file))
 
     def watch(self, *, grace_s: float, on_alone: Callable[[str], None]) -> None:
         """Call *on_alone*, once and from a thread, when no agent has held the line for *grace_s* seconds; say why."""
@@ -291,9 +298,11 @@ def _living(folder: Path) -> tuple[HeldProcess, _Note] | None:
         os.close(lock)
 
 
-def _close(descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # the job's code may have closed it
-        os.close(descriptor)
+def _close(descriptor: int, file: os.stat_result) -> None:
+    """Close *descriptor* if it is still that of *file*: it may have been closed, and its number be another file's."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(descriptor), file):
+            os.close(descriptor)
 
 
 def _write_note(lock: int, note: _Note) -> None:

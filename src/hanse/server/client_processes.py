@@ -69,7 +69,7 @@ class ClientProcesses:
         self._suspect = suspect
         self._log = FieldLogger(_log, {"job": record.job_id})
         self._unstarted: set[ClientName] = set()
-        self._asked: Counter[ClientName] = Counter()  # to start one, and has not answered yet
+        self._being_started: Counter[ClientName] = Counter()
         self._troubles = {
             answer.key.client: Trouble(answer.fault.code, answer.fault.log_tail)
             for answer in run.answers
@@ -93,19 +93,19 @@ class ClientProcesses:
             self.heard(client, reported=reported, dead=False)
 
     def _begin(self, client: ClientName, *, noted: bool = False) -> None:
-        self._asked[client] += 1
+        self._being_started[client] += 1
         self._spawn(self._start(client, noted=noted), f"start {client} of {self._record.job_id}")
 
     async def _start(self, client: ClientName, *, noted: bool) -> None:
         try:
             attempt = await self._started(client, noted=noted)
         finally:
-            self._asked[client] -= 1
+            self._being_started[client] -= 1
         if attempt is not None:
             await self._expect(client, attempt)
 
     async def _started(self, client: ClientName, *, noted: bool) -> int | None:
-        """Have *client* start its process, and return which start that was; ``None`` if there was none."""
+        """Have *client* start its process; return which start that was, ``None`` when it did not come to it."""
         services, record, run = self._services, self._record, self._run
         if not noted and run.starting(client, now=services.now()) is None:
             return None
@@ -124,9 +124,10 @@ class ClientProcesses:
             elif run.failed(client, error.reason, now=services.now()):
                 self._troubles[client] = Trouble(code_of(error))
                 self._changed(client, "failed", SiteRefused(client, error.reason).reason)
-            return None
-        self._log.info("client started", extra={"client": client, "package": record.package})
-        return attempt
+        else:
+            self._log.info("client started", extra={"client": client, "package": record.package})
+            return attempt
+        return None
 
     async def _expect(self, client: ClientName, attempt: int) -> None:
         """Take *client* for suspect if the process that it has started does not connect in time."""
@@ -166,19 +167,19 @@ class ClientProcesses:
     def heard(self, client: ClientName, *, reported: bool, dead: bool) -> None:
         """Take note of *client*'s heartbeat: whether it *reported* this job, or has lost it since (*dead*).
 
-        One that is being asked to start it has lost nothing more: what died before was told of.
+        Where it is being started, or could not be, no heartbeat tells of that start: the one before is known to have
+        ended.
         """
         if reported:
             self._unstarted.discard(client)
-        elif self._asked[client]:
-            pass
-        elif dead:
+        elif client in self._unstarted:
+            if not self._over.is_set():
+                self._unstarted.discard(client)
+                self._begin(client)
+        elif dead and not self._being_started[client]:
             attempt = max(self._run.participant(client).attempt, 1)  # at least, where another server had it started
             end = JobEnded(self._record.job_id, attempt, status=1, log_tail="the client no longer runs it")
             self.ended(client, end)
-        elif client in self._unstarted and not self._over.is_set():
-            self._unstarted.discard(client)
-            self._begin(client)
 
     def agent_is_new(self, client: ClientName) -> None:
         """Take note that *client*'s agent has registered anew, and may have lost the job's process.

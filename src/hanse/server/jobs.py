@@ -6,22 +6,16 @@ find their run here. All of it lives on the event loop; ``heartbeat`` may be cal
 """
 
 import asyncio
-import importlib
 import logging
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Collection, Coroutine, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 import msgspec
 
-from hanse.cell.cell import Cell
 from hanse.cell.link import Peer
 from hanse.cell.transfer import Files
 from hanse.coordination.runs import Run, Sync, heartbeat_sync
@@ -36,7 +30,6 @@ from hanse.coordination.waiting import (
 from hanse.errors import (
     Conflict,
     HanseError,
-    JobInvalid,
     NotFound,
     NotInService,
     StaleEpoch,
@@ -44,13 +37,10 @@ from hanse.errors import (
     Unauthorized,
 )
 from hanse.events import EventType, FLContext
-from hanse.ids import ClientName, Fqcn, JobId, job_cell, split_cell
+from hanse.ids import ClientName, JobId, job_cell, split_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.launch.long_logs import LongLogs
-from hanse.learning.workflow import WORKFLOWS, load_workflow
 from hanse.messages import (
-    AbortJob,
-    Channel,
     JobEvent,
     JobFailure,
     Waiting,
@@ -61,34 +51,23 @@ from hanse.server.causes import cause_of, code_of
 from hanse.server.client_processes import DEPLOY_TIMEOUT_S, deploy
 from hanse.server.clients import Clients
 from hanse.server.job_board import JobBoard
+from hanse.server.leftovers import Leftovers
 from hanse.server.lifetime import start_in
 from hanse.server.run_desk import RunDesk
-from hanse.server.run_folder import RunFolder
-from hanse.server.run_mirror import RunMirror, tensors_in
+from hanse.server.run_folder import RunFolder, RunFolders
 from hanse.server.run_services import RunServices
 from hanse.server.run_tensors import needed_tensors, without_lost
+from hanse.server.submission import submit
 from hanse.storage.objects import Objects
-from hanse.storage.packages import unpack_package
-from hanse.storage.records import RunState
+from hanse.storage.records import RunState, is_stored
 from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
 
 MAX_ABORTS: Final = 1000
 """The most jobs that one heartbeat is answered with; a client that runs more hears of the rest at its next ones."""
-MAX_DOUBTFUL: Final = 20
-"""The most jobs that are looked up for one heartbeat; they go as they are found to have ended, so others follow."""
 POSTPONED_S: Final = 5.0
 """A job that its clients could not take just now (a full disk, a broken line) is tried again after this long."""
-DELETED_WITHIN_S: Final = 30.0
-"""How long the end of a run waits for its tensors to be deleted, by a disk or a bucket."""
-CLEARED_AGAIN_S: Final = 60.0
-"""What could not be deleted from the bucket is tried again after this long."""
-MAX_SLUG_CHARS: Final = 54
-"""What of a job's name is in its id, which has 63 characters at most, eight of them random."""
-_INCOMING: Final = ".incoming-"
-"""What the folder of a job is called that is being submitted; the epoch follows, so that leftovers can be told."""
-_NOT_IN_ID = re.compile(r"[^a-z0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +98,8 @@ class Jobs:
     ) -> None:
         self._services = services
         self._workspace = workspace
-        self._folders = runs
-        self._objects = objects
+        self._folders = RunFolders(runs, services.epoch, objects)
+        self._leftovers = Leftovers(services.store, services.cell, self._folders)
         self._clients = clients
         self._limits = limits
         self._runs: dict[JobId, ActiveRun] = {}
@@ -136,7 +115,6 @@ class Jobs:
         self._in_doubt: set[JobId] = set()  # ended perhaps, and not announced
         self._changed = asyncio.Event()
         self._suspects = asyncio.Event()
-        self._left_behind = asyncio.Event()
         self._accepting = True
         self._knows_runs = False
         self._has_left = False
@@ -165,8 +143,8 @@ class Jobs:
             self._knows_runs = True
             ready.set()
             group.create_task(self._watch_clients(), name="notice lost clients")
-            if self._objects is not None:
-                group.create_task(self._clear_bucket(self._objects), name="clear the bucket")
+            if (objects := self._folders.objects) is not None:
+                group.create_task(self._leftovers.clear_bucket(objects), name="clear the bucket")
             try:
                 await self._schedule()
             finally:
@@ -179,8 +157,7 @@ class Jobs:
 
     async def _take_up(self) -> None:
         running = await self._services.store.jobs(states=(JobState.RUNNING,))
-        for job_id in await asyncio.to_thread(self._clear_leftovers, {record.job_id for record in running}):
-            await self._clear_unknown(job_id)
+        await self._leftovers.clear_folders({record.job_id for record in running})
         for record in running:
             self._taking_up[record.job_id] = TakingUp(frozenset(record.clients), self._services.wall())
             self._live(record, self._resume(record))
@@ -219,56 +196,6 @@ class Jobs:
                 _log.error("taking a run up waits", extra={"job": record.job_id, "reason": failed.reason})
                 self._taking_up[record.job_id] = replace(self._taking_up[record.job_id], reason=failed.reason)
             await asyncio.sleep(POSTPONED_S)  # a bucket, or a full disk, tells nobody when it is well again
-
-    def _clear_leftovers(self, running: Collection[JobId]) -> list[JobId]:
-        """Delete what earlier tenures have left: submissions that broke off, tensors of runs that are not *running*.
-
-        Return the jobs that have never run here: who submitted them may have been killed before the store had them.
-        """
-        idle = []
-        for path in self._folders.glob(f"{_INCOMING}*"):
-            number = path.name.removeprefix(_INCOMING).partition("-")[0]
-            if number.isdigit() and int(number) < self._services.epoch:
-                shutil.rmtree(path, ignore_errors=True)
-        for path in self._folders.glob("*/"):
-            if path.name not in running and not path.name.startswith(_INCOMING):
-                folder = self.run_folder(JobId(path.name))
-                folder.delete_earlier_tensors()
-                if folder.package.is_dir() and not folder.log.exists():
-                    idle.append(JobId(path.name))
-        return idle
-
-    async def _clear_unknown(self, job_id: JobId) -> None:
-        """Delete the files of a job that has never run, unless the store has it."""
-        try:
-            await self._services.store.job(job_id)
-        except NotFound:
-            await asyncio.to_thread(shutil.rmtree, self.run_folder(job_id).path, ignore_errors=True)
-
-    async def _clear_bucket(self, objects: Objects) -> None:
-        """Delete the tensors that runs have left in the bucket, in this tenure or in earlier ones, until cancelled."""
-        while True:
-            self._left_behind.clear()
-            again_in_s = None
-            try:
-                await self._delete_left(objects)
-            except StoreFailed as failed:
-                _log.warning("objects left behind", extra={"reason": failed.reason})
-                again_in_s = CLEARED_AGAIN_S  # a bucket tells nobody when it is well again
-            with suppress(TimeoutError):
-                async with asyncio.timeout(again_in_s):
-                    await self._left_behind.wait()
-
-    async def _delete_left(self, objects: Objects) -> None:
-        """Delete what runs that have ended have left. A job that the store does not know may be another project's."""
-        left: dict[JobId, list[str]] = {}
-        for tensor in tensors_in(await objects.sizes()):
-            if tensor.epoch <= self._services.epoch:
-                left.setdefault(tensor.job_id, []).append(tensor.key)
-        for job_id, keys in left.items():
-            with suppress(NotFound):
-                if (await self._services.store.job(job_id)).state in ENDED:
-                    await objects.delete(keys)
 
     async def _schedule(self) -> None:
         while True:
@@ -379,64 +306,12 @@ class Jobs:
 
         Raises:
             JobInvalid: the package or its definition does not hold, or a handler refuses it.
+            StoreFailed: it is not stored, or that cannot be told now.
         """
-        job_folder, record = await asyncio.to_thread(self._receive, package, submitter)
-        context = FLContext("server", project=self._services.project, peer=submitter, job_id=record.job_id)
         try:
-            if (refused := self._services.handlers.ask(EventType.JOB_SUBMITTED, context)) is not None:
-                raise JobInvalid("submission", got=record.spec.name, expected=f"one that the server takes: {refused}")
-            await job_folder.keep_package(record.package)
-            await self._services.store.add_job(self._services.epoch, record)
-        except HanseError as error:
-            # While the store cannot be asked, the files stay: it may have the job.
-            if not (isinstance(error, StoreFailed) and await self._is_stored(record)):
-                await self._discard(job_folder, record)
-                raise
+            return await submit(package, submitter=submitter, services=self._services, folders=self._folders)
         finally:
             self.wake()  # the store may have it, whoever hears of that
-        _log.info("job submitted", extra={"job": record.job_id, "submitter": submitter, "folder": str(job_folder.path)})
-        return record
-
-    async def _is_stored(self, record: JobRecord) -> bool:
-        """Return whether the store has *record*: one that failed may have done what it could not say that it had.
-
-        Raises:
-            StoreFailed: it cannot be asked.
-        """
-        with suppress(NotFound):
-            return await self._services.store.job(record.job_id) == record
-        return False
-
-    async def _discard(self, folder: RunFolder, record: JobRecord) -> None:
-        try:
-            await folder.discard(record)
-        except StoreFailed as failed:
-            _log.warning("a refused job is left behind", extra={"job": record.job_id, "reason": failed.reason})
-
-    def _receive(self, package: Path, submitter: str) -> tuple[RunFolder, JobRecord]:
-        data = package.read_bytes()
-        spec_folder = RunFolder(self._folders / f"{_INCOMING}{self._services.epoch}-{secrets.token_hex(8)}")
-        try:
-            spec = unpack_package(data, spec_folder.code)
-            if spec.workflow.name in WORKFLOWS:
-                load_workflow(spec.workflow, _no_import)
-        except HanseError:
-            shutil.rmtree(spec_folder.path, ignore_errors=True)
-            raise
-        slug = _NOT_IN_ID.sub("-", spec.name.lower())[:MAX_SLUG_CHARS].strip("-") or "job"
-        job_id = JobId(f"{slug}-{secrets.token_hex(4)}")
-        digest = TensorFiles(spec_folder.package).put(memoryview(data))
-        folder = self.run_folder(job_id)
-        spec_folder.path.rename(folder.path)
-        record = JobRecord(
-            job_id=job_id,
-            spec=spec,
-            submitter=submitter,
-            submitted_at=self._services.wall(),
-            package=digest,
-            package_bytes=len(data),
-        )
-        return folder, record
 
     async def _launch(self, record: JobRecord) -> None:
         """Deploy a scheduled job and run it to its end."""
@@ -490,7 +365,7 @@ class Jobs:
             try:
                 await self._services.store.replace_job(self._services.epoch, record, was=was)
             except Conflict:
-                if has_failed and await self._is_stored(record):
+                if has_failed and await is_stored(self._services.store, record):
                     return
                 raise
             except StoreFailed as failed:
@@ -545,7 +420,7 @@ class Jobs:
                     self._spawn_for(active, partial(active.send_out, client))  # which may wait, and the run lives now
             heard = {client: record.job_id in self._known[client] for client in record.clients if client in self._known}
             ended = await active.live(resumed=resumed, heard=heard)
-            await self._delete_tensors(folder)
+            await self._leftovers.delete_tensors(folder)
             self._announce_end(ended)
         finally:
             del self._runs[record.job_id]
@@ -573,7 +448,7 @@ class Jobs:
         try:
             await self._services.store.end_run(self._services.epoch, ended, was=was)
         except StoreFailed:
-            if not await self._is_stored(ended):
+            if not await is_stored(self._services.store, ended):
                 raise
 
     async def _settle_doubts(self) -> None:
@@ -592,9 +467,7 @@ class Jobs:
         notice = EventType.JOB_FAILED if record.state is JobState.FAILED else EventType.JOB_ABORTED
         self._tell(notice, record.job_id, reason=record.reason)
         for client in record.clients:
-            _tell_quietly(
-                self._services.cell, Fqcn(client), AbortJob(record.job_id, record.reason or record.state.value)
-            )
+            self._leftovers.abort_at(client, record.job_id, record.reason or record.state.value)
         self._announce_end(record)
 
     def _announce_end(self, record: JobRecord) -> None:
@@ -651,16 +524,7 @@ class Jobs:
             self._announce_end(record)
             return
         await self._fail(record, code_of(error), error.reason)
-        await self._delete_tensors(self.run_folder(job_id))
-
-    async def _delete_tensors(self, folder: RunFolder) -> None:
-        """Delete the tensors of a run that has ended; what cannot be deleted now does not keep it from that."""
-        try:
-            async with asyncio.timeout(DELETED_WITHIN_S):
-                await folder.delete_tensors()
-        except (StoreFailed, TimeoutError) as failed:
-            _log.warning("tensors left behind", extra={"folder": str(folder.path), "reason": str(failed)})
-            self._left_behind.set()
+        await self._leftovers.delete_tensors(self.run_folder(job_id))
 
     async def abort(self, job_id: JobId, *, reason: str) -> JobRecord:
         """Abort a job that has not ended, and return its record.
@@ -688,7 +552,7 @@ class Jobs:
             except Conflict:  # it went on at this very moment: look again how far it is
                 continue
             if record.state is JobState.RUNNING:
-                await self._delete_tensors(self.run_folder(job_id))
+                await self._leftovers.delete_tensors(self.run_folder(job_id))
             return await self._services.store.job(job_id)
 
     async def wait(self, job_id: JobId) -> JobRecord:
@@ -761,17 +625,7 @@ class Jobs:
         for job_id in expected:
             if (run := self._runs.get(job_id)) is not None:
                 run.processes.heard(client, reported=job_id in sync.known, dead=job_id in sync.dead)
-        if doubtful := [job_id for job_id in idle if job_id not in self._lives][:MAX_DOUBTFUL]:
-            name = f"look up what {client} has left"
-            start_in(self._group, self._end_left(client, doubtful), _if_it_can, name=name)
-
-    async def _end_left(self, client: ClientName, doubtful: Collection[JobId]) -> None:
-        """Have *client* abort those that have ended. Where the store cannot tell, its next heartbeat asks again."""
-        for job_id in doubtful:
-            with suppress(NotFound):
-                if (await self._services.store.job(job_id)).state not in ENDED:
-                    continue
-            _tell_quietly(self._services.cell, Fqcn(client), AbortJob(job_id, "it has ended"))
+        self._leftovers.end_at(client, [job_id for job_id in idle if job_id not in self._lives], group=self._group)
 
     def registered(self, client: ClientName) -> None:
         """Take note that *client*'s agent has registered (anew); from any thread."""
@@ -901,9 +755,7 @@ class Jobs:
 
     def run_folder(self, job_id: JobId) -> RunFolder:
         """Return where the job's run keeps its things."""
-        epoch, objects = self._services.epoch, self._objects
-        mirror = RunMirror(objects, job_id, epoch) if objects is not None else None
-        return RunFolder(self._folders / job_id, epoch, mirror)
+        return self._folders.of(job_id)
 
     def _waiting_of(self, record: JobRecord) -> tuple[Waiting, ...]:
         """Return what a job that has not ended waits for."""
@@ -938,23 +790,3 @@ def said_of(client: ClientName, reason: str) -> str:
     """Return *reason* with *client*, the one that it is about, named in it."""
     is_named = re.search(rf"(?<![\w-]){re.escape(client)}(?![\w-])", reason) is not None
     return reason if is_named else f"{reason} (at {client})"
-
-
-def _tell_quietly(cell: Cell, destination: Fqcn, abort: AbortJob) -> None:
-    try:
-        cell.tell(destination, Channel.JOB, "abort", abort)
-    except HanseError as error:
-        _log.debug("not told", extra={"destination": destination, "reason": error.reason})
-
-
-async def _if_it_can(work: Coroutine[Any, Any, None]) -> None:
-    try:
-        await work
-    except HanseError as error:
-        _log.info("not looked up", extra={"reason": error.reason})
-
-
-def _no_import(name: str) -> ModuleType:
-    if name.startswith("hanse.learning."):
-        return importlib.import_module(name)
-    raise ImportError("a job's code is not imported by the server")

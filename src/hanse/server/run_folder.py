@@ -1,4 +1,4 @@
-"""Where a run keeps its things on the server: ``runs/<job>`` of the folder that all servers of a project share.
+"""Where runs keep their things on the server: each in ``runs/<job>`` of the folder that all servers of a project share.
 
 Package, code, result and log are the run's for good. Its tensors are a tenure's: each has a folder of its own, named
 after its epoch, and begins by bringing over what the journal names. So a server whose tenure has ended, and that does
@@ -9,6 +9,7 @@ another server needs to go on; what is missing here is fetched from there.
 """
 
 import asyncio
+import secrets
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
@@ -17,16 +18,19 @@ from pathlib import Path
 from typing import Final
 
 from hanse.errors import StoreFailed
-from hanse.ids import Digest
+from hanse.ids import Digest, JobId
 from hanse.job import JobRecord
 from hanse.server.run_mirror import RunMirror
 from hanse.storage.disk import sync_tree
+from hanse.storage.objects import Objects
 from hanse.storage.packages import unpack_package
 from hanse.storage.tensors import TensorFiles
 
 _TENSORS: Final = "tensors-"
 _FIRST_TENSORS: Final = "tensors"
 """Where release 0.1.0 kept a run's tensors, in all of its tenures."""
+_INCOMING: Final = ".incoming-"
+"""What the folder of a job is called that is being submitted; the epoch follows, so that leftovers can be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +197,38 @@ class RunFolder:
                 found.append((int(number), folder))
         first = self.path / _FIRST_TENSORS
         return [*([first] if first.is_dir() else []), *(folder for _, folder in sorted(found))]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolders:
+    """The folders of all runs, as the tenure *epoch* sees them.
+
+    Servers share the folder *path*; or they share *objects*, with which each can go on with what another has begun.
+    """
+
+    path: Path
+    epoch: int
+    objects: Objects | None = None
+
+    def of(self, job_id: JobId) -> RunFolder:
+        """Return where the job's run keeps its things."""
+        mirror = RunMirror(self.objects, job_id, self.epoch) if self.objects is not None else None
+        return RunFolder(self.path / job_id, self.epoch, mirror)
+
+    def job_ids(self) -> list[JobId]:
+        """Return the jobs that have a folder here."""
+        return [JobId(path.name) for path in self.path.glob("*/") if not path.name.startswith(_INCOMING)]
+
+    def new_incoming(self) -> RunFolder:
+        """Return where a job that is being submitted keeps its things, until it has a name."""
+        return RunFolder(self.path / f"{_INCOMING}{self.epoch}-{secrets.token_hex(8)}")
+
+    def delete_earlier_incoming(self) -> None:
+        """Delete what was being submitted in earlier tenures, whatever of it can be deleted."""
+        for path in self.path.glob(f"{_INCOMING}*"):
+            number = path.name.removeprefix(_INCOMING).partition("-")[0]
+            if number.isdigit() and int(number) < self.epoch:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _delete(folder: Path) -> None:

@@ -15,6 +15,7 @@ them before they change anything.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
@@ -290,6 +291,17 @@ class Store(Protocol):
     async def audit_log(self, limit: int = 100) -> list[AuditEntry]:
         """Return the last *limit* entries, the latest first."""
         ...
+
+
+async def is_stored(store: Store, record: JobRecord) -> bool:
+    """Return whether *store* has *record*: one that failed may have done what it could not say that it had.
+
+    Raises:
+        StoreFailed: it cannot be asked.
+    """
+    with suppress(NotFound):
+        return await store.job(record.job_id) == record
+    return False
 
 
 # Checks before a write ------------------------------------------------------------------------------------------------

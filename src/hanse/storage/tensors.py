@@ -383,8 +383,9 @@ class Scratch:
 class Partial:
     """A tensor that arrives in pieces: ``write`` them in order from ``offset``, then ``finish``.
 
-    ``close`` keeps what has come for the next ``begin``; it is the end of a ``with`` block too. Not for several threads
-    at once.
+    ``close`` keeps what has come for the next ``begin``; it is the end of a ``with`` block too, and of a partial that
+    nobody holds any more: who had it made in a thread may have been cancelled meanwhile. Not for several threads at
+    once.
     """
 
     def __init__(
@@ -403,6 +404,9 @@ class Partial:
         self._on_trouble = on_trouble
         self._files, self._path = files, path
         self._descriptor, self._hasher = descriptor, hasher
+        self._let_go = weakref.finalize(self, _let_go, descriptor, path) if descriptor is not None else None
+        if self._let_go is not None:
+            self._let_go.atexit = False  # a thread may still write, and the lock ends with the process
 
     def __enter__(self) -> Self:
         return self
@@ -460,10 +464,7 @@ class Partial:
 
     def close(self) -> None:
         """Stop; what has come is kept for the next attempt. After ``finish``, and twice, nothing."""
-        if self._descriptor is not None:
-            if self._path.suffix == _TEMPORARY:
-                _unlink(self._path)
-            self._release()
+        self._release()
 
     def _in_use(self) -> tuple[int, blake3]:
         if self._descriptor is None or self._hasher is None:
@@ -476,9 +477,15 @@ class Partial:
             self._release()
 
     def _release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._descriptor = None
+        if self._let_go is not None:
+            self._let_go()
+
+
+def _let_go(descriptor: int, path: Path) -> None:
+    if path.suffix == _TEMPORARY:
+        _unlink(path)
+    os.close(descriptor)
 
 
 @contextmanager
