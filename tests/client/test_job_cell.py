@@ -33,6 +33,7 @@ from hanse.messages import (
     JobFailure,
     LogMetrics,
     Renew,
+    ReturnCode,
     TaskAssignment,
     TaskCancelled,
     TaskFault,
@@ -577,6 +578,23 @@ async def test_a_model_that_the_disk_has_damaged_is_fetched_again(tmp_path: Path
             assert update is not None
             assert update.model is not None
             assert load_model(update.model, server.files(SCOPE))["w"][0] == np.float32(1)
+
+
+async def test_what_the_server_says_of_a_model_that_it_has_not_is_the_faults_code(tmp_path: Path) -> None:
+    class Without:
+        async def download(self, scope: str, digest: Any, size: int, into: Any) -> None:
+            into.close()
+            raise RemoteError("there is no tensor", return_code=ReturnCode.NOT_FOUND, error_code=NotFound.code)
+
+    async with fake_server(tmp_path / "s") as server:
+        server.transfers = Without()  # type: ignore[assignment]  # for this test
+        async with job(server, tmp_path / "t", FakeTrainer(add_one)):
+            await server.up(CELL)
+            give(server, assignment(server, LARGE))
+
+            fault = (await server.next(TaskResult)).fault
+            assert fault is not None
+            assert (fault.code, fault.reason) == ("not-found", "there is no tensor")
 
 
 async def test_download_goes_on_after_a_broken_connection(tmp_path: Path) -> None:

@@ -168,6 +168,32 @@ async def test_what_was_told_while_the_link_was_down_is_heard_when_it_is_up_agai
     assert len(attached) == 3
 
 
+async def test_what_was_told_of_a_client_before_the_link_broke_is_older_than_the_snapshot() -> None:
+    heard, server, run = Heard(), Cell(SERVER), Cell(RUN)
+    link = ServerLink(run, on_abort=heard.abort)
+    answer, asked = TaskResult(KEY, fault=TaskFault("x", "first")), asyncio.Event()
+
+    async def attach(message: Message) -> Message:
+        del message
+        if not asked.is_set():
+            server.tell(RUN, Channel.RUN, "client", ClientChanged(ClientName("site-1"), "lost"))
+            await server.ask(RUN, Channel.RUN, "answer", answer, timeout_s=10)
+            asked.set()
+            await asyncio.Event().wait()
+        return ok(SNAPSHOT)
+
+    server.on(Channel.RUN, "attach", attach)
+    async with connected(server, run):
+        attaching = asyncio.create_task(link.attach())
+        await asked.wait()
+    async with connected(server, run):
+        assert await attaching == SNAPSHOT
+        link.listen(heard)
+    await server.close()
+
+    assert (heard.answers, heard.changes) == ([answer], [])
+
+
 async def test_what_the_server_does_not_hear_is_cancelled_with_the_round() -> None:
     async with linked(Heard()) as (server, link):
         server.on(Channel.RUN, "cancel", _away)

@@ -5,6 +5,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ from hanse.server import FederatedServer
 from hanse.server.payloads import expect
 from hanse.server.run_spec import RunProcessSpec
 from hanse.storage.packages import build_package
-from hanse.storage.tensors import digest_of
+from hanse.storage.tensors import TensorFiles, digest_of
 
-from .world import Dialler, Wire, args, on_loop, wait
+from .world import Dialler, Wire, args, on_loop, target_of, transferring, wait
 
 MODEL_CODE = """
 import numpy as np
@@ -48,6 +49,9 @@ def initial(seed=0):
 
 def large():
     return Model({"w": np.zeros(10_000, np.float32)})
+
+def uneven():
+    return Model({"w": np.zeros(10_000, np.float32), "v": np.zeros(20_000, np.float32)})
 
 def broken():
     raise RuntimeError("no such data")
@@ -356,6 +360,33 @@ class Site:
     def refused(self, result: TaskResult) -> HanseError:
         assert self.job is not None
         return self.job.refused(Channel.TASK, "result", result)
+
+
+class Large:
+    """Models of one tensor that is too large to ride along, as a site's process moves them."""
+
+    def __init__(self, site: Site, server: FederatedServer, job_id: JobId) -> None:
+        self._site, self._server, self._scope = site, server, f"job/{job_id}"
+
+    @contextmanager
+    def _transfers(self) -> Any:
+        assert self._site.job is not None
+        with transferring(self._site.job, target_of(self._server), self._site.job._tls) as transfers:
+            yield transfers
+
+    def upload(self, value: float) -> UpdateRef:
+        data = np.full(10_000, value, np.float32).tobytes()
+        with self._transfers() as transfers:
+            wait(transfers.upload(self._scope, digest_of(data), memoryview(data)))
+        return UpdateRef(ModelRef((TensorRef("w", "float32", (10_000,), digest_of(data)),)), 1)
+
+    def download(self, model: ModelRef | None, into: TensorFiles) -> float:
+        assert model is not None
+        (tensor,) = model.tensors
+        with self._transfers() as transfers:
+            partial = into.begin(tensor.digest, tensor.size_bytes)
+            wait(transfers.download(self._scope, tensor.digest, tensor.size_bytes, partial))
+        return float(np.frombuffer(into.map(tensor.digest), np.float32)[0])
 
 
 def refusing(why: str) -> SiteRefused:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,18 @@ import numpy as np
 import pytest
 
 from hanse.cell.loop import background_loop
+from hanse.coordination.runs import Run
 from hanse.coordination.service import ServiceState
-from hanse.errors import HanseError, NotInService, SiteRefused, StoreFailed, Unauthenticated
-from hanse.ids import SERVER, ClientName, JobId, is_job_id
+from hanse.errors import (
+    HanseError,
+    NotInService,
+    ProtocolError,
+    SiteRefused,
+    StoreFailed,
+    Unauthenticated,
+    UpdateRejected,
+)
+from hanse.ids import SERVER, ClientName, Fqcn, JobId, is_job_id
 from hanse.job import JobRecord, JobState, WorkflowSpec
 from hanse.messages import (
     Challenge,
@@ -22,19 +31,23 @@ from hanse.messages import (
     JobEnded,
     JobFailure,
     LogMetrics,
+    ModelRef,
     Renew,
     ReturnCode,
     TaskAssignment,
     TaskCancelled,
     TaskFault,
+    TaskKey,
     TaskResult,
+    TensorRef,
     UpdateRef,
 )
 from hanse.model import Model
 from hanse.server import FederatedServer
 from hanse.server.active_run import MAX_LOGS_PER_S
-from hanse.server.bounds import MAX_METRICS, MAX_TAIL_CHARS
-from hanse.server.inbox import MAX_ANSWERS_PER_TASK
+from hanse.server.bounds import MAX_METRICS, MAX_STARTS, MAX_TAIL_CHARS
+from hanse.server.inbox import MAX_ANSWERS_PER_TASK, Inbox
+from hanse.server.run_journal import RunJournal
 from hanse.storage.memory import MemoryStore
 from hanse.storage.models import read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
@@ -578,6 +591,83 @@ def test_tensors_are_taken_from_who_has_a_task_for_them_alone(
         site.send(TaskResult(task.key, fault=TaskFault("x", "y")))
         outcome(server, job_id)
         assert upload(bytes(40_000)) is not None
+
+
+def test_an_update_of_which_a_tensor_is_another_is_refused(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server)
+    submit(server, tmp_path, min_clients=1, model="tiny_model:uneven")
+    task = site.task()
+    w, v = (task.model or ModelRef()).tensors
+    swapped = ModelRef((msgspec.structs.replace(w, digest=v.digest), v))
+
+    refused = site.refused(TaskResult(task.key, UpdateRef(swapped, 1)))
+
+    assert refused.reason == ("site-1 sent tensor 'w' of 80000 bytes; the job expects 40000")
+
+
+def test_a_number_of_a_start_beyond_measure_hurts_no_other(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server)
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+
+    refused = site.wire.refused(Channel.SERVER, "job_ended", JobEnded(job_id, attempt=2**64 - 1, status=-9))
+
+    assert refused.reason == f"JobEnded.attempt is {2**64 - 1}; expected a number of a start, up to {MAX_STARTS}"
+    assert wait(server.jobs.board.view(job_id)).state == "running"
+
+
+def test_empty_tensors_are_taken_in_numbers_that_answers_may_have(tmp_path: Path) -> None:
+    client = ClientName("site-1")
+    empty = ModelRef((TensorRef("w", "float32", (0,), digest_of(b"")),))
+    inbox = Inbox(TensorFiles(tmp_path), client)
+    inbox.expect([TaskAssignment(TaskKey(1, "train", 0, client), empty)])
+
+    for number in range(MAX_ANSWERS_PER_TASK):
+        inbox.begin(digest_of(bytes([number])), 0).close()
+
+    with pytest.raises(UpdateRejected, match="more than the 8 tensors that its answers may need"):
+        inbox.begin(digest_of(b"one more"), 0)
+
+
+def test_a_client_that_tells_of_one_damaged_tensor_many_times_has_it_looked_for_once(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, mend = [], RunJournal.mend
+    judged, judge, all_judged = [], Run.judge, on_loop(asyncio.Event)
+
+    def noting(run: Run, result: TaskResult, *, sender: ClientName) -> Any:
+        judged.append(result)
+        if len(judged) == 8:
+            all_judged.set()
+        return judge(run, result, sender=sender)
+
+    async def counting(journal: RunJournal, answered: Collection[TaskKey]) -> Sequence[TaskAssignment] | None:
+        looked.append(answered)
+        await all_judged.wait()
+        return await mend(journal, answered)
+
+    monkeypatch.setattr(Run, "judge", noting)
+    monkeypatch.setattr(RunJournal, "mend", counting)
+    server = start()
+    site = Site(dialler, server)
+    submit(server, tmp_path, min_clients=1)
+    fault = TaskResult(site.task().key, fault=TaskFault(ProtocolError.code, "other bytes than the digest names"))
+    assert site.job is not None
+    cell = site.job.cell
+
+    async def tell() -> None:
+        asks = [cell.ask(Fqcn(SERVER), Channel.TASK, "result", fault, timeout_s=20) for _ in range(8)]
+        await asyncio.gather(*asks)
+
+    wait(tell())
+
+    assert len(looked) == 1
 
 
 def test_a_disabled_clients_transfer_under_way_ends(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:

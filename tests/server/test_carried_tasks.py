@@ -3,7 +3,6 @@
 import math
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,14 @@ from hanse.messages import (
     TaskKey,
     TaskResult,
     TensorRef,
-    UpdateRef,
 )
 from hanse.model import Model
 from hanse.server import FederatedServer
 from hanse.storage.models import read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
 
-from .job_world import ScriptedLauncher, Site, Threads, answer, opened, outcome, submit
-from .world import Dialler, Recorder, args, on_loop, settings, target_of, transferring, wait
+from .job_world import Large, ScriptedLauncher, Site, Threads, answer, opened, outcome, submit
+from .world import Dialler, Recorder, args, on_loop, settings, wait
 
 MakeServer = Callable[..., FederatedServer]
 Start = Callable[..., FederatedServer]
@@ -241,33 +239,6 @@ def test_a_run_whose_link_broke_hears_what_it_missed(
     assert recorder.kinds.count(EventType.START_RUN) == 2
 
 
-class Large:
-    """Models of one tensor that is too large to ride along, as site-2's process moves them."""
-
-    def __init__(self, site: Site, server: FederatedServer, job_id: JobId) -> None:
-        self._site, self._server, self._scope = site, server, f"job/{job_id}"
-
-    @contextmanager
-    def _transfers(self) -> Any:
-        assert self._site.job is not None
-        with transferring(self._site.job, target_of(self._server), self._site.job._tls) as transfers:
-            yield transfers
-
-    def upload(self, value: float) -> UpdateRef:
-        data = np.full(10_000, value, np.float32).tobytes()
-        with self._transfers() as transfers:
-            wait(transfers.upload(self._scope, digest_of(data), memoryview(data)))
-        return UpdateRef(ModelRef((TensorRef("w", "float32", (10_000,), digest_of(data)),)), 1)
-
-    def download(self, model: ModelRef | None, into: TensorFiles) -> float:
-        assert model is not None
-        (tensor,) = model.tensors
-        with self._transfers() as transfers:
-            partial = into.begin(tensor.digest, tensor.size_bytes)
-            wait(transfers.download(self._scope, tensor.digest, tensor.size_bytes, partial))
-        return float(np.frombuffer(into.map(tensor.digest), np.float32)[0])
-
-
 def test_the_tensors_of_carried_tasks_are_kept_and_no_others(start: Start, dialler: Dialler, tmp_path: Path) -> None:
     server = start()
     fast, slow = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
@@ -324,6 +295,37 @@ def test_a_round_that_is_committed_while_tensors_are_looked_for_that_may_be_lost
 def fast_model(value: float) -> ModelRef:
     data = np.full(10_000, value, np.float32).tobytes()
     return ModelRef((TensorRef("w", "float32", (10_000,), digest_of(data)),))
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def cut_short(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(100)
+
+
+@pytest.mark.parametrize("harm", [lose, cut_short])
+def test_an_answer_that_the_disk_has_lost_is_asked_for_again_by_the_runs_next_process(
+    start: Start, dialler: Dialler, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    launcher = Threads()
+    server = start(launcher)
+    one, other = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    job_id = submit(server, tmp_path, model="tiny_model:large", workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    here, there = Large(one, server, job_id), Large(other, server, job_id)
+    task, update, last = one.task(), here.upload(1), other.task()
+    one.send(TaskResult(task.key, update))
+    (tensor,) = (update.model or ModelRef()).tensors
+    harm(server.jobs._runs[job_id].files.path(tensor.digest))
+    launcher.started[0].kill()
+
+    assert one.task() == task
+    one.send(TaskResult(task.key, here.upload(1)))
+    other.send(TaskResult(last.key, there.upload(3)))
+
+    assert result_of(server, job_id) == Model({"w": np.full(10_000, 2, np.float32)})
 
 
 def test_a_commit_carries_no_task_that_there_is_not(start: Start, dialler: Dialler, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import errno
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,16 @@ from hanse.errors import (
     JobInvalid,
     NoSpace,
     NotFound,
+    NotInService,
     NotStarted,
     SiteRefused,
     StoreFailed,
+    TensorDamaged,
     Unauthenticated,
 )
 from hanse.events import EventType, Refused
 from hanse.ids import ClientName, Digest, JobId
-from hanse.job import JobState, Resources, WorkflowSpec
+from hanse.job import JobRecord, JobState, Resources, WorkflowSpec
 from hanse.launch.long_logs import TAIL_BYTES
 from hanse.launch.process import Handle
 from hanse.messages import (
@@ -49,20 +51,26 @@ from hanse.messages import (
     ModelRef,
     Quit,
     ReturnCode,
+    RunEnded,
+    RunSnapshot,
     StartJob,
     SubmitJob,
     TaskAssignment,
     TaskFault,
+    TaskKey,
     TaskResult,
     TensorRef,
     UpdateRef,
 )
 from hanse.model import Model
+from hanse.run.server_link import ServerLink
 from hanse.server import FederatedServer
 from hanse.server.active_run import ActiveRun
 from hanse.server.client_processes import DEPLOY_TIMEOUT_S
 from hanse.server.federated_server import TaskMetaInfo
 from hanse.server.payloads import expect
+from hanse.server.run_folder import RunFolder
+from hanse.server.run_journal import RunJournal
 from hanse.storage.memory import MemoryStore
 from hanse.storage.models import allocate, read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
@@ -1251,6 +1259,28 @@ def test_a_run_that_stays_without_space_ends_with_that_reason(
     assert "the disk mounted at /disk" in record.reason
 
 
+def test_a_process_that_met_a_damaged_tensor_has_not_died(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def mended(journal: RunJournal, answered: Collection[TaskKey]) -> list[TaskAssignment]:
+        del journal, answered
+        return []
+
+    monkeypatch.setattr(RunJournal, "mend", mended)
+    launcher = on_loop(ScriptedLauncher)
+    server = start(launcher=launcher)
+    Site(dialler, server, starts=False)
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=2)
+    first = launcher.next()
+
+    wait(server.jobs._runs[job_id].ended(RunEnded(completed=False, code=TensorDamaged.code, again=True)))
+    launcher.end(first, 0)
+    launcher.end(launcher.next(), -9)
+    launcher.next()
+
+    assert wait(server.jobs.board.view(job_id)).state == "running"
+
+
 def test_a_run_that_is_aborted_in_its_process_is_an_aborted_job(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:
@@ -1518,6 +1548,32 @@ def test_answers_come_to_a_runs_next_process_in_the_order_in_which_they_were_acc
     assert (record.code, record.client, record.cause) == ("too-few-clients", "site-1", "no-space")
 
 
+def test_an_answer_that_comes_before_a_runs_next_process_has_begun_comes_to_it_after_those_before(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = Threads()
+    server = start(launcher=launcher)
+    sites = [Site(dialler, server, name) for name in ("site-1", "site-2")]
+    job_id = submit(server, tmp_path, workflow=WorkflowSpec("fedavg", {"rounds": 1, "quorum": 1}))
+    tasks = [site.task() for site in sites]
+    sites[0].send(TaskResult(tasks[0].key, fault=TaskFault("no-space", "a full disk")))
+    is_linked, may_go_on, attach = threading.Event(), on_loop(asyncio.Event), ServerLink.attach
+
+    async def slowly(link: ServerLink) -> RunSnapshot:
+        is_linked.set()
+        await may_go_on.wait()
+        return await attach(link)
+
+    monkeypatch.setattr(ServerLink, "attach", slowly)
+    launcher.started[0].kill()
+    assert is_linked.wait(10)
+    sites[1].send(TaskResult(tasks[1].key, fault=TaskFault("training-failed", "ValueError")))
+    on_loop(may_go_on.set)
+
+    record = outcome(server, job_id)
+    assert (record.code, record.client, record.cause) == ("too-few-clients", "site-1", "no-space")
+
+
 def test_a_run_whose_process_has_not_begun_again_waits_for_it_though_answers_come(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:
@@ -1568,6 +1624,55 @@ def test_a_client_without_its_process_is_given_one_by_the_server_started_again(
     assert outcome(second, job_id).state is JobState.COMPLETED
 
 
+def test_a_job_that_a_client_lists_no_longer_is_dead_also_for_the_server_started_again(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    first = start()
+    site = Site(dialler, first, "site-1")
+    job_id = submit(first, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    site.task()
+    credentials = site.wire.credentials
+    first.close()
+    dialler.close()
+
+    second = start()
+    back = Site(dialler, second, "site-1", credentials=credentials)
+    back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat((job_id,)))
+    back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat())
+    back.send(answer(back.task(), w(2)))
+
+    assert outcome(second, job_id).state is JobState.COMPLETED
+
+
+def test_the_end_of_a_clients_process_is_not_missed_while_its_run_is_taken_up(
+    start: StartServer, dialler: Dialler, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start()
+    site = Site(dialler, first, "site-1")
+    job_id = submit(first, tmp_path, min_clients=1, process_tries=1)
+    site.task()
+    credentials = site.wire.credentials
+    first.close()
+    dialler.close()
+    may_go_on, take_over = on_loop(asyncio.Event), RunFolder.take_over
+
+    async def slowly(folder: RunFolder, needed: Collection[Digest]) -> list[Digest]:
+        await may_go_on.wait()
+        return await take_over(folder, needed)
+
+    monkeypatch.setattr(RunFolder, "take_over", slowly)
+    second = start()
+    back = Site(dialler, second, "site-1", credentials=credentials)
+    back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat((job_id,)))
+    end = JobEnded(job_id, attempt=1, status=-9, cause="out-of-memory")
+
+    assert isinstance(back.wire.refused(Channel.SERVER, "job_ended", end), NotInService)
+    on_loop(may_go_on.set)
+    recorder.wait_for(EventType.START_RUN, count=2)
+    back.wire.ask(Channel.SERVER, "job_ended", end)
+    assert outcome(second, job_id).cause == "out-of-memory"
+
+
 def test_a_run_that_is_taken_up_does_not_wait_for_ever_for_a_client_that_does_not_come_back(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:
@@ -1593,6 +1698,33 @@ def test_a_job_that_waited_waits_again_after_a_restart(start: StartServer, diall
     Site(dialler, second, "site-1", train=plus(1))
 
     assert outcome(second, job_id).state is JobState.COMPLETED
+
+
+def test_a_job_is_on_the_disk_before_the_store_has_it(
+    start: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    synced: set[str] = set()
+    fsync, store = os.fsync, server.jobs.services.store
+    add_job = store.add_job
+    by_then: list[set[str]] = []
+
+    def noting(descriptor: int) -> None:
+        synced.add(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    async def adding(epoch: int, record: JobRecord) -> None:
+        by_then.append(set(synced))
+        await add_job(epoch, record)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(store, "add_job", adding)
+    job_id = submit(server, tmp_path)
+
+    folder = tmp_path / "ws" / "runs" / job_id
+    made = [folder.parent, folder, *folder.rglob("*")]
+    assert {"code", "package", "tiny_model.py"} <= {path.name for path in made}
+    assert {str(path) for path in made} <= by_then[0]
 
 
 def test_two_servers_do_not_share_a_workspace(start: StartServer, tmp_path: Path) -> None:

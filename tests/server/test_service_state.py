@@ -16,6 +16,7 @@ from hanse.errors import Conflict, HanseError, NotInService, StaleEpoch, StoreFa
 from hanse.events import EventType
 from hanse.ids import ClientName, Digest, JobId, Ssid
 from hanse.job import JobRecord, JobState, move
+from hanse.launch.process import Handle
 from hanse.messages import (
     Challenge,
     Channel,
@@ -29,10 +30,11 @@ from hanse.messages import (
 )
 from hanse.server import FederatedServer
 from hanse.server.overseer import OverseerAgent, Primary, ScriptedOverseer
+from hanse.server.tenure import Tenure
 from hanse.storage.memory import MemoryStore
 from hanse.storage.records import Lease, session_id
 
-from .job_world import ScriptedLauncher, spec
+from .job_world import ScriptedLauncher, Site, Threads, spec, submit
 from .world import (
     PROJECT,
     Dialler,
@@ -421,6 +423,96 @@ def test_a_lease_that_somebody_else_has_taken_ends_the_tenure(stage: Stage, dial
     stage.overseer.appoint(None)
     appoint(stage.overseer, stage.server, "tenure-2")
     assert stage.server.service.state is HOT
+
+
+def test_a_tenure_that_is_lost_at_the_moment_at_which_it_has_begun_makes_nobody_hot(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Tenure.begin
+
+    async def lost_at_once(tenure: Tenure) -> None:
+        await begin(tenure)
+        await stage.store.take_lease("another server", name="another", target="", ttl_s=60, force=True)
+        assert tenure._work is not None
+        await asyncio.wait({tenure._work})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tenure, "begin", lost_at_once)
+        appoint(stage.overseer, stage.server, "tenure-1")
+
+    assert stage.server.service.state is COLD
+    appoint(stage.overseer, stage.server, "tenure-2")
+    assert stage.server.service.state is HOT
+
+
+def test_a_server_whose_runs_do_not_stop_in_time_is_cold_and_can_be_primary_again(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    appoint(stage.overseer, stage.server, "tenure-1")
+    stage.launcher.next()
+    on_loop(stage.launcher.stops.clear)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hanse.server.primacy.TURN_TIMEOUT_S", 0.1)
+        stage.overseer.appoint(None)
+
+    assert stage.server.service.state is COLD
+    on_loop(stage.launcher.stops.set)
+    appoint(stage.overseer, stage.server, "tenure-2")
+    assert stage.server.service.state is HOT
+
+
+class OneStops(ScriptedLauncher):
+    """A launcher of whose processes the first one stops at once, and the others when they may."""
+
+    async def launch(self, module: str, **more: Any) -> Handle:
+        process = await super().launch(module, **more)
+        if len(self.specs) == 1:
+            process._stops = asyncio.Event()  # type: ignore[attr-defined]
+            process._stops.set()  # type: ignore[attr-defined]
+        return process
+
+
+def test_no_answer_is_refused_for_good_while_a_tenure_that_is_lost_ends(
+    deployed: MakeServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    overseer, store, launcher = ScriptedOverseer(), MemoryStore(), on_loop(OneStops)
+    arguments = args(tmp_path / "ws", launcher=launcher, settings=settings(lease_s=0.05))
+    server = deployed(arguments=arguments, overseer_agent=overseer, snapshot_persistor=store)
+    appoint(overseer, server, "tenure-1")
+    site = Site(dialler, server)
+    first = submit(server, tmp_path, min_clients=1)
+    process, life = site.started(), server.jobs._lives[first]
+    submit(server, tmp_path, min_clients=1)
+    site.started()
+    on_loop(launcher.stops.clear)
+
+    wait(store.take_lease("another server", name="another", target="", ttl_s=60, force=True))
+    wait(_ended(life))
+    answer = TaskResult(TaskKey(1, "train", 0, ClientName("site-1")), UpdateRef(None, 1))
+    refused = process.refused(Channel.TASK, "result", answer)
+    on_loop(launcher.stops.set)
+
+    assert isinstance(refused, NotInService)
+
+
+def test_an_answer_that_a_server_may_not_accept_any_more_is_for_the_next(
+    deployed: MakeServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    store = MemoryStore()
+    arguments = args(tmp_path / "ws", launcher=Threads(), settings=settings(lease_s=600.0))
+    server = deployed(arguments=arguments, snapshot_persistor=store)
+    site = Site(dialler, server)
+    submit(server, tmp_path, min_clients=1)
+    task = site.task()
+
+    wait(store.take_lease("another server", name="another", target="", ttl_s=60, force=True))
+
+    assert isinstance(site.refused(TaskResult(task.key, UpdateRef(task.model, 1))), NotInService)
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    await asyncio.wait({task})
 
 
 def test_nothing_is_committed_under_an_older_session(stage: Stage) -> None:

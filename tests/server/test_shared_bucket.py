@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hanse.cell.cell import RemoteError
 from hanse.errors import HanseError, StaleEpoch, StoreFailed
 from hanse.ids import Digest, JobId
 from hanse.job import JobRecord, JobState, WorkflowSpec
@@ -188,16 +189,34 @@ def test_a_run_goes_on_at_a_server_that_has_nothing_of_it(
     assert kept() == [f"{job_id}/package", f"{job_id}/result"]
 
 
-def test_a_tensor_that_the_disk_has_lost_is_had_from_the_bucket(start: Start, dialler: Dialler, tmp_path: Path) -> None:
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(b"!" * 40_000)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(b"!" * 100)
+
+
+@pytest.mark.parametrize("harm", [lose, damage, cut_short])
+def test_a_tensor_that_the_disk_has_lost_is_had_from_the_bucket(
+    start: Start, dialler: Dialler, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
     server = start("one")
     sites = [Site(dialler, server, name) for name in ("site-1", "site-2")]
     job_id = submit(server, tmp_path, **(LARGE | {"min_clients": 2}))
     task, _ = (site.task() for site in sites)
     (damaged,) = (tmp_path / "one" / "runs" / job_id).glob("tensors-*/*")
     damaged.chmod(0o600)
-    damaged.write_bytes(b"!" * 40_000)
+    harm(damaged)
 
-    sites[0].send(TaskResult(task.key, fault=TaskFault("protocol", "other bytes than the digest names")))
+    with pytest.raises(HanseError) as met:
+        model_of(sites[0], server, job_id, task, tmp_path / "site-1")
+    code = met.value.error_code if isinstance(met.value, RemoteError) else met.value.code
+    sites[0].send(TaskResult(task.key, fault=TaskFault(code, met.value.reason)))
 
     assert damaged.read_bytes() == large(0)
     assert not model_of(sites[1], server, job_id, task, tmp_path / "site-2").any()

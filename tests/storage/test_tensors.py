@@ -273,14 +273,16 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_sync_syncs_files_then_folder_and_each_file_once(files: TensorFiles, synced: list[str]) -> None:
+def test_sync_syncs_files_then_folder_and_each_file_and_the_folders_name_once(
+    files: TensorFiles, synced: list[str]
+) -> None:
     one, two = files.put(b"one"), files.put(b"two")
 
     files.sync([one, one])
     files.sync([one, two])
     files.sync([one, two])
 
-    assert synced == [one, "tensors", two, "tensors"]
+    assert synced == [one, "tensors", files.root.parent.name, two, "tensors"]
 
 
 def test_a_tensor_made_anew_is_synced_anew(files: TensorFiles, synced: list[str]) -> None:
@@ -289,7 +291,7 @@ def test_a_tensor_made_anew_is_synced_anew(files: TensorFiles, synced: list[str]
 
     files.sync([files.put(b"one")])
 
-    assert len(synced) == 4
+    assert len(synced) == 5
 
 
 # Scratches ------------------------------------------------------------------------------------------------------------

@@ -169,6 +169,8 @@ class ClientJob:
             return TaskResult(key, UpdateRef(reference, update.num_examples, update.metrics)), bytes_of
         except TrainingFailed as error:
             fault = TaskFault(error.code, error.why)
+        except RemoteError as error:  # by its code the server knows whether a tensor is lost there
+            fault = TaskFault(error.error_code or error.code, error.reason, error.retryable)
         except HanseError as error:
             fault = TaskFault(error.code, error.reason, error.retryable)
         except Exception:  # noqa: BLE001 - a bug costs this task its answer, and no other

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from hanse.errors import StoreFailed, TrainingFailed
+from hanse.errors import NotFound, ProtocolError, StoreFailed, TrainingFailed
 from hanse.ids import ClientName, Digest
 from hanse.learning.workflow import (
     CLIENT_FAILED,
@@ -271,9 +271,22 @@ class RunFederation:
         if reference.model is not None:
             self.tensors_read |= digests_of(reference.model)
             with self._disk():
-                model = load_model(reference.model, self._files)
+                model = loaded(reference.model, self._files)
         self.answered_clients.add(client)
         return Answer(client, Update(model, reference.num_examples, reference.metrics), None, staleness)
+
+
+def loaded(reference: ModelRef, files: TensorFiles) -> Model:
+    """Return the model that *reference* names.
+
+    Raises:
+        TensorDamaged: the disk has lost one of its tensors, or the end of one.
+    """
+    try:
+        return load_model(reference, files)
+    except (NotFound, ProtocolError):
+        files.check(tensor.digest for tensor in reference.tensors if tensor.inline is None)
+        raise
 
 
 class _Arrival(NamedTuple):

@@ -15,9 +15,9 @@ from hanse.job import JobSpec
 from hanse.learning.workflow import State, Workflow, check_next, is_over
 from hanse.messages import RunSnapshot, StateRef, TaskKey
 from hanse.model import Model
-from hanse.run.federation import RunFederation
+from hanse.run.federation import RunFederation, loaded
 from hanse.run.server_link import ServerLink
-from hanse.storage.models import load_model, state_digests, store_model
+from hanse.storage.models import state_digests, store_model
 from hanse.storage.tensors import TensorFiles
 
 T = TypeVar("T")
@@ -101,11 +101,15 @@ def store_state(state: State, files: TensorFiles) -> StateRef:
 
 
 def load_state(reference: StateRef, files: TensorFiles) -> State:
-    """Return the state that *reference* names, its arrays mapped from *files*."""
+    """Return the state that *reference* names, its arrays mapped from *files*.
+
+    Raises:
+        TensorDamaged: the disk has lost one of its tensors, or the end of one.
+    """
     return State(
-        model=load_model(reference.model, files),
+        model=loaded(reference.model, files),
         round=reference.round,
-        extra={name: load_model(model, files) for name, model in reference.extra.items()},
+        extra={name: loaded(model, files) for name, model in reference.extra.items()},
         values=reference.values,
         metrics=reference.metrics,
         done=reference.done,

@@ -13,6 +13,7 @@ from typing import Final, Protocol
 
 from hanse.cell.backoff import Backoff
 from hanse.cell.cell import Cell
+from hanse.cell.link import Peer
 from hanse.errors import HanseError, InternalError
 from hanse.ids import SERVER, ClientName
 from hanse.learning.workflow import LONGEST_WAIT_S
@@ -66,7 +67,7 @@ class ServerLink:
         self._is_cut_off = False
         self._early: list[TaskResult | ClientChanged] = []
         self._came_up = asyncio.Event()
-        cell.on_link_up(lambda peer: self._came_up.set())
+        cell.on_link_up(self._has_come_up)
         cell.on(Channel.RUN, "answer", self._event)
         cell.on(Channel.RUN, "client", self._event)
         cell.on(Channel.RUN, "abort", self._abort)
@@ -168,6 +169,12 @@ class ServerLink:
         self, topic: str, payload: Attach | IssueTasks | CancelTasks | CommitRound | RunEnded
     ) -> Message:
         return await self._cell.ask(SERVER, Channel.RUN, topic, payload, timeout_s=JOURNAL_TIMEOUT_S)
+
+    def _has_come_up(self, peer: Peer) -> None:
+        del peer
+        # What is to be attached to now knows better of the clients; that they are back may have been told to nobody.
+        self._early = [event for event in self._early if isinstance(event, TaskResult)]
+        self._came_up.set()
 
     def _event(self, message: Message) -> None:
         if isinstance(message.payload, TaskResult | ClientChanged):

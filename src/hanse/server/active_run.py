@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
+from hanse.cell.link import Peer
 from hanse.coordination.runs import Accepted, Duplicate, Early, Run, Stale
 from hanse.coordination.waiting import (
     Ask,
@@ -32,6 +33,7 @@ from hanse.coordination.waiting import (
 from hanse.errors import (
     HanseError,
     InternalError,
+    NotFound,
     NotInService,
     ProtocolError,
     StoreFailed,
@@ -87,6 +89,8 @@ STORE_PAUSE_S: Final = 5.0
 """What the store did not take is tried again after this: nobody tells when it would."""
 MAX_LOGS_PER_S: Final = 200
 """More events with metrics of one client are dropped; a site's own part sends half as many at most."""
+_OF_LOST: Final = frozenset({NotFound.code, ProtocolError.code})
+"""Of these faults the cause may be a tensor that is lost here: it is not found, or is another."""
 ABORTED: Final = "aborted"
 """The code of a run that was aborted, by a person or in its own process."""
 ENDINGS: Final = {
@@ -142,6 +146,7 @@ class ActiveRun:
         self._clearing = asyncio.Lock()
         self._committing = asyncio.Lock()
         self._attaching = 0
+        self._attached_over: Peer | None = None
         self._logged: dict[ClientName, tuple[int, int]] = {}
         self._round_announced = -1
         self._round_done = run.committed_round
@@ -203,27 +208,27 @@ class ActiveRun:
         async with self._ending:
             if self.has_ended:
                 return
-            reason = shortened(reason)
             record = move(
                 self.record,
                 to,
                 at=self._services.wall(),
                 code=shortened(code, MAX_CODE_CHARS),
-                reason=reason,
+                reason=shortened(reason),
                 client=client,
                 cause=shortened(cause, MAX_CODE_CHARS),
                 log_tail=ending(log_tail),
             )
             if ended is not None:
                 record = msgspec.structs.replace(record, result=ended.result, result_bytes=ended.result_bytes)
-            self.record = await self._journal.end(record, was=self.record.state)
+            self.record = record = await self._journal.end(record, was=self.record.state)
             self._over.set()
             self.run.end(now=self._services.now())
             self._services.handlers.tell(EventType.END_RUN, self._context(round_number=self.run.round))
-            self._notify(ENDINGS[to], reason=reason, text=reason)
-            self._tell_run("abort", AbortRun(reason or to.value))
+            self._notify(ENDINGS[record.state], reason=record.reason, text=record.reason)
+            why = record.reason or record.state.value
+            self._tell_run("abort", AbortRun(why))
             for client in self.run.clients:
-                self._tell(Fqcn(client), Channel.JOB, "abort", AbortJob(self.job_id, reason or to.value))
+                self._tell(Fqcn(client), Channel.JOB, "abort", AbortJob(self.job_id, why))
 
     async def end_once_stored(
         self, to: JobState, *, code: str, reason: str, client: str = "", log_tail: str = ""
@@ -248,14 +253,17 @@ class ActiveRun:
             if await is_set_within(self._over, STORE_PAUSE_S):
                 return True
 
-    async def _ask_for_lost(self) -> bool:
+    async def _ask_for_lost(self, told_by: TaskKey | None = None) -> bool:
         """Have the run go on without the tensors that are lost here; return whether any were.
 
-        Answers whose tensors nobody has are asked for again; the job ends if it cannot be without.
+        Answers whose tensors nobody has are asked for again; the job ends if it cannot be without. For each task,
+        *told_by*, that is done once, however often its client tells of it.
         """
         try:
             async with self._committing:  # what a commit deletes is not lost
-                tasks = await self._journal.mend()
+                if told_by is not None and self.run.task(told_by) is None:
+                    return False
+                tasks = await self._journal.mend([answer.key for answer in self.run.answers])
                 again = self.run.retract(tasks or ())
         except TensorsLost as error:
             await self.end(JobState.FAILED, code=error.code, reason=error.reason)
@@ -276,6 +284,7 @@ class ActiveRun:
         A commit that an earlier process has asked for comes first, whatever becomes of it.
         """
         self._services.handlers.tell(EventType.START_RUN, self._context(round_number=self.run.round))
+        link = self._process_link()
         self._attaching += 1  # an answer that is accepted meanwhile waits for those before it
         try:
             state = await self._caught_up()
@@ -284,6 +293,7 @@ class ActiveRun:
             while coming := [answer for answer in self.run.answers if handed.get(answer.key) is not answer]:
                 await self._hand_over(coming)
                 handed.update((answer.key, answer) for answer in coming)
+            self._attached_over = link
         finally:
             self._attaching -= 1
         return RunSnapshot(
@@ -478,7 +488,7 @@ class ActiveRun:
                 result.key, fault=TaskFault(code, shortened(fault.reason), fault.retryable, log_tail=log_tail)
             )
             # Whoever got other bytes than a digest names got what is on this disk, or what the network made of it.
-            if code == ProtocolError.code and await self._ask_for_lost() and self.has_ended:
+            if code in _OF_LOST and await self._ask_for_lost(result.key) and self.has_ended:
                 return
         await self._accept(sender, result)
         if rejected is not None:
@@ -551,6 +561,10 @@ class ActiveRun:
             return UpdateRejected(sender, mismatch.reason)
         if missing := self.files.missing(digests_of(model)):
             raise ProtocolError("update", got=f"digest {missing[0]} without a file", expected="uploaded tensors")
+        for tensor in model.tensors:
+            if tensor.inline is None and (got := self.files.size(tensor.digest)) != tensor.size_bytes:
+                what = f"tensor {tensor.name!r} of {got} bytes; the job expects {tensor.size_bytes}"
+                return UpdateRejected(sender, what)
         return None
 
     async def _accept(self, sender: ClientName, result: TaskResult) -> None:
@@ -563,7 +577,7 @@ class ActiveRun:
         self._inboxes.pop(sender, None)
         self._process.gets_answer()
         self.processes.answered(sender, result.fault)
-        if not self._attaching:
+        if not self._attaching and self._attached_over is self._process_link():  # else it comes after those before it
             self._tell_run("answer", result)
         await self._journal.accept(result)
         self._notify(
@@ -578,7 +592,9 @@ class ActiveRun:
         if (reason := self._refusal_of(task)) is None:
             self._hand_out(task)
         else:
-            await self._accept(task.key.client, _refused(task.key, reason))
+            # The run has the fault, stored or not; a server that takes the run up asks the handler again.
+            with contextlib.suppress(StoreFailed):
+                await self._accept(task.key.client, _refused(task.key, reason))
 
     def _refusal_of(self, task: TaskAssignment) -> str | None:
         """Return why a handler does not let the task go to its client, or ``None``."""
@@ -596,14 +612,15 @@ class ActiveRun:
     async def cell_up(self, client: ClientName, stream: object) -> None:
         """Take note that *client*'s process is connected: it gets the tasks that it has to answer."""
         if self.processes.stream_up(client, stream):
-            await self._send_out(client)
+            await self.send_out(client)
 
     async def hand_out_again(self) -> None:
         """Send every client again what it has to answer; who has it already takes no notice."""
         for client in self.run.live_clients:
-            await self._send_out(client)
+            await self.send_out(client)
 
-    async def _send_out(self, client: ClientName) -> None:
+    async def send_out(self, client: ClientName) -> None:
+        """Send *client* what it has to answer."""
         for task in self.run.tasks_for(client):
             await self._send(task)
 
@@ -634,6 +651,10 @@ class ActiveRun:
 
     def _cell_of(self, client: ClientName) -> Fqcn:
         return job_cell(client, self.job_id)
+
+    def _process_link(self) -> Peer | None:
+        """Return what the run's own process is linked by, if it is."""
+        return self._services.cell.peer(job_cell(SERVER, self.job_id))
 
     def _tell_run(self, topic: str, payload: msgspec.Struct) -> None:
         self._tell(job_cell(SERVER, self.job_id), Channel.RUN, topic, payload)

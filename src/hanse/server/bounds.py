@@ -16,6 +16,8 @@ MAX_TAIL_CHARS: Final = 8 * 1024
 """What is kept of a log's end, which is its last part."""
 TAIL_LINES: Final = 20
 """How many lines of a log's end say how its process ended."""
+MAX_STARTS: Final = 1_000_000
+"""The greatest number of a start of its process that a client may tell of; the next one must be a number still."""
 MAX_METRICS: Final = 1000
 MAX_METRIC_NAME_CHARS: Final = 128
 MAX_RELEASE_CHARS: Final = 64

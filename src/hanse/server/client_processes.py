@@ -177,7 +177,7 @@ class ClientProcesses:
                 self._unstarted.discard(client)
                 self._begin(client)
         elif dead and not self._being_started[client]:
-            attempt = self._run.participant(client).attempt
+            attempt = max(self._run.participant(client).attempt, 1)  # at least, where another server had it started
             end = JobEnded(self._record.job_id, attempt, status=1, log_tail="the client no longer runs it")
             self.ended(client, end)
 

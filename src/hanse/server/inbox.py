@@ -29,7 +29,7 @@ class Inbox:
         self._files, self._client, self._on_trouble = files, client, on_trouble
         self._tasks: tuple[TaskAssignment, ...] = ()
         self._sizes: frozenset[int] = frozenset()
-        self._most = 0
+        self._most, self._most_bytes = 0, 0
         self._may_be_ahead = False
         self._begun: dict[Digest, int] = {}
         self._lock = threading.Lock()
@@ -46,7 +46,7 @@ class Inbox:
         sizes = [tensor.size_bytes for task in expecting if task.model is not None for tensor in task.model.tensors]
         with self._lock:
             self._tasks, self._sizes = expecting, frozenset(sizes)
-            self._most = MAX_ANSWERS_PER_TASK * sum(sizes)
+            self._most, self._most_bytes = MAX_ANSWERS_PER_TASK * len(sizes), MAX_ANSWERS_PER_TASK * sum(sizes)
 
     @property
     def begun(self) -> frozenset[Digest]:
@@ -79,7 +79,9 @@ class Inbox:
                 raise NotInService(f"Server not in service: it has not taken up the task of {self._client} yet")
             if size not in self._sizes:
                 raise UpdateRejected(self._client, f"a tensor of {size} bytes, which no task that it has asks for")
-            if digest not in self._begun and sum(self._begun.values()) + size > self._most:
-                raise UpdateRejected(self._client, f"more than the {self._most} bytes that its answers may need")
+            if digest not in self._begun and sum(self._begun.values()) + size > self._most_bytes:
+                raise UpdateRejected(self._client, f"more than the {self._most_bytes} bytes that its answers may need")
+            if digest not in self._begun and len(self._begun) >= self._most:
+                raise UpdateRejected(self._client, f"more than the {self._most} tensors that its answers may need")
             self._begun[digest] = size
         return self._files.begin(digest, size, on_trouble=self._on_trouble)

@@ -112,6 +112,7 @@ class Jobs:
         self._taking_up: dict[JobId, TakingUp] = {}
         self._known: dict[ClientName, frozenset[JobId]] = {}
         self._ended: dict[JobId, asyncio.Event] = {}
+        self._in_doubt: set[JobId] = set()  # ended perhaps, and not announced
         self._changed = asyncio.Event()
         self._suspects = asyncio.Event()
         self._accepting = True
@@ -216,6 +217,7 @@ class Jobs:
 
     async def _plan(self) -> float | None:
         """Start or give up the jobs whose time it is; return in how many seconds the next one's is."""
+        await self._settle_doubts()
         now_s, now = self._services.wall(), self._services.now()
         submitted = await self._submitted()
         self._postponed = {job_id: later for job_id, later in self._postponed.items() if later[0] > now}
@@ -306,9 +308,10 @@ class Jobs:
             JobInvalid: the package or its definition does not hold, or a handler refuses it.
             StoreFailed: it is not stored, or that cannot be told now.
         """
-        record = await submit(package, submitter=submitter, services=self._services, folders=self._folders)
-        self.wake()
-        return record
+        try:
+            return await submit(package, submitter=submitter, services=self._services, folders=self._folders)
+        finally:
+            self.wake()  # the store may have it, whoever hears of that
 
     async def _launch(self, record: JobRecord) -> None:
         """Deploy a scheduled job and run it to its end."""
@@ -412,8 +415,9 @@ class Jobs:
         self._suspects.set()  # all clients of a run that is taken up are, until they come
         try:
             for client in record.clients:  # those whose process went on while the server was away
-                if (peer := self._services.cell.peer(job_cell(client, record.job_id))) is not None:
-                    await active.cell_up(client, peer)
+                peer = self._services.cell.peer(job_cell(client, record.job_id))
+                if peer is not None and active.processes.stream_up(client, peer):
+                    self._spawn_for(active, partial(active.send_out, client))  # which may wait, and the run lives now
             heard = {client: record.job_id in self._known[client] for client in record.clients if client in self._known}
             ended = await active.live(resumed=resumed, heard=heard)
             await self._leftovers.delete_tensors(folder)
@@ -433,16 +437,38 @@ class Jobs:
         code = shortened(code, MAX_CODE_CHARS)
         ended = move(record, to, at=self._services.wall(), code=code, reason=reason, client=client)
         try:
-            await self._services.store.end_run(self._services.epoch, ended, was=record.state)
+            await self._end_stored(ended, was=record.state)
+        except (StoreFailed, asyncio.CancelledError):
+            self._in_doubt.add(record.job_id)
+            self.wake()
+            raise
+        self._has_ended_idle(ended)
+
+    async def _end_stored(self, ended: JobRecord, *, was: JobState) -> None:
+        try:
+            await self._services.store.end_run(self._services.epoch, ended, was=was)
         except StoreFailed:
             if not await is_stored(self._services.store, ended):
                 raise
+
+    async def _settle_doubts(self) -> None:
+        """Announce the ends of which the store could not say that it has them."""
+        for job_id in tuple(self._in_doubt):
+            record = await self._services.store.job(job_id)
+            if job_id not in self._in_doubt:
+                continue
+            self._in_doubt.discard(job_id)
+            if record.state in ENDED:
+                self._has_ended_idle(record)
+
+    def _has_ended_idle(self, record: JobRecord) -> None:
+        """Tell everybody of the end of a job that did not run."""
         self._waiting.pop(record.job_id, None)
-        notice = EventType.JOB_FAILED if to is JobState.FAILED else EventType.JOB_ABORTED
-        self._tell(notice, record.job_id, reason=reason)
+        notice = EventType.JOB_FAILED if record.state is JobState.FAILED else EventType.JOB_ABORTED
+        self._tell(notice, record.job_id, reason=record.reason)
         for client in record.clients:
-            self._leftovers.abort_at(client, record.job_id, reason or to.value)
-        self._announce_end(ended)
+            self._leftovers.abort_at(client, record.job_id, record.reason or record.state.value)
+        self._announce_end(record)
 
     def _announce_end(self, record: JobRecord) -> None:
         _log.info("job ended", extra={"job": record.job_id, "state": record.state.value, "reason": record.reason})
@@ -491,6 +517,8 @@ class Jobs:
         if (active := self._runs.get(job_id)) is not None:
             await active.end(JobState.FAILED, code=code_of(error), reason=error.reason)
             return
+        if job_id in self._in_doubt:
+            await self._settle_doubts()
         record = await self._services.store.job(job_id)
         if record.state in ENDED:
             self._announce_end(record)
@@ -506,12 +534,15 @@ class Jobs:
             Conflict: it has ended.
         """
         while True:
+            # First of all: the store may have its end, and not have been able to say so.
+            if (active := self._runs.get(job_id)) is not None and not active.has_ended:
+                await active.end(JobState.ABORTED, code="aborted", reason=reason)
+                return active.record
             record = await self._services.store.job(job_id)
             if record.state in ENDED:
                 raise Conflict(f"job {job_id}", state=record.state.value, wanted="aborted")
-            if (active := self._runs.get(job_id)) is not None:
-                await active.end(JobState.ABORTED, code="aborted", reason=reason)
-                return active.record
+            if job_id in self._runs:  # it began while the store was asked
+                continue
             if (life := self._lives.get(job_id)) is not None:
                 life.cancel()
                 await asyncio.gather(life, return_exceptions=True)
@@ -703,13 +734,15 @@ class Jobs:
             raise NotFound("running job", job_id)
 
     def demand_taken_up(self, job_id: JobId) -> None:
-        """Return unless the job is a run of an earlier tenure that still is to go on in this one.
+        """Return unless the job is, or may be, a run of this project that goes on, but not here at this moment.
 
         Raises:
-            NotInService: it is.
+            NotInService: it is still to be taken up here, or this server has left its jobs.
         """
         if job_id in self._taking_up:
             raise NotInService(f"Server not in service: it takes up job {job_id}")
+        if not self._knows_runs:
+            raise NotInService
 
     def takes_part(self, job_id: JobId, client: str) -> bool:
         """Return whether *client* takes part in a running job, or is asked to."""

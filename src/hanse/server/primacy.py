@@ -164,14 +164,21 @@ class Primacy:
             self._turn_cold()
             return
         try:
-            run(self.begin(after.ssid, primary.held if primary is not None else None), TURN_TIMEOUT_S)
+            run(self._turn_hot(after.ssid, primary.held if primary is not None else None), TURN_TIMEOUT_S)
         except BaseException:
             # Cold again, by the legal way, so that the overseer's next word is heard.
-            self.service = observe(restored(self.service), primary_ssid=None, is_me=False)
+            if self.service.state is ServiceState.COLD2HOT:
+                self.service = restored(self.service)
+            self.service = observe(self.service, primary_ssid=None, is_me=False)
             self._turn_cold()
             raise
-        self.service = restored(self.service)
         run(self._end_waiting())
+
+    async def _turn_hot(self, ssid: Ssid | None, held: HeldFor | None) -> None:
+        await self.begin(ssid, held)
+        if self.tenure is None:  # lost since, when there was nothing yet to turn cold
+            raise NotInService("Server not in service: it has lost its lease at the moment at which it had taken over")
+        self.service = restored(self.service)
 
     async def _end_waiting(self) -> None:
         """Have nobody wait any longer for this server's turn: it has come, or is another's."""
@@ -185,9 +192,11 @@ class Primacy:
 
     def _turn_cold(self, *, successor: str = "") -> None:
         """Stop serving before anyone else may start: send everybody away and park the runs."""
-        run(self._send_away_and_park(successor), TURN_TIMEOUT_S)
-        if self.service.state is ServiceState.HOT2COLD:  # and not cold already, having lost its lease meanwhile
-            self.service = parked(self.service)
+        try:
+            run(self._send_away_and_park(successor), TURN_TIMEOUT_S)
+        finally:  # who did not stop in time may write nothing under another lease
+            if self.service.state is ServiceState.HOT2COLD:  # and not cold already, having lost its lease meanwhile
+                self.service = parked(self.service)
 
     async def _send_away_and_park(self, successor: str) -> None:
         self._send_everybody_away()

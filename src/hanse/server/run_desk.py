@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from hanse.cell.cell import Cell
-from hanse.errors import NotFound, NotInService
+from hanse.errors import NotFound, NotInService, ProtocolError, StaleEpoch
 from hanse.ids import ClientName, Fqcn, JobId, split_cell
 from hanse.messages import (
     CancelTasks,
@@ -21,6 +21,7 @@ from hanse.messages import (
     ok,
 )
 from hanse.server.active_run import ActiveRun
+from hanse.server.bounds import MAX_STARTS
 from hanse.server.payloads import expect
 
 TOPICS: Final[tuple[Topic, ...]] = (
@@ -40,7 +41,7 @@ TOPICS: Final[tuple[Topic, ...]] = (
 class RunDesk:
     """Answers on *cell* what is about one of *runs*, which the sender's own address names.
 
-    *demand_taken_up* raises ``NotInService`` for a job whose run is still to come.
+    *demand_taken_up* raises ``NotInService`` for a job whose run may go on, but not here at this moment.
     """
 
     def __init__(
@@ -81,7 +82,10 @@ class RunDesk:
 
     async def _on_result(self, message: Message) -> None:
         run, client = self._sender_run(message)
-        await run.result(client, expect(message, TaskResult), message)
+        try:
+            await run.result(client, expect(message, TaskResult), message)
+        except StaleEpoch as deposed:  # the answer is good, and for the server that holds the lease by now
+            raise NotInService(f"Server not in service: {deposed.reason}") from deposed
 
     def _on_metrics(self, message: Message) -> None:
         run, client = self._sender_run(message)
@@ -89,9 +93,13 @@ class RunDesk:
 
     def _on_job_ended(self, message: Message) -> None:
         end = expect(message, JobEnded)
+        if end.attempt > MAX_STARTS:
+            expected = f"a number of a start, up to {MAX_STARTS}"
+            raise ProtocolError("JobEnded.attempt", got=end.attempt, expected=expected)
         client = ClientName(message.headers.get(Header.ORIGIN, ""))
-        run = self._runs.get(end.job_id)
-        if run is not None and client in run.run.clients:
+        if (run := self._runs.get(end.job_id)) is None:
+            self._demand_taken_up(end.job_id)
+        elif client in run.run.clients:
             run.processes.ended(client, end)
 
     def _sender_run(self, message: Message) -> tuple[ActiveRun, ClientName]:

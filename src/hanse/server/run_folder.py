@@ -21,6 +21,7 @@ from hanse.errors import StoreFailed
 from hanse.ids import Digest, JobId
 from hanse.job import JobRecord
 from hanse.server.run_mirror import RunMirror
+from hanse.storage.disk import sync_tree
 from hanse.storage.objects import Objects
 from hanse.storage.packages import unpack_package
 from hanse.storage.tensors import TensorFiles
@@ -97,6 +98,7 @@ class RunFolder:
         await self.mirror.have_package(files, record.package, record.package_bytes)
         if not await asyncio.to_thread(self.code.is_dir):
             await asyncio.to_thread(unpack_package, files.path(record.package), self.code)
+            await asyncio.to_thread(sync_tree, self.path)
 
     async def have_result(self, record: JobRecord) -> None:
         """Return when the job's result is here, which another server may have seen the run reach.
@@ -110,11 +112,12 @@ class RunFolder:
             await self.mirror.have_result(files, Digest(record.result), record.result_bytes)
 
     async def keep_package(self, digest: Digest) -> None:
-        """Return when the package, which is here, is kept where another server finds it.
+        """Return when package and code, which are here, are kept: on the disk, and where another server finds them.
 
         Raises:
-            StoreFailed: it is not.
+            StoreFailed: they are not.
         """
+        await asyncio.to_thread(sync_tree, self.path)
         if self.mirror is not None:
             await self.mirror.keep_package(TensorFiles(self.package), digest)
 

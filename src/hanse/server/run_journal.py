@@ -129,7 +129,7 @@ class RunJournal:
         try:
             with self._storing():
                 await self._store.end_run(self._epoch, record, was=was)
-        except Conflict:
+        except (Conflict, StoreFailed):
             stored = await self._store.job(self._job_id)
             if stored.state not in ENDED:
                 raise
@@ -147,25 +147,28 @@ class RunJournal:
         """Take note that all tensors but *digests* are about to be deleted."""
         self._kept.intersection_update(digests)
 
-    async def mend(self) -> Sequence[TaskAssignment] | None:
+    async def mend(self, answered: Collection[TaskKey]) -> Sequence[TaskAssignment] | None:
         """Have the journal name no tensor that is lost; return the tasks to answer again, or ``None`` where none was.
 
-        What another place has kept is fetched from there; answers whose tensors nobody has are taken back.
+        What another place has kept is fetched from there; answers whose tensors nobody has are taken back. *answered*
+        are the tasks whose answers the run has: among them may be some whose answers the store has taken back before,
+        and could not say so.
 
         Raises:
             TensorsLost: the run cannot be without them.
         """
+        written = set(answered) - self._unwritten.keys()
         state = await self._store.snapshot(self._job_id)
         lost = [digest for digest in needed_tensors(state) if not await asyncio.to_thread(self._files.verify, digest)]
-        if not lost:
-            return None
-        self._kept.difference_update(lost)
-        lost = await self._folder.restore_tensors(self._files, lost)
-        if not lost:
-            return ()
-        answered = {answer.key for answer in state.answers}
-        remaining = await without_lost(self._store, self._epoch, self._job_id, state, lost)
-        return [task for task in remaining.tasks if task.key in answered]
+        was_lost = bool(lost)
+        if lost:
+            self._kept.difference_update(lost)
+            lost = await self._folder.restore_tensors(self._files, lost)
+        if lost:
+            written.update(answer.key for answer in state.answers)
+            state = await without_lost(self._store, self._epoch, self._job_id, state, lost)
+        again = [task for task in state.tasks if task.key in written]
+        return again if was_lost or again else None
 
     async def _keep(self, digests: Collection[Digest]) -> None:
         """Return when the run's tensors *digests* survive whatever happens to this process."""

@@ -139,12 +139,12 @@ class OwnProcess:
                 if (given_up := await self._follow_death(attempt, status, cause)) is not None:
                     return given_up
                 continue
+            attempt -= 1  # it was not this process's doing
             if self._hindrance.code == TensorDamaged.code and await self._mend():
                 continue
             hindered_since = self._services.now() if hindered_since is None else hindered_since
-            if (given_up := await self._wait_out(self._hindrance, attempt, since=hindered_since)) is not None:
+            if (given_up := await self._wait_out(self._hindrance, attempt + 1, since=hindered_since)) is not None:
                 return given_up
-            attempt -= 1  # it was not this process's doing
         return None
 
     async def _live_once(self, attempt: int) -> tuple[int, str]:

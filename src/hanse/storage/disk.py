@@ -1,4 +1,7 @@
-"""Which error stands for what the disk, the database or the machine did not do; a full disk is told apart."""
+"""Which error stands for what the disk, the database or the machine did not do; a full disk is told apart.
+
+And what it takes to have the disk keep what was written.
+"""
 
 import errno
 import os
@@ -38,9 +41,33 @@ def database_failure(error: BaseException, name: str, *, doing: str = "using") -
     return StoreFailed(f"{doing} {name}", why)
 
 
+def sync_tree(folder: Path) -> None:
+    """Return when *folder* with all that is in it, and its name, are on the disk, to survive a power failure.
+
+    Raises:
+        StoreFailed: the disk does not take it.
+    """
+    try:
+        for path, _, names in os.walk(folder, topdown=False):
+            for name in names:
+                _fsync(Path(path, name))
+            _fsync(Path(path))
+        _fsync(folder.parent)
+    except OSError as error:
+        raise disk_failure(f"syncing {folder}", error, folder) from error
+
+
 def mount_point(path: Path) -> Path:
     """Return where the disk is mounted that holds *path*, or would hold it."""
     path = path.absolute()
     while not os.path.ismount(path) and path != path.parent:
         path = path.parent
     return path
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

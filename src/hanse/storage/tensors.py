@@ -66,6 +66,7 @@ class TensorFiles:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._synced: dict[Digest, tuple[int, int]] = {}
+        self._is_named = False
         with _disk("making the folder for tensors", root):
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -238,6 +239,9 @@ class TensorFiles:
         if fresh:
             with _disk("syncing the folder of tensors", self.root):
                 _fsync(self.root)
+                if not self._is_named:  # it may be new itself
+                    _fsync(self.root.parent)
+            self._is_named = True
         self._synced |= fresh
 
     def keep_only(self, digests: Collection[Digest]) -> int:
