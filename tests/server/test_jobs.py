@@ -1262,11 +1262,7 @@ def test_a_run_that_stays_without_space_ends_with_that_reason(
 def test_a_process_that_met_a_damaged_tensor_has_not_died(
     start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def mended(journal: RunJournal, answered: Collection[TaskKey]) -> list[TaskAssignment]:
-        del journal, answered
-        return []
-
-    monkeypatch.setattr(RunJournal, "mend", mended)
+    monkeypatch.setattr(RunJournal, "mend", always_mended)
     launcher = on_loop(ScriptedLauncher)
     server = start(launcher=launcher)
     Site(dialler, server, starts=False)
@@ -1279,6 +1275,32 @@ def test_a_process_that_met_a_damaged_tensor_has_not_died(
     launcher.next()
 
     assert wait(server.jobs.board.view(job_id)).state == "running"
+
+
+def test_a_run_whose_disk_goes_on_losing_tensors_is_waited_for_and_ends_with_that_reason(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunJournal, "mend", always_mended)
+    monkeypatch.setattr("hanse.server.run_process.HINDERED_PAUSE_S", 0.05)
+    monkeypatch.setattr("hanse.server.run_process.LONGEST_WAIT_S", 0.1)
+
+    def damaged(*arguments: Any) -> Model:
+        raise TensorDamaged("ab12", folder="/disk")
+
+    monkeypatch.setattr("hanse.run.federation.allocate", damaged)
+    server = start()
+    Site(dialler, server, "site-1", train=plus(1))
+
+    job_id = submit(server, tmp_path, min_clients=1)
+
+    record = outcome(server, job_id)
+    assert (record.state, record.code) == (JobState.FAILED, TensorDamaged.code)
+    assert "tensor ab12 in /disk is missing or damaged" in record.reason
+
+
+async def always_mended(journal: RunJournal, answered: Collection[TaskKey]) -> list[TaskAssignment]:
+    del journal, answered
+    return []
 
 
 def test_a_run_that_is_aborted_in_its_process_is_an_aborted_job(

@@ -140,9 +140,11 @@ class OwnProcess:
                     return given_up
                 continue
             attempt -= 1  # it was not this process's doing
-            if self._hindrance.code == TensorDamaged.code and await self._mend():
-                continue
-            hindered_since = self._services.now() if hindered_since is None else hindered_since
+            is_mended = self._hindrance.code == TensorDamaged.code and await self._mend()
+            if hindered_since is None:
+                hindered_since = self._services.now()
+                if is_mended:
+                    continue  # at once; but a disk that goes on losing what it has is waited for
             if (given_up := await self._wait_out(self._hindrance, attempt + 1, since=hindered_since)) is not None:
                 return given_up
         return None
