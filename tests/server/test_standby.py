@@ -172,6 +172,47 @@ def test_a_server_that_has_handed_over_says_that_it_stands_by_without_waiting_fo
         overseer.end()
 
 
+class Moved(MemoryStore):
+    """A store that says for how long a server waits for the lease to move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits_s: asyncio.Queue[float] = asyncio.Queue()
+
+    async def lease_moved(self, seen: Lease, *, within_s: float) -> Lease:
+        self.waits_s.put_nowait(within_s)
+        return await super().lease_moved(seen, within_s=within_s)
+
+
+def test_a_server_that_cannot_serve_under_its_lease_does_not_take_it_again_at_once() -> None:
+    store, now = on_loop(Moved), 0.0
+    wait(store.open())
+    overseer = LeaseOverseer(
+        store, holder="one", name="server-1", target="server-1:1", ttl_s=LEASE_S, clock=lambda: now
+    )
+    served: list[int] = []
+    has_served = threading.Semaphore(0)
+
+    def cannot_serve(agent: OverseerAgent) -> None:
+        primary = agent.primary()
+        if primary is not None and primary.held is not None:
+            served.append(primary.held.lease.epoch)
+            wait(store.release_lease(primary.held.lease.epoch))
+            has_served.release()
+
+    overseer.start(cannot_serve)
+    try:
+        assert has_served.acquire(timeout=WITHIN_S)
+        while not 0 < wait(store.waits_s.get()) < LEASE_S / 2:
+            assert len(served) == 1, "it takes again what it has given back"
+
+        now = LEASE_S
+
+        assert has_served.acquire(timeout=WITHIN_S)
+    finally:
+        overseer.end()
+
+
 def test_a_server_that_says_nothing_is_succeeded_and_serves_nobody_when_it_wakes(
     two: tuple[Pair, Pair], dialler: Dialler
 ) -> None:

@@ -209,6 +209,8 @@ class LeaseOverseer:
         ttl_s = 0.0 if is_anybodys else lease.ttl_s
         if lease.holder == self._holder:  # this server could not keep it, so let another one come first
             ttl_s *= 2
+        elif is_anybodys and self._held is not None and lease.epoch == self._held.lease.epoch + 1:
+            ttl_s = lease.ttl_s / 4  # nor serve under it, which it need not try again and again
         self._seen = lease
         self._watch = self._watch.observe(_sign(lease), ttl_s=ttl_s, now=self._clock())
 
