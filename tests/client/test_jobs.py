@@ -14,6 +14,7 @@ import pytest
 from hanse.cell.cell import RemoteError
 from hanse.cell.transfer import LocalTransfers, Partial
 from hanse.client.process_spec import PROCESS_MODULE
+from hanse.client.registration import Registrant
 from hanse.client.workspace import JobFolder
 from hanse.errors import NotFound, Unauthenticated, Unreachable
 from hanse.ids import Digest, Fqcn, JobId
@@ -194,6 +195,32 @@ async def test_package_that_is_fetched_with_a_token_that_has_just_been_renewed_m
                 await server.ask("deploy", deploy)
             assert caught.value.retryable
             await server.ask("deploy", deploy)
+
+
+async def test_package_that_no_token_helps_to_fetch_is_refused_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock_is_right = True
+
+    def require_valid(registrant: Registrant) -> None:
+        del registrant
+        if not clock_is_right:
+            raise Unauthenticated("the certificate of 'site-1' is not valid before tomorrow; compare the clocks")
+
+    class WithoutCertificate(LocalTransfers):
+        async def download(self, scope: str, digest: Digest, size: int, into: Partial) -> None:
+            into.close()
+            raise Unauthenticated("nobody is there whom it could be")
+
+    monkeypatch.setattr(Registrant, "require_valid", require_valid)
+    async with fake_server(tmp_path / "s") as server:
+        server.transfers = WithoutCertificate(server.files)
+        async with site(server, tmp_path / "w"):
+            await server.up()
+            clock_is_right = False
+            with pytest.raises(Unauthenticated, match="compare the clocks"):
+                await server.ask("deploy", server.announce(code_folder(tmp_path / "code"), job_spec()))
+            clock_is_right = True
 
 
 async def test_package_must_hold_the_job_that_was_announced(tmp_path: Path) -> None:

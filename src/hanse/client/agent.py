@@ -128,6 +128,7 @@ class ClientAgent:
             roots=tls.roots_pem if tls else b"",
             launcher=launcher,
             transfers=transfers,
+            require_valid=self._registrant.require_valid,
         )
         self._session: _Session | None = None
         self._stopping = asyncio.Event()

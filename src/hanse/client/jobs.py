@@ -90,7 +90,8 @@ class _Job:
 class SiteJobs:
     """The jobs at one site; they live within ``serving``, after which no process of theirs is left.
 
-    ``uplink`` is the agent's; *roots* is what TLS is checked against, in PEM; empty without TLS.
+    ``uplink`` is the agent's; *roots* is what TLS is checked against, in PEM; empty without TLS. *require_valid* raises
+    ``Unauthenticated`` while the agent's certificate is not valid.
     """
 
     def __init__(
@@ -102,7 +103,9 @@ class SiteJobs:
         roots: bytes,
         launcher: Launcher,
         transfers: TensorTransfers,
+        require_valid: Callable[[], None],
     ) -> None:
+        self._require_valid = require_valid
         self._uplink, self._settings, self._roots = uplink, settings, roots
         self._workspace = workspace
         self._launcher, self._transfers = launcher, transfers
@@ -251,6 +254,7 @@ class SiteJobs:
         try:
             await self._transfers.download(f"job/{deploy.job_id}", deploy.package, deploy.package_bytes, partial)
         except Unauthenticated as error:  # the agent has had another token since, or is about to
+            self._require_valid()  # or there is none to be had
             raise Unreachable(SERVER, error.reason) from error
         spec = await _in_thread(unpack_package, packages.path(deploy.package), folder.code)
         if spec != deploy.spec:
