@@ -1392,6 +1392,33 @@ def test_a_client_that_was_lost_and_is_started_again_is_waited_for_again(
     ]
 
 
+def test_a_client_whose_task_was_cancelled_is_given_it_again_when_a_runs_next_process_waits_for_it(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    launcher = Threads()
+    server = start(launcher=launcher, lost_after_s=0.05)
+    gone, other = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    job_id = submit(server, tmp_path, workflow=WorkflowSpec("cyclic", {"rounds": 1}))
+    gone.task()
+    watcher = dialler.site(server, "ada@demo", fqcn="ada@demo.cli-1")
+    on_loop(lambda: server.jobs.board.watch(job_id, watcher.fqcn))
+    assert gone.job is not None
+    wait(gone.job.close())
+    wait(gone.wire.close())
+    following = other.task()  # the first was lost, and its task cancelled
+    back = Site(dialler, server, "site-1")
+    back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat())
+    while watcher.told(Channel.ADMIN, "job.event").kind != "client_back":
+        continue
+
+    launcher.started[0].kill()
+    back.send(answer(back.task(), w(1)))
+    other.send(answer(following, w(5)))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert wait(server.jobs.board.view(job_id)).history[1].answered == ("site-1", "site-2")
+
+
 def test_a_client_that_cannot_start_its_process_just_now_is_lost_in_time(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:
