@@ -159,7 +159,8 @@ class Federation(Protocol):
         """Return the clients with a kept task *name* whose answer was not yielded yet, in name order.
 
         For each it says how many rounds ago its (oldest) task was asked; 0 is this round. Whether the answer has come
-        meanwhile makes no difference, so at the beginning of a round that is run again they are the same.
+        meanwhile, or the client has failed, makes no difference, so at the beginning of a round that is run again they
+        are the same.
         """
 
     async def cancel(self, name: str, clients: Collection[ClientName] | None = None) -> None:

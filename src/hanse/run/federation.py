@@ -314,8 +314,8 @@ class _Pool:
 
     @property
     def keys(self) -> set[TaskKey]:
-        """The tasks of which no answer of their clients' own was taken, and may be."""
-        return self._expected | {arrival.result.key for arrival in self._arrived if arrival.is_clients_own}
+        """The tasks of which no answer was taken, and may be: also that a client has failed is one."""
+        return self._expected | {arrival.result.key for arrival in self._arrived}
 
     def open(self, key: TaskKey) -> None:
         """Expect an answer to *key*."""
