@@ -244,6 +244,21 @@ async def test_a_model_that_is_asked_with_twice_is_stored_once(
     assert len(stored) == 1
 
 
+async def test_a_model_that_is_asked_with_in_another_round_is_there_again(files: TensorFiles) -> None:
+    teacher = Model({"w": np.arange(100_000, dtype=np.float32)})
+    journal = Journal(files, {"a": plus(1)})
+    run = federation(journal, "a")
+    await collected(run, "a", task=Task("evaluate", teacher, expects_model=False))
+    files.keep_only([])  # as the commit does with what the state does not hold
+    run.enter_round(2)
+
+    await collected(run, "a", task=Task("evaluate", teacher, expects_model=False))
+
+    reference = journal.issued[-1].model
+    assert reference is not None
+    assert files.has(reference.tensors[0].digest)
+
+
 async def test_the_servers_refusal_is_raised_where_it_was_asked(files: TensorFiles) -> None:
     journal = Journal(files)
     journal.refuses = StoreFailed("writing", "no space left on device")

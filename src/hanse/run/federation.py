@@ -90,6 +90,7 @@ class RunFederation:
         self._began = asyncio.get_running_loop().time()
         self._sequence.clear()
         self._asked.clear()
+        self._stored = None  # the commit has deleted what only the last round needed
         self._early = {key: arrival for key, arrival in self._early.items() if key.round >= round_number}
         self._pool_of = {key: pool for key, pool in self._pool_of.items() if pool.keeps}
         for key in list(self._pool_of):
