@@ -72,7 +72,7 @@ from hanse.server.payloads import expect
 from hanse.server.run_folder import RunFolder
 from hanse.server.run_journal import RunJournal
 from hanse.storage.memory import MemoryStore
-from hanse.storage.models import allocate, read_safetensors
+from hanse.storage.models import allocate, read_safetensors, write_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
 
 from ..launch.much import MUCH, is_too_long, log_much
@@ -281,6 +281,26 @@ def test_tensors_too_large_to_ride_along_move_by_digest(start: StartServer, dial
     result = read_safetensors(wait(_path(server, job_id, record.result)))
     assert result == Model({"w": np.full(10_000, 2, np.float32)})
     assert not list((tmp_path / "ws" / "runs" / job_id / "tensors").glob("*"))
+
+
+def test_a_result_that_a_power_failure_has_left_without_its_bytes_is_written_anew(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    write_safetensors(w(2), tmp_path / "expected")
+    expected = (tmp_path / "expected").read_bytes()
+    job_id = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    task = site.task()
+    left = server.jobs.run_folder(job_id).result / digest_of(expected)
+    left.parent.mkdir()
+    left.write_bytes(bytes(len(expected)))  # a process of this run had come as far, and had not synced it
+
+    site.send(answer(task, w(2)))
+
+    record = outcome(server, job_id)
+    assert (record.state, record.result) == (JobState.COMPLETED, digest_of(expected))
+    assert wait(_path(server, job_id, record.result)).read_bytes() == expected
 
 
 async def _path(server: FederatedServer, job_id: JobId, digest: Digest) -> Path:
