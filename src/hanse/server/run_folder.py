@@ -11,7 +11,7 @@ another server needs to go on; what is missing here is fetched from there.
 import asyncio
 import secrets
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,12 +174,8 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _take_over_files(self, files: TensorFiles, needed: Collection[Digest]) -> list[Digest]:
-        earlier = self._earlier()
-        for digest in needed:
-            for folder in reversed(earlier):
-                if not files.has(digest):
-                    files.take_in(folder / digest)
-        missing = [digest for digest in dict.fromkeys(needed) if not files.verify(digest)]
+        earlier = [*reversed(self._earlier())]
+        missing = [digest for digest in dict.fromkeys(needed) if not _take_over_file(files, digest, earlier)]
         files.sync(set(needed) - set(missing))
         self.delete_earlier_tensors()
         return missing
@@ -197,6 +193,16 @@ class RunFolder:
                 found.append((int(number), folder))
         first = self.path / _FIRST_TENSORS
         return [*([first] if first.is_dir() else []), *(folder for _, folder in sorted(found))]
+
+
+def _take_over_file(files: TensorFiles, digest: Digest, earlier: Sequence[Path]) -> bool:
+    """Have a tensor in *files*, from the first of the *earlier* folders in which it is whole; return whether it is.
+
+    A tenure that ended with its machine's power may have left a damaged copy of what the one before it has still.
+    """
+    if files.verify(digest):
+        return True
+    return any(files.take_in(folder / digest) and files.verify(digest) for folder in earlier)
 
 
 @dataclass(frozen=True, slots=True)
