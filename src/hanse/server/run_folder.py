@@ -29,6 +29,7 @@ from hanse.storage.tensors import TensorFiles
 _TENSORS: Final = "tensors-"
 _FIRST_TENSORS: Final = "tensors"
 """Where release 0.1.0 kept a run's tensors, in all of its tenures."""
+_UNSYNCED: Final = "code.unsynced"
 _INCOMING: Final = ".incoming-"
 """What the folder of a job is called that is being submitted; the epoch follows, so that leftovers can be told."""
 
@@ -97,8 +98,7 @@ class RunFolder:
         files = await asyncio.to_thread(TensorFiles, self.package)
         await self.mirror.have_package(files, record.package, record.package_bytes)
         if not await asyncio.to_thread(self.code.is_dir):
-            await asyncio.to_thread(unpack_package, files.path(record.package), self.code)
-            await asyncio.to_thread(sync_tree, self.path)
+            await asyncio.to_thread(self._unpack, files.path(record.package))
 
     async def have_result(self, record: JobRecord) -> None:
         """Return when the job's result is here, which another server may have seen the run reach.
@@ -172,6 +172,14 @@ class RunFolder:
         """Delete the tensor files of earlier tenures, whatever of them can be deleted."""
         for folder in self._earlier():
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _unpack(self, package: Path) -> None:
+        """Have the code here: it is on the disk when it gets its name, for that is all that is looked at later."""
+        draft = self.path / _UNSYNCED
+        unpack_package(package, draft)
+        sync_tree(self.path)
+        draft.rename(self.code)
+        sync_tree(self.path)
 
     def _take_over_files(self, files: TensorFiles, needed: Collection[Digest]) -> list[Digest]:
         earlier = [*reversed(self._earlier())]
