@@ -403,6 +403,31 @@ async def test_cancelled_task_is_dropped_whether_it_waits_or_is_worked_on(tmp_pa
         assert [ctx.round for ctx in trainer.contexts] == [1, 3]
 
 
+async def test_a_task_that_comes_again_while_its_cancelled_work_is_ending_is_worked_on_anew(tmp_path: Path) -> None:
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    async def work(model: Model, ctx: TaskContext) -> Update:
+        if begun.is_set():
+            return await add_one(model, ctx)
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await may_end.wait()
+        raise AssertionError("it was cancelled")
+
+    async with fake_server(tmp_path / "s") as server, job(server, tmp_path / "t", FakeTrainer(work)):
+        await server.up(CELL)
+        give(server, assignment(server))
+        await begun.wait()
+        server.cell.tell(Fqcn(CELL), Channel.TASK, "cancelled", TaskCancelled(key()))
+        give(server, assignment(server))  # a next process of the run waits for it
+        await server.cell.ask(Fqcn(CELL), Channel.TASK, "task", assignment(server), timeout_s=10)  # and once is enough
+        may_end.set()
+
+        assert (await server.next(TaskResult)).update is not None
+
+
 async def test_task_for_somebody_else_is_refused(tmp_path: Path) -> None:
     async with fake_server(tmp_path / "s") as server, job(server, tmp_path / "t", FakeTrainer(add_one)):
         await server.up(CELL)

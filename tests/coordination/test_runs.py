@@ -292,12 +292,11 @@ def test_new_tasks_are_returned_for_sending_and_kept_for_their_clients() -> None
 
 def test_a_task_that_is_known_stays_as_it_was() -> None:
     run = run_in_round_1()
-    run.issue([task(ONE), task(TWO), task(ONE, sequence=1)])
+    run.issue([task(ONE), task(TWO)])
     run.accept(answer(key(TWO)), sender=TWO)
-    run.cancel([key(ONE, sequence=1)])
     changed = TaskAssignment(key(ONE), None, {"lr": 0.5})
 
-    again = run.issue([changed, task(TWO), task(ONE, sequence=1), task(ONE, sequence=2), task(ONE, sequence=2)])
+    again = run.issue([changed, task(TWO), task(ONE, sequence=2), task(ONE, sequence=2)])
     assert again == (task(ONE, sequence=2),)
     assert run.tasks_for(ONE) == (task(ONE), task(ONE, sequence=2))
     assert run.tasks_for(TWO) == ()
@@ -445,6 +444,17 @@ def test_cancelling_returns_the_tasks_that_were_out() -> None:
     assert run.cancel([key(TWO), key(ONE), key(TWO), key(TWO, sequence=9)]) == (key(TWO),)
     assert run.task_for(TWO) is None
     assert run.answers == (answer(key(ONE)),)
+
+
+def test_a_cancelled_task_that_is_issued_again_is_out_again() -> None:
+    # Its run's process was killed after it had cancelled the task, and before it committed: the next one waits for it.
+    run = run_in_round_1()
+    run.issue([task(ONE)])
+    run.cancel([key(ONE)])
+
+    assert run.issue([task(ONE)]) == (task(ONE),)
+    assert run.task_for(ONE) == task(ONE)
+    assert run.accept(answer(key(ONE)), sender=ONE) == Accepted()
 
 
 def test_the_end_ends_everybodys_part_and_returns_the_tasks_still_out() -> None:

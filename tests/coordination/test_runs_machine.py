@@ -54,6 +54,7 @@ class Runs(RuleBasedStateMachine):
             assert new == (task,)
             assert key not in self.was_accepted, "what was answered is not asked again"
             self.out[key] = task
+        assert key in self.out or key in self.answers, "whoever asks waits for an answer"
 
     @rule(round_number=st.integers(0, 6))
     def issue_for_another_round(self, round_number: int) -> None:

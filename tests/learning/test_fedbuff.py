@@ -185,6 +185,19 @@ async def test_as_many_clients_train_at_a_time_as_declared() -> None:
     assert max(at_work.values()) <= 1
 
 
+async def test_no_more_clients_are_asked_when_more_are_lost_than_may_train_at_a_time() -> None:
+    asked: list[int] = []
+
+    def first_five_are_lost(client: ClientName, task: Task) -> float:
+        asked.append(federation.round)
+        return math.inf if len(asked) <= 5 else 1.0
+
+    federation = LocalFederation({name(n): adding(1.0) for n in range(1, 21)}, took_s=first_five_are_lost)
+    await federation.run(FedBuff(rounds=2, buffer_size=2, concurrency=3), model(0.0))
+
+    assert Counter(asked) == {1: 5 + 2, 2: 2}, "two that stand in for the lost make a step"
+
+
 async def test_step_goes_on_without_clients_that_fail_and_asks_others_in_their_place() -> None:
     clients: dict[ClientName, Client] = {name(n): failing for n in (1, 2, 3)} | {name(n): adding(2.0) for n in (4, 5)}
     last = await LocalFederation(clients).run(FedBuff(rounds=3, buffer_size=2, concurrency=2), model(0.0))

@@ -92,6 +92,7 @@ def federation(
     *names: str,
     seed: int = 7,
     lost: Sequence[str] = (),
+    failed: Sequence[str] = (),
     carried: Sequence[TaskKey] = (),
     round_number: int = 1,
 ) -> RunFederation:
@@ -105,6 +106,8 @@ def federation(
     journal.attach(made)
     for client in lost:
         made.client_changed(changed(client, "lost"))
+    for client in failed:
+        made.client_changed(changed(client, "failed"))
     made.enter_round(round_number)
     return made
 

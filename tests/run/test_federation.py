@@ -244,6 +244,21 @@ async def test_a_model_that_is_asked_with_twice_is_stored_once(
     assert len(stored) == 1
 
 
+async def test_a_model_that_is_asked_with_in_another_round_is_there_again(files: TensorFiles) -> None:
+    teacher = Model({"w": np.arange(100_000, dtype=np.float32)})
+    journal = Journal(files, {"a": plus(1)})
+    run = federation(journal, "a")
+    await collected(run, "a", task=Task("evaluate", teacher, expects_model=False))
+    files.keep_only([])  # as the commit does with what the state does not hold
+    run.enter_round(2)
+
+    await collected(run, "a", task=Task("evaluate", teacher, expects_model=False))
+
+    reference = journal.issued[-1].model
+    assert reference is not None
+    assert files.has(reference.tensors[0].digest)
+
+
 async def test_the_servers_refusal_is_raised_where_it_was_asked(files: TensorFiles) -> None:
     journal = Journal(files)
     journal.refuses = StoreFailed("writing", "no space left on device")
@@ -428,15 +443,34 @@ async def test_a_loss_that_nobody_has_heard_of_is_forgotten_when_the_client_is_b
     assert shown(answers) == [("b", "training-failed", 1), ("a", "deadline", 1)]
 
 
-async def test_a_client_that_failed_carries_nothing_on(files: TensorFiles) -> None:
+async def test_a_client_that_failed_carries_nothing_on_once_that_was_heard(files: TensorFiles) -> None:
     journal = Journal(files, {"a": silent})
     run = federation(journal, "a")
     await collected(run, "a", keep=True, deadline_s=0.01)
     run.client_changed(changed("a", "failed", "its process died"))
 
+    assert run.carried == (key("a"),)
+    assert shown(await collected(run, "a", keep=True)) == [("a", "client-failed", 0), ("a", "client-failed", 0)]
     assert run.carried == ()
     assert run.outstanding("train") == {}
-    assert shown(await collected(run, "a", keep=True)) == [("a", "client-failed", 0), ("a", "client-failed", 0)]
+
+
+async def test_who_is_outstanding_when_a_round_begins_is_the_same_when_it_begins_again(files: TensorFiles) -> None:
+    journal = Journal(files, dict.fromkeys("abcd", silent))
+    carried = [key(name, round_number=0) for name in "abcd"]
+    before = federation(journal, *"abcd", carried=carried).outstanding("train")
+    journal.accept(TaskResult(key("a", round_number=0), fault=TaskFault("training-failed", "no")))
+
+    run = federation(journal, *"abcd", lost=["b"], failed=["c"], carried=carried)
+
+    assert run.outstanding("train") == before == dict.fromkeys("abcd", 1)
+    assert shown(await collected(run, keep=True, deadline_s=0.01)) == [
+        ("a", "training-failed", 1),
+        ("b", "client-lost", 1),
+        ("c", "client-failed", 1),
+        ("b", "deadline", 1),
+        ("d", "deadline", 1),
+    ]
 
 
 async def test_kept_tasks_can_be_cancelled(files: TensorFiles) -> None:

@@ -4,6 +4,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -98,6 +99,23 @@ async def test_a_run_goes_on_from_its_last_committed_state(files: TensorFiles) -
 
     assert (last.model, last.values, last.extra["first"]) == (expected.model, expected.values, model(5))
     assert [state.round for state, _ in journal.commits] == [2, 3]
+
+
+async def test_a_round_sees_the_values_of_the_last_one_as_it_does_after_a_crash(files: TensorFiles) -> None:
+    seen: list[Any] = []
+
+    class Noting(Counting):
+        async def round(self, state: State, federation: Federation) -> State:
+            seen.append((state.values, [type(value) for value in state.metrics.values()]))
+            return State(state.model, state.round + 1, values={"bounds": (1, 2)}, metrics={"clients": 3})
+
+    journal = Journal(files)
+    await driven(journal, Noting(rounds=2))
+    stored = msgspec.msgpack.encode(journal.commits[1][0])
+    await driven(journal, Noting(rounds=2), msgspec.msgpack.decode(stored, type=StateRef))
+
+    _, undisturbed, after_a_crash = seen
+    assert undisturbed == after_a_crash == ({"bounds": [1, 2]}, [float])
 
 
 async def test_a_round_that_has_read_a_damaged_state_is_not_committed(files: TensorFiles) -> None:

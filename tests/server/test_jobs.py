@@ -72,7 +72,7 @@ from hanse.server.payloads import expect
 from hanse.server.run_folder import RunFolder
 from hanse.server.run_journal import RunJournal
 from hanse.storage.memory import MemoryStore
-from hanse.storage.models import allocate, read_safetensors
+from hanse.storage.models import allocate, read_safetensors, write_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
 
 from ..launch.much import MUCH, is_too_long, log_much
@@ -281,6 +281,26 @@ def test_tensors_too_large_to_ride_along_move_by_digest(start: StartServer, dial
     result = read_safetensors(wait(_path(server, job_id, record.result)))
     assert result == Model({"w": np.full(10_000, 2, np.float32)})
     assert not list((tmp_path / "ws" / "runs" / job_id / "tensors").glob("*"))
+
+
+def test_a_result_that_a_power_failure_has_left_without_its_bytes_is_written_anew(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    write_safetensors(w(2), tmp_path / "expected")
+    expected = (tmp_path / "expected").read_bytes()
+    job_id = submit(server, tmp_path, min_clients=1, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    task = site.task()
+    left = server.jobs.run_folder(job_id).result / digest_of(expected)
+    left.parent.mkdir()
+    left.write_bytes(bytes(len(expected)))  # a process of this run had come as far, and had not synced it
+
+    site.send(answer(task, w(2)))
+
+    record = outcome(server, job_id)
+    assert (record.state, record.result) == (JobState.COMPLETED, digest_of(expected))
+    assert wait(_path(server, job_id, record.result)).read_bytes() == expected
 
 
 async def _path(server: FederatedServer, job_id: JobId, digest: Digest) -> Path:
@@ -1390,6 +1410,33 @@ def test_a_client_that_was_lost_and_is_started_again_is_waited_for_again(
         ("site-1",),
         ("site-1", "site-2"),
     ]
+
+
+def test_a_client_whose_task_was_cancelled_is_given_it_again_when_a_runs_next_process_waits_for_it(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    launcher = Threads()
+    server = start(launcher=launcher, lost_after_s=0.05)
+    gone, other = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    job_id = submit(server, tmp_path, workflow=WorkflowSpec("cyclic", {"rounds": 1}))
+    gone.task()
+    watcher = dialler.site(server, "ada@demo", fqcn="ada@demo.cli-1")
+    on_loop(lambda: server.jobs.board.watch(job_id, watcher.fqcn))
+    assert gone.job is not None
+    wait(gone.job.close())
+    wait(gone.wire.close())
+    following = other.task()  # the first was lost, and its task cancelled
+    back = Site(dialler, server, "site-1")
+    back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat())
+    while watcher.told(Channel.ADMIN, "job.event").kind != "client_back":
+        continue
+
+    launcher.started[0].kill()
+    back.send(answer(back.task(), w(1)))
+    other.send(answer(following, w(5)))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert wait(server.jobs.board.view(job_id)).history[1].answered == ("site-1", "site-2")
 
 
 def test_a_client_that_cannot_start_its_process_just_now_is_lost_in_time(

@@ -25,6 +25,17 @@ async def test_tensors_of_release_0_1_0_are_taken_over_like_those_of_a_tenure(tm
     assert not (tmp_path / "tensors").exists()
 
 
+async def test_a_tensor_that_the_last_tenure_has_damaged_is_taken_over_from_the_one_before(tmp_path: Path) -> None:
+    needed = TensorFiles(RunFolder(tmp_path, epoch=3).tensors).put(memoryview(b"needed"))
+    last = TensorFiles(RunFolder(tmp_path, epoch=4).tensors)
+    last.put(memoryview(b"needed"))
+    last.path(needed).write_bytes(b"\0" * 6)  # its power failed while it took over, from a disk without hard links
+    now = RunFolder(tmp_path, epoch=5)
+
+    assert await now.take_over([needed]) == []
+    assert TensorFiles(now.tensors).verify(needed)
+
+
 async def test_what_no_tenure_has_is_told(tmp_path: Path) -> None:
     lost = Digest("ab" * 32)
     assert await RunFolder(tmp_path, epoch=2).take_over([lost]) == [lost]

@@ -8,8 +8,11 @@ import pytest
 
 from hanse.errors import NotFound, ProtocolError, StoreFailed
 from hanse.ids import Digest, JobId
-from hanse.server import run_mirror
+from hanse.job import JobRecord, JobSpec, WorkflowSpec
+from hanse.server import run_folder, run_mirror
+from hanse.server.run_folder import RunFolder
 from hanse.server.run_mirror import RunMirror
+from hanse.storage.packages import build_package
 from hanse.storage.tensors import TensorFiles, digest_of
 
 bucket = pytest.importorskip("hanse.storage.bucket", reason="obstore is not installed")
@@ -423,6 +426,32 @@ async def test_a_package_that_is_here_alone_is_kept(objects: Objects, files: Ten
     assert objects.asked == ["sizes", "put", "sizes"]
 
 
+async def test_code_has_its_name_only_when_it_is_on_the_disk(
+    objects: Objects, files: TensorFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = JobSpec("tiny", WorkflowSpec("fedavg"), client="app:app", model="model:initial")
+    (tmp_path / "job").mkdir()
+    package = build_package(tmp_path / "job", spec, {"app.py": b"app = 1"})
+    digest = files.put(package)
+    await RunMirror(objects, JOB, 1).keep_package(files, digest)
+    record = JobRecord(JOB, spec, "ada", 0.0, digest, len(package))
+    folder = RunFolder(tmp_path / "run", 2, RunMirror(objects, JOB, 2))
+
+    def power_fails(path: Path) -> None:
+        assert (path / "code.unsynced" / "app.py").exists()
+        raise StoreFailed("syncing", "the power failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "sync_tree", power_fails)
+        with pytest.raises(StoreFailed, match="power"):
+            await folder.have_package(record)
+    assert not folder.code.exists()
+    await folder.have_package(record)
+
+    assert (folder.code / "app.py").read_bytes() == b"app = 1"
+    assert {path.name for path in folder.path.iterdir()} == {"code", "package"}
+
+
 async def test_the_package_of_a_job_that_was_refused_goes(objects: Objects, files: TensorFiles) -> None:
     (package,) = made(files, "package")
     mirror = RunMirror(objects, JOB, 1)
@@ -443,6 +472,23 @@ async def test_a_result_is_fetched_once(objects: Objects, files: TensorFiles, ot
 
     assert others.verify(result)
     assert objects.asked == ["put", "fetch"]
+
+
+async def test_package_and_result_that_a_power_failure_has_left_without_their_bytes_are_fetched_again(
+    objects: Objects, files: TensorFiles, others: TensorFiles
+) -> None:
+    package, result = made(files, "package", "result")
+    before, mirror = RunMirror(objects, JOB, 1), RunMirror(objects, JOB, 2)
+    await before.keep_package(files, package)
+    await before.keep_result(files, result)
+    for digest in (package, result):
+        others.path(digest).write_bytes(bytes(files.size(digest)))
+
+    await mirror.have_package(others, package, files.size(package))
+    await mirror.have_result(others, result, files.size(result))
+
+    assert others.verify(package)
+    assert others.verify(result)
 
 
 async def test_a_result_that_is_lost_or_another_is_none(

@@ -1,5 +1,6 @@
 import io
 import stat
+import struct
 import zipfile
 from pathlib import Path
 
@@ -178,6 +179,24 @@ def lying_about_its_size() -> bytes:
     return bytes(package).replace(real, said)
 
 
+def nameless() -> bytes:
+    """A package of which one entry's name is a NUL, of which nothing is left when it is read."""
+    return zipped(("X", b"")).replace(b"X", b"\0")
+
+
+def elsewhere(offset: int) -> bytes:
+    """A package that says of its first file that it begins at *offset*, as those of zips beyond 4 GiB are said."""
+    package = zipped()
+    end = package.rindex(b"PK\x05\x06")
+    directory_bytes, at = struct.unpack("<II", package[end + 12 : end + 20])
+    entry = bytearray(package[at : at + directory_bytes])
+    extra = struct.pack("<HHQ", 1, 8, offset)
+    entry[30:32], entry[42:46] = struct.pack("<H", len(extra)), b"\xff" * 4
+    tail = bytearray(package[end:])
+    tail[12:16] = struct.pack("<I", len(entry) + len(extra))
+    return package[:at] + bytes(entry) + extra + bytes(tail)
+
+
 BAD_PACKAGES: dict[str, bytes] = {
     "nothing": b"",
     "not a zip": b"PK but not a zip",
@@ -198,6 +217,10 @@ BAD_PACKAGES: dict[str, bytes] = {
     "control character": zipped(("a\n.py", b"")),
     "NUL": zipped(("aXb.py", b"")).replace(b"aXb.py", b"a\0b.py"),
     "too long": zipped(("a" * 300 + ".py", b"")),
+    "no name": nameless(),
+    "beyond what can be counted": elsewhere(2**64 - 1),
+    "beyond what a disk has": elsewhere(2**63 - 1),
+    "beyond its end": elsewhere(2**20),
     "another kind of file": zipped(("evil.so", b"")),
     "a folder": zipped(("folder/", b"")),
     "a link": zipped(link("link.py", b"/etc/passwd")),
@@ -215,10 +238,14 @@ def test_a_bad_package_is_refused_and_changes_nothing(tmp_path: Path, package: b
     into = tmp_path / "room" / "code"
     into.mkdir(parents=True)
     (into / "app.py").write_text("as before")
+    file = tmp_path / "package.zip"
+    file.write_bytes(package)
 
-    with pytest.raises(JobInvalid):
-        unpack_package(package, into)
+    for come in (package, file):
+        with pytest.raises(JobInvalid):
+            unpack_package(come, into)
 
+    file.unlink()
     assert below(tmp_path) == {"room/code/app.py": b"as before"}
     assert list(into.parent.iterdir()) == [into]
 

@@ -848,6 +848,18 @@ async def test_a_store_opened_again_holds_what_it_held(new_store: Store) -> None
         assert await store.renew_lease(lease.epoch) == changed(lease, beat=1)
 
 
+async def test_who_waits_for_the_lease_hears_that_the_store_is_closed(new_store: Store) -> None:
+    await new_store.open()
+    waiting = asyncio.create_task(new_store.lease_moved(await new_store.lease(), within_s=60))
+    await asyncio.sleep(0)
+
+    await new_store.close()
+
+    async with asyncio.timeout(10):
+        with pytest.raises(StoreFailed, match="not open"):
+            await waiting
+
+
 async def test_a_closed_store_says_so(new_store: Store) -> None:
     with pytest.raises(StoreFailed, match="not open"):
         await new_store.jobs()

@@ -122,7 +122,8 @@ class ClientJob:
         if not isinstance(assignment, TaskAssignment) or assignment.key.client != self._client:
             raise ProtocolError("TaskAssignment.key.client", got=assignment, expected=f"a task for {self._client}")
         key = assignment.key
-        if key in self._queue or (self._current is not None and self._current[0] == key):
+        is_at_it = self._current is not None and self._current[0] == key and not self._current[1].cancelling()
+        if key in self._queue or is_at_it:
             return  # sent again because the link broke; it is being dealt with
         self._queue[key] = assignment if len(self._queue) < MAX_QUEUED_TASKS else None
         self._queued.set()

@@ -302,7 +302,8 @@ class Run:
     def issue(self, tasks: Sequence[TaskAssignment]) -> tuple[TaskAssignment, ...]:
         """Take *tasks* as issued and return those that are new, which are to be sent; all or none are taken.
 
-        A task whose key is known stays as it was: a restarted workflow issues again what it had issued.
+        A task whose key is known stays as it was: a restarted workflow issues again what it had issued. One that was
+        cancelled is new again: nobody works on it any more, and the workflow waits for its answer.
 
         Raises:
             Conflict: the run has ended, or a task is not for the round being worked for.
@@ -318,6 +319,7 @@ class Run:
         for task in tasks:
             if not self._is_known(task.key):
                 new.setdefault(task.key, task)
+        self._cancelled.difference_update(new)
         self._tasks.update(new)
         return tuple(new.values())
 
@@ -536,7 +538,7 @@ class Run:
         return over
 
     def _is_known(self, key: TaskKey) -> bool:
-        return key in self._tasks or key in self._answers or key in self._cancelled
+        return key in self._tasks or key in self._answers
 
 
 def _shown(key: TaskKey) -> str:

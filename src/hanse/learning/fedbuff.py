@@ -137,7 +137,8 @@ class FedBuff:
         busy = await outstanding_at_most(federation, TRAIN, self.max_staleness)
         idle = [client for client in federation.clients if client not in busy]
         drawn = [idle[position] for position in federation.rng("idle").permutation(len(idle))]
-        free = (self.concurrency or len(federation.clients)) - len(busy)
+        # Others may stand in for those that are lost, so there may be more of both than train at a time.
+        free = max((self.concurrency or len(federation.clients)) - len(busy), 0)
         collection = Collection(
             drawn[:free],
             aim=self.updates_a_step,

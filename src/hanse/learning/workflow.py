@@ -63,8 +63,8 @@ class State:
     """All that a workflow knows after a round; what it does not hold here, it does not know in the next one.
 
     ``round`` is 0 for the initial model. ``extra`` holds further models by name (a server optimizer's moments);
-    ``values`` plain values that msgpack can carry. ``metrics`` are this round's, for people. ``done`` ends the run
-    before ``Workflow.rounds`` are over.
+    ``values`` plain values that msgpack can carry, which the next round gets as msgpack brings them: a tuple as a list.
+    ``metrics`` are this round's, for people. ``done`` ends the run before ``Workflow.rounds`` are over.
     """
 
     model: Model
@@ -159,7 +159,8 @@ class Federation(Protocol):
         """Return the clients with a kept task *name* whose answer was not yielded yet, in name order.
 
         For each it says how many rounds ago its (oldest) task was asked; 0 is this round. Whether the answer has come
-        meanwhile makes no difference, so at the beginning of a round that is run again they are the same.
+        meanwhile, or the client has failed, makes no difference, so at the beginning of a round that is run again they
+        are the same.
         """
 
     async def cancel(self, name: str, clients: Collection[ClientName] | None = None) -> None:

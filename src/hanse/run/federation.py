@@ -90,6 +90,7 @@ class RunFederation:
         self._began = asyncio.get_running_loop().time()
         self._sequence.clear()
         self._asked.clear()
+        self._stored = None  # the commit has deleted what only the last round needed
         self._early = {key: arrival for key, arrival in self._early.items() if key.round >= round_number}
         self._pool_of = {key: pool for key, pool in self._pool_of.items() if pool.keeps}
         for key in list(self._pool_of):
@@ -314,8 +315,8 @@ class _Pool:
 
     @property
     def keys(self) -> set[TaskKey]:
-        """The tasks of which no answer of their clients' own was taken, and may be."""
-        return self._expected | {arrival.result.key for arrival in self._arrived if arrival.is_clients_own}
+        """The tasks of which no answer was taken, and may be: also that a client has failed is one."""
+        return self._expected | {arrival.result.key for arrival in self._arrived}
 
     def open(self, key: TaskKey) -> None:
         """Expect an answer to *key*."""

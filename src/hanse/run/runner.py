@@ -9,6 +9,8 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TypeVar
 
+import msgspec
+
 from hanse.errors import HanseError, WorkflowFailed
 from hanse.ids import ClientName, Digest
 from hanse.job import JobSpec
@@ -74,7 +76,9 @@ async def _commit(
     answered: Sequence[ClientName] = (),
     carried: Sequence[TaskKey] = (),
 ) -> StateRef:
-    """Commit *state*, and return it by name: loaded from there it is mapped, and what was in memory is let go.
+    """Commit *state*, and return it by name, as whoever goes on after a crash reads it: a tuple has become a list.
+
+    Loaded from there it is mapped, and what was in memory is let go.
 
     Raises:
         TensorDamaged: one of the tensors *read* for it is not as it was, and may have been read so; nothing is
@@ -85,7 +89,7 @@ async def _commit(
         asyncio.to_thread(store_state, state, files), asyncio.to_thread(files.check, read)
     )
     await link.commit(reference, took_s=time.monotonic() - began, answered=answered, carried=carried)
-    return reference
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(reference), type=StateRef)
 
 
 def store_state(state: State, files: TensorFiles) -> StateRef:

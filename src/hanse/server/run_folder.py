@@ -11,7 +11,7 @@ another server needs to go on; what is missing here is fetched from there.
 import asyncio
 import secrets
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from hanse.storage.tensors import TensorFiles
 _TENSORS: Final = "tensors-"
 _FIRST_TENSORS: Final = "tensors"
 """Where release 0.1.0 kept a run's tensors, in all of its tenures."""
+_UNSYNCED: Final = "code.unsynced"
 _INCOMING: Final = ".incoming-"
 """What the folder of a job is called that is being submitted; the epoch follows, so that leftovers can be told."""
 
@@ -97,8 +98,7 @@ class RunFolder:
         files = await asyncio.to_thread(TensorFiles, self.package)
         await self.mirror.have_package(files, record.package, record.package_bytes)
         if not await asyncio.to_thread(self.code.is_dir):
-            await asyncio.to_thread(unpack_package, files.path(record.package), self.code)
-            await asyncio.to_thread(sync_tree, self.path)
+            await asyncio.to_thread(self._unpack, files.path(record.package))
 
     async def have_result(self, record: JobRecord) -> None:
         """Return when the job's result is here, which another server may have seen the run reach.
@@ -173,13 +173,17 @@ class RunFolder:
         for folder in self._earlier():
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _unpack(self, package: Path) -> None:
+        """Have the code here: it is on the disk when it gets its name, for that is all that is looked at later."""
+        draft = self.path / _UNSYNCED
+        unpack_package(package, draft)
+        sync_tree(self.path)
+        draft.rename(self.code)
+        sync_tree(self.path)
+
     def _take_over_files(self, files: TensorFiles, needed: Collection[Digest]) -> list[Digest]:
-        earlier = self._earlier()
-        for digest in needed:
-            for folder in reversed(earlier):
-                if not files.has(digest):
-                    files.take_in(folder / digest)
-        missing = [digest for digest in dict.fromkeys(needed) if not files.verify(digest)]
+        earlier = [*reversed(self._earlier())]
+        missing = [digest for digest in dict.fromkeys(needed) if not _take_over_file(files, digest, earlier)]
         files.sync(set(needed) - set(missing))
         self.delete_earlier_tensors()
         return missing
@@ -197,6 +201,16 @@ class RunFolder:
                 found.append((int(number), folder))
         first = self.path / _FIRST_TENSORS
         return [*([first] if first.is_dir() else []), *(folder for _, folder in sorted(found))]
+
+
+def _take_over_file(files: TensorFiles, digest: Digest, earlier: Sequence[Path]) -> bool:
+    """Have a tensor in *files*, from the first of the *earlier* folders in which it is whole; return whether it is.
+
+    A tenure that ended with its machine's power may have left a damaged copy of what the one before it has still.
+    """
+    if files.verify(digest):
+        return True
+    return any(files.take_in(folder / digest) and files.verify(digest) for folder in earlier)
 
 
 @dataclass(frozen=True, slots=True)

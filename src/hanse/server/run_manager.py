@@ -214,6 +214,8 @@ def _write_result(state: State, folder: RunFolder) -> tuple[Digest, int]:
     results = TensorFiles(folder.result)
     results.drop_unfinished()  # of a process that was killed at this very moment
     digest = results.put_file(draft)
+    if not results.verify(digest):  # it was there, of a process that had not synced it when the power failed
+        results.put_file(draft)
     results.sync([digest])
     draft.unlink()
     return digest, results.size(digest)

@@ -142,7 +142,7 @@ class RunMirror:
             ProtocolError: what the bucket has under its name is something else.
             StoreFailed: the bucket does not do what it is asked.
         """
-        if not await asyncio.to_thread(files.has, digest):
+        if not await asyncio.to_thread(files.verify, digest):  # what was fetched before may not have been synced
             await self._fetch(self._key("package", digest), files, digest, size)
         elif self._key("package", digest) not in await self._objects.sizes(self._key("package")):
             await self.keep_package(files, digest)
@@ -171,7 +171,7 @@ class RunMirror:
             ProtocolError: what the bucket has under its name is something else.
             StoreFailed: the bucket does not do what it is asked.
         """
-        if not await asyncio.to_thread(files.has, digest):
+        if not await asyncio.to_thread(files.verify, digest):  # what was fetched before may not have been synced
             await self._fetch(self._key("result", digest), files, digest, size)
 
     # parts

@@ -50,9 +50,9 @@ def sync_tree(folder: Path) -> None:
     try:
         for path, _, names in os.walk(folder, topdown=False):
             for name in names:
-                _fsync(Path(path, name))
-            _fsync(Path(path))
-        _fsync(folder.parent)
+                fsync(Path(path, name))
+            fsync(Path(path))
+        fsync(folder.parent)
     except OSError as error:
         raise disk_failure(f"syncing {folder}", error, folder) from error
 
@@ -65,7 +65,8 @@ def mount_point(path: Path) -> Path:
     return path
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Return when the file or folder at *path* itself is on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

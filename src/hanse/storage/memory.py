@@ -98,6 +98,7 @@ class MemoryStore:
     async def close(self) -> None:
         """Refuse further use."""
         self._is_open = False
+        self._wake()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -118,7 +119,7 @@ class MemoryStore:
         self._check_open()
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while not has_moved(self._lease, seen):
+                while self._is_open and not has_moved(self._lease, seen):
                     await self._moved.wait()
         return await self.lease()
 
@@ -305,9 +306,12 @@ class MemoryStore:
 
     def _set_lease(self, lease: Lease) -> Lease:
         self._lease = lease
+        self._wake()
+        return lease
+
+    def _wake(self) -> None:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
-        return lease
 
     def _job(self, job_id: JobId) -> _Job:
         self._check_open()

@@ -69,12 +69,13 @@ def unpack_package(package: bytes | Path, into: Path) -> JobSpec:
     """
     draft = into.with_name(f".{into.name}.{secrets.token_hex(8)}.tmp")
     try:
-        _check_package_size(len(package) if isinstance(package, bytes) else package.stat().st_size)
+        size = len(package) if isinstance(package, bytes) else package.stat().st_size
+        _check_package_size(size)
         with zipfile.ZipFile(io.BytesIO(package) if isinstance(package, bytes) else package) as archive:
-            entries = {entry.filename: _checked_entry(entry) for entry in archive.infolist()}
+            _check_paths(entry.filename for entry in archive.infolist())
+            entries = {entry.filename: _checked_entry(entry, size) for entry in archive.infolist()}
             if len(entries) != len(archive.infolist()):
                 raise JobInvalid("package", got="two files of one name", expected="one")
-            _check_paths(entries)
             _check_sizes({name: entry.file_size for name, entry in entries.items()})
             spec = _read_spec(archive, entries)
             _check_files_of(spec, entries)
@@ -169,7 +170,7 @@ def _check_files_of(spec: JobSpec, names: Iterable[str]) -> None:
         raise JobInvalid("model", got=spec.model, expected="a file that is in the job's folder")
 
 
-def _checked_entry(entry: zipfile.ZipInfo) -> zipfile.ZipInfo:
+def _checked_entry(entry: zipfile.ZipInfo, package_bytes: int) -> zipfile.ZipInfo:
     kind = stat.S_IFMT(entry.external_attr >> 16)
     if kind not in (0, stat.S_IFREG) or entry.is_dir():
         raise JobInvalid("package", got=entry.filename, expected="plain files only, no links or folders")
@@ -177,6 +178,8 @@ def _checked_entry(entry: zipfile.ZipInfo) -> zipfile.ZipInfo:
         raise JobInvalid("package", got=entry.filename, expected="files that are stored or deflated")
     if entry.orig_filename != entry.filename:
         raise JobInvalid("package", got=entry.orig_filename, expected="a path without a NUL in it")
+    if not 0 <= entry.header_offset < package_bytes:  # which may be beyond what can be looked for at all
+        raise JobInvalid("package", got=f"{entry.filename} at {entry.header_offset}", expected="files that lie in it")
     return entry
 
 

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, NullPool, create_engine, event
 from sqlalchemy.dialects.sqlite import dialect
 
 from hanse.errors import StoreFailed
-from hanse.storage.disk import disk_failure
+from hanse.storage.disk import disk_failure, fsync
 from hanse.storage.pipes import Listeners, PipeListener
 from hanse.storage.transaction import DriverConnection, Transaction
 
@@ -88,9 +88,14 @@ class SqliteDatabase:
         connections have on it (https://sqlite.org/howtocorrupt.html, 2.2).
         """
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder = self._path.parent
+            new = [each for each in (folder, *folder.parents) if not each.exists()]
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with suppress(FileExistsError):
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            # SQLite syncs what it writes, and the names in its folder, but not the folder's own.
+            for each in new:
+                fsync(each.parent)
         except OSError as error:
             raise disk_failure(f"opening {self._path}", error, self._path.parent) from error
 
