@@ -1,8 +1,9 @@
 """Tasks that outlive their round: answered in a later one, over restarts too, and counted once."""
 
+import asyncio
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ from hanse.messages import (
 )
 from hanse.model import Model
 from hanse.server import FederatedServer
+from hanse.server.run_folder import RunFolder
+from hanse.storage.memory import MemoryStore
 from hanse.storage.models import read_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
 
 from .job_world import Large, ScriptedLauncher, Site, Threads, answer, opened, outcome, submit
-from .world import Dialler, Recorder, args, on_loop, settings, wait
+from .world import WITHIN_S, Dialler, Recorder, args, on_loop, settings, wait
 
 MakeServer = Callable[..., FederatedServer]
 Start = Callable[..., FederatedServer]
@@ -290,6 +293,57 @@ def test_a_round_that_is_committed_while_tensors_are_looked_for_that_may_be_lost
     fast.send(TaskResult(fast.task().key, here.upload(2)))
 
     assert result_of(server, job_id) == Model({"w": np.full(10_000, 2, np.float32)})
+
+
+class Ordered(MemoryStore):
+    """A store that notes, at each commit, whose answers it holds, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answered: list[list[str]] = []
+
+    async def commit_round(self, epoch: int, job_id: JobId, commit: CommitRound, **more: Any) -> None:
+        self.answered.append([answer.key.client for answer in (await self.snapshot(job_id)).answers])
+        await super().commit_round(epoch, job_id, commit, **more)
+
+
+def test_answers_are_journalled_in_the_order_in_which_the_run_has_heard_of_them(
+    deployed: MakeServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeping, has_kept, may_keep = threading.Event(), threading.Event(), on_loop(asyncio.Event)
+    keep = RunFolder.keep_tensors
+    slow, quick = fast_model(1).tensors[0].digest, fast_model(2).tensors[0].digest
+
+    async def keep_slowly(folder: RunFolder, files: TensorFiles, digests: Collection[Digest]) -> None:
+        if slow in digests:
+            keeping.set()
+            await may_keep.wait()
+        await keep(folder, files, digests)
+        if quick in digests:
+            has_kept.set()
+
+    monkeypatch.setattr(RunFolder, "keep_tensors", keep_slowly)
+    store = on_loop(Ordered)
+    arguments = args(tmp_path / "ws", launcher=Threads(), settings=settings())
+    server = deployed(arguments=arguments, snapshot_persistor=store)
+    first, second = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    once = WorkflowSpec("fedavg", {"rounds": 1})
+    job_id = submit(server, tmp_path, model="tiny_model:large", workflow=once)
+    answers = [
+        (site, TaskResult(site.task().key, Large(site, server, job_id).upload(value)))
+        for site, value in ((first, 1), (second, 2))
+    ]
+    sending = [threading.Thread(target=site.send, args=(result,)) for site, result in answers]
+    sending[0].start()
+    assert keeping.wait(WITHIN_S)
+    sending[1].start()
+    assert has_kept.wait(WITHIN_S)
+    on_loop(may_keep.set)
+    for thread in sending:
+        thread.join(WITHIN_S)
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert store.answered == [[], ["site-1", "site-2"]]
 
 
 def fast_model(value: float) -> ModelRef:

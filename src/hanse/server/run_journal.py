@@ -38,6 +38,8 @@ class RunJournal:
         self._unwritten: dict[TaskKey, TaskResult] = {}
         self._issuing: set[asyncio.Task[None]] = set()
         self._accepting: set[asyncio.Task[None]] = set()
+        self._turn_over = asyncio.Event()  # of the answer that was accepted last
+        self._turn_over.set()
         self._trouble: StoreTrouble | None = None
 
     @property
@@ -89,22 +91,30 @@ class RunJournal:
     async def accept(self, answer: TaskResult) -> None:
         """Write *answer* down, or return when an earlier attempt to of which the store could not tell has done so.
 
-        A commit that may delete its task waits for that, too.
+        A commit that may delete its task waits for that, too. Whoever takes the run up hears of answers in the order of
+        their writing, so that is the order in which they come here, however long it takes to keep their tensors.
         """
         self._unwritten[answer.key] = answer
-        accepting = asyncio.create_task(self._accepted(answer), name=f"journal an answer of {self._job_id}")
+        before, turn_over = self._turn_over, asyncio.Event()
+        self._turn_over = turn_over
+        accepting = asyncio.create_task(
+            self._accepted(answer, before, turn_over), name=f"journal an answer of {self._job_id}"
+        )
+        accepting.add_done_callback(lambda _: turn_over.set())
         self._accepting.add(accepting)
         try:
             await accepting
         finally:
             self._accepting.discard(accepting)
 
-    async def _accepted(self, answer: TaskResult) -> None:
+    async def _accepted(self, answer: TaskResult, before: asyncio.Event, turn_over: asyncio.Event) -> None:
         model = None if answer.update is None else answer.update.model
         with self._storing():
             await self._keep(() if model is None else digests_of(model))
             if self._issuing:  # a client may be done before its task is written down
                 await asyncio.wait(tuple(self._issuing))
+            await before.wait()
+            turn_over.set()  # the store writes in the order in which it is asked
             try:
                 await self._store.accept_answer(self._epoch, self._job_id, answer)
             except NotFound as error:  # the store could not take it just now
