@@ -25,6 +25,18 @@ def drawn(progress: JobProgress) -> str:
     return capture.get()
 
 
+def test_what_a_client_says_reaches_no_terminal_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "\x1b[2J\x9bone\r\ntwo"
+    with JobProgress() as progress:
+        progress.add(view(waiting=(Waiting(said),)))
+        progress.add(event("client_lost", client="site-1", text=said))
+        assert "\x1b" not in drawn(progress)
+        assert "\x9b" not in drawn(progress)
+    written = capsys.readouterr().err
+    assert len(written.splitlines()) == 2
+    assert [char for char in written if not char.isprintable() and char != "\n"] == []
+
+
 def test_where_there_is_no_terminal_each_fact_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with JobProgress() as progress:
         progress.add(view("submitted", waiting=(Waiting("2 more clients", until=1_700_000_100.0),)))
@@ -140,7 +152,7 @@ def test_a_job_that_ended_badly_shows_where_what_to_do_and_the_log() -> None:
 
     assert "at         site-2 (out-of-memory)" in lines
     assert "advice     Use less. (hanse explain out-of-memory)" in lines
-    assert lines[-3:] == ["log        its last lines at site-2:", "           epoch 3", "           ?[2JKilled by"]
+    assert lines[-3:] == ["log        its last lines at site-2:", "           epoch 3", "           \x1b[2JKilled\tby"]
     at_the_server = view("failed", reason="it broke", code="workflow-failed", advice="Mend it.", log_tail="Traceback")
     assert "advice     Mend it. (hanse explain workflow-failed)" in job_lines(at_the_server)
     assert "log        its last lines at the server:" in job_lines(at_the_server)

@@ -74,7 +74,7 @@ def job_lines(view: JobView, *, where: str = "") -> Iterator[str]:
         yield f"result     {view.result_bytes:,} bytes ({where or f'hanse job download {view.job_id}'})"
     if view.log_tail:
         yield f"log        its last lines at {view.client or 'the server'}:"
-        yield from (f"           {_printable(line)}" for line in view.log_tail.splitlines())
+        yield from (f"           {line}" for line in view.log_tail.splitlines())
 
 
 def rounds_text(view: JobView) -> str:
@@ -95,11 +95,6 @@ def standing_text(client: ClientView) -> str:
     start = f", start {client.attempt}" if client.attempt > 1 else ""
     since = f", since {time_text(client.since)}" if client.since else ""
     return f"{state}{start}{since}{f': {client.reason}' if client.reason else ''}"
-
-
-def _printable(line: str) -> str:
-    """Return *line*, which another machine's code wrote, without what a terminal would obey."""
-    return "".join(char if char.isprintable() else " " if char == "\t" else "?" for char in line)
 
 
 def _failure_lines(view: JobView) -> Iterator[str]:
