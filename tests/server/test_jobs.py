@@ -646,6 +646,71 @@ def test_a_job_that_runs_is_shown_while_the_store_is_away(
     assert [waiting.what[:10] for waiting in wait(server.jobs.board.view(job_id)).waiting] == ["answers to"]
 
 
+@pytest.mark.parametrize("state", [JobState.SCHEDULED, JobState.RUNNING])
+def test_a_job_that_the_store_does_not_let_begin_says_so_and_begins_as_soon_as_it_does(
+    state: JobState, start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.jobs.POSTPONED_S", 0.01)
+    server = start()
+    store, refused = server.jobs.services.store, threading.Semaphore(0)
+    replace_job, is_full = store.replace_job, threading.Event()
+    is_full.set()
+
+    async def replaced(epoch: int, record: JobRecord, **more: Any) -> None:
+        if record.state is state and is_full.is_set():
+            refused.release()
+            raise NoSpace("using the database", disk="/", folder="/hanse", why="No space left on device")
+        await replace_job(epoch, record, **more)
+
+    monkeypatch.setattr(store, "replace_job", replaced)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    for _ in range(2):  # at its second refusal all is done that follows the first
+        assert refused.acquire(timeout=20)
+
+    view = wait(server.jobs.board.view(job_id))
+
+    assert view.state == ("submitted" if state is JobState.SCHEDULED else "scheduled")
+    (waiting,) = view.waiting
+    assert "No space left on device" in waiting.what
+    assert view.submitted_at <= waiting.since <= server.jobs.services.wall()
+    assert waiting.then == "the job goes on as soon as the store does"
+    is_full.clear()
+    site.task()
+    assert [each.what for each in wait(server.jobs.board.view(job_id)).waiting] == [
+        "answers to 'train' of round 1 from 1 of 1 client"
+    ]
+
+
+def test_a_job_whose_package_cannot_be_had_is_given_up_in_time_and_says_so_before(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.jobs.POSTPONED_S", 0.01)
+    asked, is_away = threading.Event(), asyncio.Event()
+
+    async def away(folder: RunFolder, record: JobRecord) -> None:
+        asked.set()
+        await is_away.wait()
+        raise StoreFailed("fetching a package from the bucket", "no route to host")
+
+    monkeypatch.setattr(RunFolder, "have_package", away)
+    server = start()
+    Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, start_within_s=0.000_001)
+    assert asked.wait(20)
+
+    view = wait(server.jobs.board.view(job_id))
+    on_loop(is_away.set)
+
+    assert view.state == "scheduled"
+    (waiting,) = view.waiting
+    assert waiting.what == "the server to have the job's package"
+    assert waiting.since >= view.submitted_at
+    record = outcome(server, job_id)
+    assert (record.state, record.code) == (JobState.FAILED, "store-failed")
+    assert "no route to host" in record.reason
+
+
 def test_a_job_starts_when_its_clients_have_come(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
     server = start()
     Site(dialler, server, "site-1", train=plus(1))
@@ -697,6 +762,7 @@ def test_a_disk_that_is_full_at_a_site_is_waited_for_and_then_what_the_job_faile
     assert view.state == "submitted"
     assert view.waiting[0].what == f"{full.reason} (at site-1)"
     assert view.waiting[0].until == view.submitted_at + 60
+    assert view.waiting[0].then == "the job is given up (no-space)"
 
     record = outcome(server, submit(server, tmp_path, min_clients=1, start_within_s=0.000_001))
 

@@ -70,7 +70,7 @@ class JobBoard:
         """Return the jobs, newest first, without their rounds' history and logs."""
         states = (JobState(state),) if state else ()
         views = []
-        for record in await self._store.jobs(states=states, limit=limit):
+        for record in await _looked_up(self._store.jobs(states=states, limit=limit)):
             rounds, last = await self._rounds(record.job_id, history=False)
             views.append(self._view(msgspec.structs.replace(record, log_tail=""), rounds, last))
         return views
