@@ -956,6 +956,25 @@ def test_a_clients_process_that_died_is_started_again_and_then_given_up(
     assert site.attempts == [1, 2]
 
 
+def test_a_client_that_was_too_late_is_told_as_such_whatever_befell_it_before(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    workflow = WorkflowSpec("fedavg", {"rounds": 2, "deadline_s": 3.0})
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=2, workflow=workflow)
+    site.started()
+    site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9, "of the first start"))
+    site.started()
+    site.task()
+
+    record = outcome(server, job_id)
+
+    assert (record.code, record.client, record.cause) == ("too-few-clients", "site-1", "deadline")
+    assert record.log_tail == ""
+    assert wait(server.jobs.board.view(job_id)).advice == CODES["deadline"].advice
+
+
 def test_a_client_whose_process_the_system_killed_for_its_memory_is_told_as_such(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:

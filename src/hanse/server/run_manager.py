@@ -152,8 +152,8 @@ class LocalRun:
         except HanseError as error:
             extra = {"job": self._manager.job_id, "code": error.code, "reason": error.reason}
             _log.error("run failed", exc_info=error.__cause__, extra=extra)
-            client = error.client if isinstance(error, TooFewClients) else ""
-            return RunEnded(completed=False, code=error.code, reason=error.reason, client=client)
+            client, cause = (error.client, error.cause) if isinstance(error, TooFewClients) else ("", "")
+            return RunEnded(completed=False, code=error.code, reason=error.reason, client=client, cause=cause)
         except Exception:  # noqa: BLE001 - the edge of the run: the server must hear that it is over
             _log.exception("run failed", extra={"job": self._manager.job_id})
             bug = InternalError(f"driving run {self._manager.job_id}")
