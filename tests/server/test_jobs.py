@@ -956,6 +956,29 @@ def test_a_clients_process_that_died_is_started_again_and_then_given_up(
     assert site.attempts == [1, 2]
 
 
+def test_a_client_whose_process_is_started_again_is_shown_with_what_the_last_one_died_of(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    starting = threading.Semaphore(0)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=2)
+    site.started()
+
+    async def slowly(message: Message) -> None:
+        starting.release()
+        await asyncio.Event().wait()
+
+    site.wire.cell.on(Channel.JOB, "start", slowly)
+    site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9, "epoch 3", "out-of-memory"))
+    assert starting.acquire(timeout=20)
+
+    (client,) = wait(server.jobs.board.view(job_id)).clients
+    assert (client.state, client.attempt) == ("starting", 2)
+    assert "used up the memory" in client.reason
+    assert "epoch 3" in client.reason
+
+
 def test_a_client_that_was_too_late_is_told_as_such_whatever_befell_it_before(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:
