@@ -138,6 +138,12 @@ def test_a_running_job_shows_each_client_that_it_waits_for_as_it_stands() -> Non
     assert job_line(view("running", waiting=waiting[:1]))[-1] == "the store"
 
 
+def test_advice_names_the_code_that_it_is_for_where_the_cause_is_of_the_jobs_own_making() -> None:
+    failed = view("failed", reason="no", code="too-few-clients", client="site-2", cause="of-my-own", advice="Mend it.")
+
+    assert "advice     Mend it. (hanse explain too-few-clients)" in list(job_lines(failed))
+
+
 def test_a_job_that_ended_badly_shows_where_what_to_do_and_the_log() -> None:
     failed = view(
         "failed",

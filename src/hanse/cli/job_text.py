@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from hanse.cli.output import duration_text, metrics_text, time_text
+from hanse.codes import CODES
 from hanse.job import JobState
 from hanse.messages import ClientView, JobView, Waiting
 
@@ -103,7 +104,8 @@ def _failure_lines(view: JobView) -> Iterator[str]:
     if view.client:
         yield f"at         {view.client}{f' ({view.cause})' if view.cause else ''}"
     if view.advice:
-        yield f"advice     {view.advice} (hanse explain {view.cause or view.code})"
+        known = next((code for code in (view.cause, view.code) if code in CODES), view.code)
+        yield f"advice     {view.advice} (hanse explain {known})"
 
 
 def _waiting_lines(waiting: Waiting) -> Iterator[str]:
