@@ -902,6 +902,21 @@ def test_a_job_failure_by_a_direct_call(start: StartServer, dialler: Dialler, tm
     assert outcome(server, job_id).reason == "boom (at site-1)"
 
 
+@pytest.mark.parametrize("kind", ["", "of-my-own"])
+def test_a_job_failure_of_a_kind_that_there_is_not_ends_nothing(
+    kind: str, start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+
+    refused = site.wire.refused(Channel.SERVER, "job_failure", JobFailure(job_id, kind, "boom"))
+
+    assert "JobFailure.kind" in refused.reason
+    assert wait(server.jobs.board.view(job_id)).state == "running"
+
+
 def test_only_who_takes_part_may_report_a_failure(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
     server = start()
     site = Site(dialler, server, "site-1")

@@ -18,6 +18,7 @@ import msgspec
 
 from hanse.cell.link import Peer
 from hanse.cell.transfer import Files
+from hanse.codes import CODES
 from hanse.coordination.runs import Run, Sync, heartbeat_sync
 from hanse.coordination.schedule import NO_CLIENTS, Decision, GiveUp, Start, Wait, next_deadline, plan
 from hanse.coordination.waiting import (
@@ -35,6 +36,7 @@ from hanse.errors import (
     HanseError,
     NotFound,
     NotInService,
+    ProtocolError,
     StaleEpoch,
     StoreFailed,
     Unauthorized,
@@ -683,10 +685,13 @@ class Jobs:
         Raises:
             NotFound: no such job runs.
             Unauthorized: the client takes no part in it.
+            ProtocolError: it is of no kind that there is.
         """
         run = self._run_of(failure.job_id)
         if client not in run.run.clients:
             raise Unauthorized(client, f"report on job {failure.job_id}", needs="to take part in it")
+        if not failure.code and f"client-{failure.kind}" not in CODES:
+            raise ProtocolError("JobFailure.kind", got=failure.kind, expected="'config', 'exception' or 'unsafe'")
         self._loop.call_soon_threadsafe(self._end_failed, run, client, failure)
 
     def _end_failed(self, run: ActiveRun, client: ClientName, failure: JobFailure) -> None:
