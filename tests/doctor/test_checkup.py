@@ -170,6 +170,14 @@ def test_settings_that_do_not_hold_leave_nothing_to_check(kits: Path, copy_of: C
     assert exit_status(found) == 2
 
 
+def test_a_kit_that_cannot_be_looked_into_is_told_of_as_any_other_finding(tmp_path: Path) -> None:
+    found = findings(tmp_path / ("k" * 300))
+
+    assert [each.check for each in found if each.verdict is Verdict.FAIL] == [Check.SETTINGS, Check.KEY]
+    assert "File name too long" in of(Check.SETTINGS, found).text
+    assert exit_status(found) == 2
+
+
 def test_a_key_that_others_can_read_keeps_from_using_it(server: Deployment, kits: Path, copy_of: Copy) -> None:
     kit = copy_of(kits / "site-1", target=server.target)
     (kit / "key.pem").chmod(0o644)

@@ -134,6 +134,9 @@ def _tried(look: Callable[[], T]) -> T | HanseError:
         return look()
     except HanseError as error:
         return error
+    except OSError as error:
+        expected = f"a file in a folder that user {os.geteuid()} may look into ({error.strerror})"
+        return ConfigError("kit", got=str(error.filename), expected=expected)
 
 
 def _key_problem(path: Path) -> HanseError | None:
@@ -155,8 +158,8 @@ def _certificate(path: Path) -> x509.Certificate | None:
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a folder that nobody lets us look into, for one
-        return False
+    except OSError:  # a folder that nobody lets us look into, for one: reading it will say so
+        return True
 
 
 def _owner(path: Path) -> int | None:
