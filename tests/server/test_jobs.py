@@ -794,6 +794,18 @@ def test_what_the_jobs_code_raises_fails_the_job_with_its_reason(
     assert "RuntimeError: no such data" in record.reason
 
 
+def test_an_exception_that_says_more_than_fits_into_a_message_ends_the_run_as_any_other(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    Site(dialler, server, "site-1", train=plus(1))
+
+    record = outcome(server, submit(server, tmp_path, min_clients=1, process_tries=1, model="tiny_model:loud"))
+
+    assert "RuntimeError: xxx" in record.reason
+    assert record.code == "workflow-failed"
+
+
 def test_a_model_that_cannot_be_imported_fails_the_job_and_is_named(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:
