@@ -136,7 +136,7 @@ def waiting_of_submitted(
 def waiting_of_held_up(trouble: StoreTrouble) -> Waiting:
     """Return what a job waits for that does not run, and of which the store does not take what becomes of it."""
     what = f"the server's store, which fails ({trouble.reason})"
-    return Waiting(what, since=trouble.since, then="the job goes on as soon as the store does")
+    return Waiting(what, since=trouble.since, then="the job goes on, or ends, as soon as the store takes note of it")
 
 
 def waiting_of_fetching(since: float) -> Waiting:
