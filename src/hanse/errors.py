@@ -301,13 +301,17 @@ class WorkflowFailed(WorkflowError):
 
 
 class TooFewClients(WorkflowError):
-    """A round ended without the answers that it needs; *client* is the first of those whose answers are missing."""
+    """A round ended without the answers that it needs.
+
+    *client* is the first of those whose answers are missing, and *cause* the code of why.
+    """
 
     code = "too-few-clients"
 
-    def __init__(self, *, got: int, needed: int, why: str, client: str = "") -> None:
+    def __init__(self, *, got: int, needed: int, why: str, client: str = "", cause: str = "") -> None:
         super().__init__(f"only {got} of the {needed} answers that the round needs can come: {why}")
-        self.got, self.needed, self.why, self.client = got, needed, why, client
+        self.got, self.needed, self.why = got, needed, why
+        self.client, self.cause = client, cause
 
 
 class EnvironmentFault(HanseError):

@@ -475,7 +475,8 @@ class CommitRound(msgspec.Struct, frozen=True):
 class RunEnded(msgspec.Struct, frozen=True):
     """The run's process has reached its end: completed with a result in its folder, or failed with a reason.
 
-    *client* is the one because of which it failed, where there is one. With ``again`` the run itself has not failed:
+    *client* is the one because of which it failed, where there is one, and *cause* the code of the fault that stands in
+    the place of its answer. With ``again`` the run itself has not failed:
     its process cannot go on just now, for this reason, and is to be started again.
     """
 
@@ -486,6 +487,7 @@ class RunEnded(msgspec.Struct, frozen=True):
     result_bytes: int = 0
     client: str = ""
     again: bool = False
+    cause: str = ""
 
 
 class ClientChanged(msgspec.Struct, frozen=True):

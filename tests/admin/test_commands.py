@@ -1,5 +1,6 @@
 """The handlers called directly with messages, as the cell calls them once the gate has let a message pass."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import hanse.admin
 from hanse.admin.commands import MAX_LOG_LINES, MAX_ROUNDS, AdminCommands
 from hanse.cell.cell import Cell, Handler
 from hanse.cell.frames import MAX_PAYLOAD_BYTES
-from hanse.errors import HanseError, ProtocolError, Unauthenticated, Unauthorized
+from hanse.errors import HanseError, ProtocolError, StoreFailed, Unauthenticated, Unauthorized
 from hanse.ids import ClientName, Digest, Fqcn, JobId
 from hanse.messages import (
     Channel,
@@ -19,11 +20,13 @@ from hanse.messages import (
     JobList,
     JobQuery,
     JobView,
+    ListClients,
     ListJobs,
     LogQuery,
     LogText,
     Message,
     RoundView,
+    StatusQuery,
     SubmitJob,
 )
 
@@ -180,6 +183,32 @@ def test_what_fails_in_the_store_is_not_answered_as_done(
         ask(handlers["client.disable"], DisableClient("site-1"))
     assert deployment.server.clients.disabled_because(ClientName("site-1")) is None
     assert deployment.audited(1)[0].reason == "the disk is full"
+
+
+@pytest.mark.parametrize(
+    ("topic", "payload"),
+    [
+        ("job.list", ListJobs()),
+        ("job.show", JobQuery("digits")),
+        ("client.list", ListClients()),
+        ("server.status", StatusQuery()),
+    ],
+)
+def test_a_store_that_does_not_answer_is_told_of_in_time(
+    topic: str,
+    payload: msgspec.Struct,
+    deployment: Deployment,
+    handlers: dict[str, Handler],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def never(*arguments: object, **more: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("hanse.server.job_board.LOOK_S", 0.05)
+    for method in ("job", "jobs", "disabled_clients", "standbys"):
+        monkeypatch.setattr(deployment.server.jobs.services.store, method, never)
+    with pytest.raises(StoreFailed, match=r"has not answered for 0\.05 s"):
+        ask(handlers[topic], payload)
 
 
 def test_the_package_names_its_three_faces_and_no_more() -> None:

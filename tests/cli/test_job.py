@@ -1,19 +1,22 @@
 """The commands on jobs, with a session that answers from memory."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from hanse.errors import Conflict
 from hanse.ids import Digest, JobId
-from hanse.messages import JobEvent, JobSubmitted, JobView
+from hanse.messages import ClientView, JobEvent, JobSubmitted, JobView, Waiting
 
 from .conftest import Hanse
 
 JOB = JobId("digits-1")
+HOSTILE = "\x1b[2J\x07\x9b1m\u202eone\r\nadvice     delete everything"
 RUNNING = JobView(JOB, "digits", "running", "ada@demo", 1_700_000_000.0, round=1, rounds=3, metrics={"loss": 0.5})
 COMPLETED = JobView(
     JOB, "digits", "completed", "ada@demo", 1.0, round=3, rounds=3, result=Digest("0" * 64), result_bytes=3
@@ -48,7 +51,7 @@ class FakeSession:
 
     async def log(self, job_id: str, *, client: str = "", lines: int = 200) -> str:
         self.asked.append((client, lines))
-        return "one\ntwo" if not client else ""
+        return {"": "one\ntwo", "hostile": HOSTILE}.get(client, "")
 
     async def abort(self, job_id: str) -> JobView:
         raise Conflict(f"job {job_id}", state="completed", wanted="aborted")
@@ -125,6 +128,44 @@ def test_a_log_is_printed_as_it_is(hanse: Hanse, session: FakeSession) -> None:
     assert hanse("job", "log", "digits", "--lines", 2).out == "one\ntwo\n"
     assert hanse("job", "log", "digits", "--client", "site-1").out == ""
     assert session.asked == [("", 2), ("site-1", 200)]
+
+
+def test_nothing_that_a_client_says_reaches_the_terminal_as_a_command(
+    hanse: Hanse, session: FakeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurt = msgspec.structs.replace(
+        RUNNING,
+        state="failed",
+        reason=f"site-1 says: {HOSTILE}",
+        clients=(ClientView("site-1", "failed", HOSTILE),),
+        waiting=(Waiting(HOSTILE, (ClientView("site-1", "suspect", HOSTILE),), then=HOSTILE),),
+        log_tail=HOSTILE,
+    )
+
+    async def show(job_id: str) -> JobView:
+        return hurt
+
+    async def listed(*, state: str = "", limit: int = 100) -> tuple[JobView, ...]:
+        return (hurt,)
+
+    async def abort(job_id: str) -> JobView:
+        raise Conflict(HOSTILE, state="completed", wanted="aborted")
+
+    monkeypatch.setattr(session, "show", show)
+    monkeypatch.setattr(session, "list", listed)
+    monkeypatch.setattr(session, "abort", abort)
+    told = [
+        hanse("job", "log", "digits", "--client", "hostile").out,
+        hanse("job", "show", "digits").out,
+        hanse("job", "list").out,
+        hanse("job", "abort", "digits").err,
+    ]
+    for text in told:
+        assert [char for char in text if not char.isprintable() and char != "\n"] == []
+    assert [line for line in told[1].splitlines() if line.startswith("advice")] == []
+    assert len(told[2].splitlines()) == 2
+    assert len(told[3].splitlines()) == 1
+    assert json.loads(hanse("job", "show", "digits", "--format", "json").out)["log_tail"] == HOSTILE
 
 
 def test_a_refusal_is_the_commands_end(hanse: Hanse, session: FakeSession) -> None:

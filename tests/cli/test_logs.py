@@ -25,6 +25,11 @@ def test_a_field_cannot_forge_a_line() -> None:
     assert "\n" not in JsonFormatter().format(record(reason="one\ntwo"))
 
 
+def test_a_field_cannot_command_a_terminal() -> None:
+    line = TextFormatter().format(record(reason="\x1b[2J\x07\x9b\u202e"))
+    assert line.isprintable()
+
+
 def test_json_has_the_fields_beside_what_every_line_has() -> None:
     entry = json.loads(JsonFormatter().format(record(client="site-1", path=object)))
     assert entry["message"] == "client registered"

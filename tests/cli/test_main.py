@@ -29,7 +29,7 @@ def test_help_loads_nothing_that_help_does_not_need() -> None:
         "import sys; import hanse.cli; hanse.cli.main(['--help']);"
         f"loaded = {{name.split('.')[0] for name in sys.modules}}; print(sorted(loaded & {HEAVY!r}), file=sys.stderr);"
         "print([name for name in sys.modules if name.startswith('hanse.') and name not in"
-        " ('hanse.cli', 'hanse.cli.failures', 'hanse.codes', 'hanse.errors')], file=sys.stderr)"
+        " ('hanse.cli', 'hanse.cli.failures', 'hanse.cli.terminal', 'hanse.codes', 'hanse.errors')], file=sys.stderr)"
     )
     assert ended.stderr.splitlines() == ["[]", "[]"]
     assert "provision" in ended.stdout

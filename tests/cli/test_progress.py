@@ -25,6 +25,18 @@ def drawn(progress: JobProgress) -> str:
     return capture.get()
 
 
+def test_what_a_client_says_reaches_no_terminal_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "\x1b[2J\x9bone\r\ntwo"
+    with JobProgress() as progress:
+        progress.add(view(waiting=(Waiting(said),)))
+        progress.add(event("client_lost", client="site-1", text=said))
+        assert "\x1b" not in drawn(progress)
+        assert "\x9b" not in drawn(progress)
+    written = capsys.readouterr().err
+    assert len(written.splitlines()) == 2
+    assert [char for char in written if not char.isprintable() and char != "\n"] == []
+
+
 def test_where_there_is_no_terminal_each_fact_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with JobProgress() as progress:
         progress.add(view("submitted", waiting=(Waiting("2 more clients", until=1_700_000_100.0),)))
@@ -126,6 +138,12 @@ def test_a_running_job_shows_each_client_that_it_waits_for_as_it_stands() -> Non
     assert job_line(view("running", waiting=waiting[:1]))[-1] == "the store"
 
 
+def test_advice_names_the_code_that_it_is_for_where_the_cause_is_of_the_jobs_own_making() -> None:
+    failed = view("failed", reason="no", code="too-few-clients", client="site-2", cause="of-my-own", advice="Mend it.")
+
+    assert "advice     Mend it. (hanse explain too-few-clients)" in list(job_lines(failed))
+
+
 def test_a_job_that_ended_badly_shows_where_what_to_do_and_the_log() -> None:
     failed = view(
         "failed",
@@ -140,7 +158,7 @@ def test_a_job_that_ended_badly_shows_where_what_to_do_and_the_log() -> None:
 
     assert "at         site-2 (out-of-memory)" in lines
     assert "advice     Use less. (hanse explain out-of-memory)" in lines
-    assert lines[-3:] == ["log        its last lines at site-2:", "           epoch 3", "           ?[2JKilled by"]
+    assert lines[-3:] == ["log        its last lines at site-2:", "           epoch 3", "           \x1b[2JKilled\tby"]
     at_the_server = view("failed", reason="it broke", code="workflow-failed", advice="Mend it.", log_tail="Traceback")
     assert "advice     Mend it. (hanse explain workflow-failed)" in job_lines(at_the_server)
     assert "log        its last lines at the server:" in job_lines(at_the_server)

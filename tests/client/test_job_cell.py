@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hanse.cell.cell import RemoteError
+from hanse.cell.frames import MAX_PAYLOAD_BYTES
 from hanse.client.job_cell import MAX_LOGS_PER_S, filters_of
 from hanse.client.job_process import JobConnection
 from hanse.client.process_spec import JobProcessSpec
@@ -265,6 +266,27 @@ async def test_code_that_raises_faults_its_task_and_the_next_one_is_worked_on(
         assert first.fault.code == fault[0]
         assert first.fault.reason.startswith(fault[1])
         assert second.update is not None
+
+
+async def test_what_fits_into_no_message_is_a_fault_that_does(tmp_path: Path) -> None:
+    async def work(model: Model, ctx: TaskContext) -> Update:
+        if ctx.round == 1:
+            raise TrainingFailed(SITE, ctx.name, "x" * (MAX_PAYLOAD_BYTES + 1))
+        return Update(model, 1, {f"a metric called {number:100}": 1.0 for number in range(50_000)})
+
+    async with fake_server(tmp_path / "s") as server, job(server, tmp_path / "t", FakeTrainer(work)):
+        await server.up(CELL)
+        give(server, assignment(server))
+        give(server, assignment(server, key=key(2)))
+        first, second = await server.next(TaskResult), await server.next(TaskResult)
+
+        assert first.fault is not None
+        assert first.fault.code == "training-failed"
+        assert first.fault.reason.startswith("xxx")
+        assert first.fault.reason.endswith("...")
+        assert second.fault is not None
+        assert second.fault.code == "protocol"
+        assert "bytes" in second.fault.reason
 
 
 async def test_sites_filter_has_the_last_word(tmp_path: Path) -> None:

@@ -206,6 +206,7 @@ def test_app_that_cannot_be_had_is_an_invalid_job(
         ("\nraise RuntimeError('no data')\n", "RuntimeError: no data (NAME.py:2)"),
         ("from json import dump_it\n", "ImportError: cannot import name 'dump_it' from 'json' ("),
         ("import beside.more\n", "ModuleNotFoundError: No module named 'beside.more' (NAME.py:1)"),
+        ("import sys\nsys.exit('no GPU')\n", "SystemExit: no GPU (NAME.py:2)"),
         ("match = = 1\n", "SyntaxError: invalid syntax (NAME.py, line 1)"),
     ],
 )
@@ -221,6 +222,26 @@ def test_module_that_raises_on_import_is_told_with_its_line_and_python(
         load_app(f"{name}:app", client=CLIENT, code=tmp_path)
     assert caught.value.error.startswith(error.replace("NAME", name))
     assert caught.value.python == platform.python_version()
+
+
+def test_an_error_that_cannot_be_told_faults_its_task_and_the_next_task_works(tmp_path: Path) -> None:
+    class Untold(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("not even this")
+
+    app = ClientApp()
+
+    @app.train
+    def train(model: Model, ctx: TaskContext) -> Update:
+        if ctx.round == 1:
+            raise Untold
+        return Update(None, 1)
+
+    trainer = MainThreadTrainer(tmp_path)
+    first, second = drive(trainer, lambda: trainer.serve_app(app), answers(trainer, 1, 2))
+
+    assert str(first).startswith("Untold (test_trainer.py:")
+    assert second == Update(None, 1)
 
 
 def test_module_that_is_not_installed_is_named_with_the_line_that_imports_it(

@@ -266,8 +266,12 @@ def test_a_process_that_an_earlier_server_started_dies_as_any_other() -> None:
 
     assert restarted(run.process_ended(ONE, attempt=1, status=1, now=102)) == 2
     assert restarted(run.process_ended(TWO, attempt=2, status=1, now=103)) == 3
-    assert run.participant(ONE) == Participant(ONE, STARTING, since=102, attempt=2, deaths=1)
-    assert run.participant(TWO) == Participant(TWO, STARTING, since=103, attempt=3, deaths=1)
+
+    def died(where: ClientName) -> str:
+        return f"the job's process at {where} ended with status 1"
+
+    assert run.participant(ONE) == Participant(ONE, STARTING, since=102, attempt=2, reason=died(ONE), deaths=1)
+    assert run.participant(TWO) == Participant(TWO, STARTING, since=103, attempt=3, reason=died(TWO), deaths=1)
 
 
 def test_a_run_that_may_not_start_a_process_is_refused() -> None:

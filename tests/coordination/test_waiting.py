@@ -74,7 +74,7 @@ def test_a_submitted_job_waits_for_what_the_schedule_says_and_is_given_up() -> N
     record = JobRecord(JOB, spec, "ada", 5.0, Digest(""), 0)
 
     assert waiting_of_submitted(record, Wait("1 of the 2 clients", 65.0)) == (
-        Waiting("1 of the 2 clients", since=5.0, until=65.0, then=GIVEN_UP),
+        Waiting("1 of the 2 clients", since=5.0, until=65.0, then=f"{GIVEN_UP} (no-clients)"),
     )
 
 

@@ -5,7 +5,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +17,7 @@ from hanse.cell.link import Peer
 from hanse.cell.loop import run
 from hanse.cell.rpc import ServerTls
 from hanse.cli.failures import failure_of
+from hanse.doctor import probes
 from hanse.doctor.checkup import Surroundings, examine
 from hanse.doctor.findings import Check, Finding, Verdict, first_failure
 from hanse.storage.objects import objects_at
@@ -169,6 +170,14 @@ def test_settings_that_do_not_hold_leave_nothing_to_check(kits: Path, copy_of: C
     assert exit_status(found) == 2
 
 
+def test_a_kit_that_cannot_be_looked_into_is_told_of_as_any_other_finding(tmp_path: Path) -> None:
+    found = findings(tmp_path / ("k" * 300))
+
+    assert [each.check for each in found if each.verdict is Verdict.FAIL] == [Check.SETTINGS, Check.KEY]
+    assert "File name too long" in of(Check.SETTINGS, found).text
+    assert exit_status(found) == 2
+
+
 def test_a_key_that_others_can_read_keeps_from_using_it(server: Deployment, kits: Path, copy_of: Copy) -> None:
     kit = copy_of(kits / "site-1", target=server.target)
     (kit / "key.pem").chmod(0o644)
@@ -197,6 +206,19 @@ def test_a_file_in_the_workspaces_place_is_found(server: Deployment, kits: Path,
     found = findings(kit)
 
     assert [finding.check for finding in found if finding.verdict is not Verdict.OK] == [Check.WORKSPACE]
+    assert exit_status(found) == 2
+
+
+@pytest.mark.parametrize("name", ["w" * 300, "dangling"])
+def test_a_workspace_that_can_never_be_made_is_found_and_the_rest_is_checked_all_the_same(
+    name: str, server: Deployment, kits: Path, copy_of: Copy
+) -> None:
+    kit = copy_of(kits / "site-1", target=server.target, more=f'workspace = "{name}"')
+    (kit / "dangling").symlink_to("/no/such/folder")
+    found = findings(kit)
+
+    assert [finding.check for finding in found if finding.verdict is not Verdict.OK] == [Check.WORKSPACE]
+    assert f"{kit / name} is none" in of(Check.WORKSPACE, found).text
     assert exit_status(found) == 2
 
 
@@ -255,6 +277,39 @@ def test_a_silent_port_does_not_hold_up_another(server: Deployment, kits: Path, 
 
     at_silent, at_server = (finding for finding in found if finding.check is Check.TLS)
     assert (at_silent.verdict, at_server.verdict) == (Verdict.WARN, Verdict.OK)
+
+
+def test_an_address_that_never_answers_leaves_time_for_another_of_the_same_name(
+    server: Deployment, kits: Path, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def two(host: str, port: int, deadline: float) -> tuple[tuple[probes.Address, ...], str]:
+        return ((socket.AF_INET, full.getsockname()), (socket.AF_INET, ("127.0.0.1", port))), ""
+
+    monkeypatch.setattr(probes, "addresses_of", two)
+    with socket.socket() as full, ExitStack() as waiting:
+        full.bind(("127.0.0.2", 0))
+        full.listen(0)
+        for _ in range(4):
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        found = findings(copy_of(kits / "site-1", target=server.target), patience_s=GIVEN_UP_S)
+
+    assert of(Check.PORT, found).text == "open at 127.0.0.1 (not 127.0.0.2: no answer in time)"
+    assert {finding.verdict for finding in found if finding.check in WAY} == {Verdict.OK}
+
+
+def test_roots_that_are_none_are_told_of_and_no_handshake_is_tried_with_them(
+    server: Deployment, kits: Path, copy_of: Copy
+) -> None:
+    kit = copy_of(kits / "site-1", target=server.target, more='tls_roots = "roots.pem"')
+    (kit / "roots.pem").write_text("no certificate")
+    found = findings(kit)
+
+    assert [finding.check for finding in found if finding.verdict is Verdict.FAIL] == [Check.CERTIFICATE]
+    assert of(Check.PORT, found).verdict is Verdict.OK
+    assert of(Check.TLS, found).verdict is Verdict.SKIP
+    assert exit_status(found) == 2
 
 
 def test_a_kit_of_another_project_of_the_same_name_is_found(

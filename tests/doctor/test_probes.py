@@ -341,6 +341,19 @@ async def test_a_free_address_could_be_listened_on_and_still_can() -> None:
     assert await probes.listening_problem("127.0.0.1:0", at()) is None
 
 
+async def test_a_name_of_which_one_address_is_no_use_here_can_be_listened_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_family = (socket.AddressFamily.AF_APPLETALK, ("::1", 0))
+    places: list[probes.Address] = [(socket.AF_INET, ("192.0.2.1", 0)), no_family, (socket.AF_INET, ("127.0.0.1", 0))]
+
+    async def found(*_: object) -> tuple[tuple[probes.Address, ...], str]:
+        return tuple(places), ""
+
+    monkeypatch.setattr(probes, "addresses_of", found)
+    assert await probes.listening_problem("localhost:6007", at()) is None
+    places.pop()
+    assert isinstance(await probes.listening_problem("localhost:6007", at()), OSError)
+
+
 async def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
     assert isinstance(await probes.listening_problem("192.0.2.1:6007", at()), OSError)
 

@@ -53,6 +53,9 @@ def large():
 def uneven():
     return Model({"w": np.zeros(10_000, np.float32), "v": np.zeros(20_000, np.float32)})
 
+def loud():
+    raise RuntimeError("x" * 5_000_000)
+
 def broken():
     raise RuntimeError("no such data")
 """

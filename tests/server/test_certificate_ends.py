@@ -333,11 +333,32 @@ def test_a_client_that_is_disabled_is_not_said_to_need_a_certificate(
 
     disable(dialler, short.server, "site-1")
 
-    assert short.absent(job_id) == []
+    because = "it is disabled (disabled by ada@demo); 'hanse client enable site-1' lets it in again"
+    assert short.absent(job_id) == [("site-1", because)]
     found = short.listed(dialler)
     assert (list(found.disabled), found.expired) == (["site-1"], {})
     disable(dialler, short.server, "site-1", disabled=False)
     assert short.listed(dialler).expired == {"site-1": short.because}
+
+
+def test_a_job_says_of_a_client_that_is_disabled_that_it_is_and_nothing_of_it_once_it_is_not(
+    short: Short, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = short.server
+    dialler.site(server, "site-2")
+    job_id = submit(server, tmp_path)
+    disable(dialler, server, "site-1")
+    with pytest.raises(Unauthenticated, match="is disabled"):
+        dialler.site(server, identity=short.identity)
+
+    (waiting,) = wait(server.jobs.board.view(job_id)).waiting
+    (absent,) = waiting.whom
+    assert (absent.name, absent.state) == ("site-1", "absent")
+    assert absent.reason == "it is disabled (disabled by ada@demo); 'hanse client enable site-1' lets it in again"
+
+    disable(dialler, server, "site-1", disabled=False)
+    (waiting,) = wait(server.jobs.board.view(job_id)).waiting
+    assert waiting.whom == ()
 
 
 # what the next server knows -------------------------------------------------------------------------------------------

@@ -666,6 +666,71 @@ def test_a_job_that_runs_is_shown_while_the_store_is_away(
     assert [waiting.what[:10] for waiting in wait(server.jobs.board.view(job_id)).waiting] == ["answers to"]
 
 
+@pytest.mark.parametrize("state", [JobState.SCHEDULED, JobState.RUNNING])
+def test_a_job_that_the_store_does_not_let_begin_says_so_and_begins_as_soon_as_it_does(
+    state: JobState, start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.jobs.POSTPONED_S", 0.01)
+    server = start()
+    store, refused = server.jobs.services.store, threading.Semaphore(0)
+    replace_job, is_full = store.replace_job, threading.Event()
+    is_full.set()
+
+    async def replaced(epoch: int, record: JobRecord, **more: Any) -> None:
+        if record.state is state and is_full.is_set():
+            refused.release()
+            raise NoSpace("using the database", disk="/", folder="/hanse", why="No space left on device")
+        await replace_job(epoch, record, **more)
+
+    monkeypatch.setattr(store, "replace_job", replaced)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    for _ in range(2):  # at its second refusal all is done that follows the first
+        assert refused.acquire(timeout=20)
+
+    view = wait(server.jobs.board.view(job_id))
+
+    assert view.state == ("submitted" if state is JobState.SCHEDULED else "scheduled")
+    (waiting,) = view.waiting
+    assert "No space left on device" in waiting.what
+    assert view.submitted_at <= waiting.since <= server.jobs.services.wall()
+    assert waiting.then == "the job goes on, or ends, as soon as the store takes note of it"
+    is_full.clear()
+    site.task()
+    assert [each.what for each in wait(server.jobs.board.view(job_id)).waiting] == [
+        "answers to 'train' of round 1 from 1 of 1 client"
+    ]
+
+
+def test_a_job_whose_package_cannot_be_had_is_given_up_in_time_and_says_so_before(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.jobs.POSTPONED_S", 0.01)
+    asked, is_away = threading.Event(), asyncio.Event()
+
+    async def away(folder: RunFolder, record: JobRecord) -> None:
+        asked.set()
+        await is_away.wait()
+        raise StoreFailed("fetching a package from the bucket", "no route to host")
+
+    monkeypatch.setattr(RunFolder, "have_package", away)
+    server = start()
+    Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, start_within_s=0.000_001)
+    assert asked.wait(20)
+
+    view = wait(server.jobs.board.view(job_id))
+    on_loop(is_away.set)
+
+    assert view.state == "scheduled"
+    (waiting,) = view.waiting
+    assert waiting.what == "the server to have the job's package"
+    assert waiting.since >= view.submitted_at
+    record = outcome(server, job_id)
+    assert (record.state, record.code) == (JobState.FAILED, "store-failed")
+    assert "no route to host" in record.reason
+
+
 def test_a_job_starts_when_its_clients_have_come(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
     server = start()
     Site(dialler, server, "site-1", train=plus(1))
@@ -717,6 +782,7 @@ def test_a_disk_that_is_full_at_a_site_is_waited_for_and_then_what_the_job_faile
     assert view.state == "submitted"
     assert view.waiting[0].what == f"{full.reason} (at site-1)"
     assert view.waiting[0].until == view.submitted_at + 60
+    assert view.waiting[0].then == "the job is given up (no-space)"
 
     record = outcome(server, submit(server, tmp_path, min_clients=1, start_within_s=0.000_001))
 
@@ -746,6 +812,18 @@ def test_what_the_jobs_code_raises_fails_the_job_with_its_reason(
 
     assert (record.state, record.code) == (JobState.FAILED, "workflow-failed")
     assert "RuntimeError: no such data" in record.reason
+
+
+def test_an_exception_that_says_more_than_fits_into_a_message_ends_the_run_as_any_other(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    Site(dialler, server, "site-1", train=plus(1))
+
+    record = outcome(server, submit(server, tmp_path, min_clients=1, process_tries=1, model="tiny_model:loud"))
+
+    assert "RuntimeError: xxx" in record.reason
+    assert record.code == "workflow-failed"
 
 
 def test_a_model_that_cannot_be_imported_fails_the_job_and_is_named(
@@ -856,6 +934,21 @@ def test_a_job_failure_by_a_direct_call(start: StartServer, dialler: Dialler, tm
     assert outcome(server, job_id).reason == "boom (at site-1)"
 
 
+@pytest.mark.parametrize("kind", ["", "of-my-own"])
+def test_a_job_failure_of_a_kind_that_there_is_not_ends_nothing(
+    kind: str, start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+
+    refused = site.wire.refused(Channel.SERVER, "job_failure", JobFailure(job_id, kind, "boom"))
+
+    assert "JobFailure.kind" in refused.reason
+    assert wait(server.jobs.board.view(job_id)).state == "running"
+
+
 def test_only_who_takes_part_may_report_a_failure(start: StartServer, dialler: Dialler, tmp_path: Path) -> None:
     server = start()
     site = Site(dialler, server, "site-1")
@@ -908,6 +1001,48 @@ def test_a_clients_process_that_died_is_started_again_and_then_given_up(
     assert (record.code, record.client, record.cause) == ("too-few-clients", "site-1", "process-died")
     assert record.log_tail == "training\nMemoryError"
     assert site.attempts == [1, 2]
+
+
+def test_a_client_whose_process_is_started_again_is_shown_with_what_the_last_one_died_of(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    starting = threading.Semaphore(0)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=2)
+    site.started()
+
+    async def slowly(message: Message) -> None:
+        starting.release()
+        await asyncio.Event().wait()
+
+    site.wire.cell.on(Channel.JOB, "start", slowly)
+    site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9, "epoch 3", "out-of-memory"))
+    assert starting.acquire(timeout=20)
+
+    (client,) = wait(server.jobs.board.view(job_id)).clients
+    assert (client.state, client.attempt) == ("starting", 2)
+    assert "used up the memory" in client.reason
+    assert "epoch 3" in client.reason
+
+
+def test_a_client_that_was_too_late_is_told_as_such_whatever_befell_it_before(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    workflow = WorkflowSpec("fedavg", {"rounds": 2, "deadline_s": 3.0})
+    job_id = submit(server, tmp_path, min_clients=1, process_tries=2, workflow=workflow)
+    site.started()
+    site.wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9, "of the first start"))
+    site.started()
+    site.task()
+
+    record = outcome(server, job_id)
+
+    assert (record.code, record.client, record.cause) == ("too-few-clients", "site-1", "deadline")
+    assert record.log_tail == ""
+    assert wait(server.jobs.board.view(job_id)).advice == CODES["deadline"].advice
 
 
 def test_a_client_whose_process_the_system_killed_for_its_memory_is_told_as_such(

@@ -257,7 +257,7 @@ def test_a_job_that_was_aborted_is_announced_as_that_whatever_ends_it_for_the_se
 
     with pytest.raises(StoreFailed):
         wait(server.jobs.abort(job_id, reason="not needed any more"))
-    on_loop(lambda: server.jobs.failed_at(site.name, JobFailure(job_id, "training", "it is broken")))
+    on_loop(lambda: server.jobs.failed_at(site.name, JobFailure(job_id, "exception", "it is broken")))
 
     assert outcome(server, job_id).state is JobState.ABORTED
     assert recorder.wait_for(EventType.JOB_ABORTED).reason == "not needed any more"

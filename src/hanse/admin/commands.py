@@ -47,6 +47,7 @@ from hanse.messages import (
 )
 from hanse.server.bounds import shortened
 from hanse.server.federated_server import FederatedServer
+from hanse.server.job_board import looked_up
 from hanse.server.payloads import expect
 from hanse.storage.packages import MAX_PACKAGE_BYTES
 from hanse.storage.records import AuditEntry, Standby
@@ -181,7 +182,7 @@ class _Desk:
 
     async def _clients(self, message: Message) -> Message:
         expect(message, ListClients)
-        running = await self._server.jobs.services.store.jobs(states=(JobState.RUNNING,))
+        running = await looked_up(self._server.jobs.services.store.jobs(states=(JobState.RUNNING,)))
         now = self._server.clock()
         clients = []
         for client in sorted(self._server.get_all_clients().values(), key=lambda each: each.name):
@@ -199,7 +200,7 @@ class _Desk:
                     remark=remark,
                 )
             )
-        disabled = await self._server.jobs.services.store.disabled_clients()
+        disabled = await looked_up(self._server.jobs.services.store.disabled_clients(), what="disabled clients")
         refused = tuple(each for each in self._server.refused.views() if each.name not in disabled)
         registered = {client.name for client in clients}
         expired = {
@@ -224,7 +225,7 @@ class _Desk:
 
     async def _status(self, message: Message) -> Message:
         expect(message, StatusQuery)
-        running = await self._server.jobs.services.store.jobs(states=(JobState.RUNNING,))
+        running = await looked_up(self._server.jobs.services.store.jobs(states=(JobState.RUNNING,)))
         return ok(
             ServerStatus(
                 state=self._server.service.state.value,
@@ -266,7 +267,7 @@ class _Desk:
 
     async def _standbys(self) -> list[Standby]:
         """Return the other servers that have said within the last minute that they stand by."""
-        found = await self._server.jobs.services.store.standbys()
+        found = await looked_up(self._server.jobs.services.store.standbys(), what="servers that stand by")
         now = self._wall()
         return [each for each in found if each.name != self._server.name and each.seen_at > now - STANDBY_HEARD_S]
 

@@ -75,6 +75,11 @@ class RemoteFault(RemoteError):
     retryable = True
 
 
+def shortened(text: str, most: int = MAX_REASON_CHARS) -> str:
+    """Return *text*, or its beginning and three dots where it has more than *most* characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def return_code(error: HanseError) -> ReturnCode:
     """Return the code that a reply about *error* carries."""
     if isinstance(error, RemoteError):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
+from hanse.cli.terminal import printable
 from hanse.codes import advice
 from hanse.errors import ConfigError, EnvironmentFault, HanseError, InternalError
 
@@ -33,7 +34,8 @@ class Failure:
     def tell(self, *, as_json: bool) -> int:
         """Write it to standard error and return the exit status."""
         document = {"error": {"code": self.code, "reason": self.reason, "advice": advice(self.code)}}
-        sys.stderr.write(f"{json.dumps(document) if as_json else f'hanse: {self.reason} [{self.code}]'}\n")
+        line = json.dumps(document) if as_json else printable(f"hanse: {self.reason} [{self.code}]")
+        sys.stderr.write(f"{line}\n")
         return self.status
 
 

@@ -78,7 +78,7 @@ def log(
     if output.is_json:
         output.document({"job": job, "client": client, "lines": text.splitlines()})
     elif text:
-        output.say(text)
+        output.say(*text.splitlines())
 
 
 def abort(job: JobName, /, *, kit: KitFolder = None, output: Output = TEXT) -> None:

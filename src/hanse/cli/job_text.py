@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from hanse.cli.output import duration_text, metrics_text, time_text
+from hanse.codes import CODES
 from hanse.job import JobState
 from hanse.messages import ClientView, JobView, Waiting
 
@@ -74,7 +75,7 @@ def job_lines(view: JobView, *, where: str = "") -> Iterator[str]:
         yield f"result     {view.result_bytes:,} bytes ({where or f'hanse job download {view.job_id}'})"
     if view.log_tail:
         yield f"log        its last lines at {view.client or 'the server'}:"
-        yield from (f"           {_printable(line)}" for line in view.log_tail.splitlines())
+        yield from (f"           {line}" for line in view.log_tail.splitlines())
 
 
 def rounds_text(view: JobView) -> str:
@@ -97,18 +98,14 @@ def standing_text(client: ClientView) -> str:
     return f"{state}{start}{since}{f': {client.reason}' if client.reason else ''}"
 
 
-def _printable(line: str) -> str:
-    """Return *line*, which another machine's code wrote, without what a terminal would obey."""
-    return "".join(char if char.isprintable() else " " if char == "\t" else "?" for char in line)
-
-
 def _failure_lines(view: JobView) -> Iterator[str]:
     if view.reason:
         yield f"reason     {view.reason}{f' ({view.code})' if view.code else ''}"
     if view.client:
         yield f"at         {view.client}{f' ({view.cause})' if view.cause else ''}"
     if view.advice:
-        yield f"advice     {view.advice} (hanse explain {view.cause or view.code})"
+        known = next((code for code in (view.cause, view.code) if code in CODES), view.code)
+        yield f"advice     {view.advice} (hanse explain {known})"
 
 
 def _waiting_lines(waiting: Waiting) -> Iterator[str]:

@@ -52,4 +52,4 @@ def show_logs(level: int, *, as_json: bool, verbose: bool) -> None:
 
 def _plain(value: object) -> str:
     text = str(value)
-    return json.dumps(text) if not text or any(character in text for character in ' "\n=') else text
+    return json.dumps(text) if not text.isprintable() or not text or any(mark in text for mark in ' "=') else text

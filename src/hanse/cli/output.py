@@ -16,6 +16,8 @@ from cyclopts import Group, Parameter
 from rich.console import Console
 from rich.table import Table
 
+from hanse.cli.terminal import printable
+
 _GROUP: Final = Group("Output", sort_key=100)
 _PIPE_COLUMNS: Final = 200
 """How wide a table may be where there is no terminal that would break its lines."""
@@ -40,22 +42,21 @@ class Output:
 
     def document(self, value: object) -> None:
         """Print *value*, a struct or plain data, as the JSON document that is this command's output."""
-        self.say(json.dumps(msgspec.to_builtins(value, enc_hook=str), indent=2))
+        _write(json.dumps(msgspec.to_builtins(value, enc_hook=str), indent=2))
 
     def line(self, value: object) -> None:
         """Print *value* as a JSON document in one line, for scripts that read on while the command runs."""
-        self.say(json.dumps(msgspec.to_builtins(value, enc_hook=str)))
+        _write(json.dumps(msgspec.to_builtins(value, enc_hook=str)))
 
     def say(self, *lines: str) -> None:
-        """Print *lines* as they are."""
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
-        sys.stdout.flush()
+        """Print *lines*, a line each, without what a terminal would obey."""
+        _write(*map(printable, lines))
 
     def table(self, heads: Sequence[str], rows: Iterable[Sequence[str]], *, nothing: str) -> None:
         """Print a table for people; *nothing* stands for one without rows."""
         table = Table(*heads, box=None, header_style="bold", pad_edge=False)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(printable, row))
         console_on(sys.stdout.isatty()).print(table if table.row_count else nothing)
 
 
@@ -66,6 +67,11 @@ TEXT: Final = Output()
 def console_on(is_terminal: bool, *, stderr: bool = False) -> Console:
     """Return where formatted text goes: standard output, or standard error."""
     return Console(stderr=stderr, highlight=False, markup=False, width=None if is_terminal else _PIPE_COLUMNS)
+
+
+def _write(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
 
 
 def time_text(posix_s: float) -> str:

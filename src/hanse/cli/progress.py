@@ -13,6 +13,7 @@ from rich.text import Text
 
 from hanse.cli.job_text import waiting_text
 from hanse.cli.output import console_on, metrics_text
+from hanse.cli.terminal import printable
 from hanse.events import EventType
 from hanse.job import ENDED
 from hanse.messages import JobEvent, JobView
@@ -65,7 +66,7 @@ class JobProgress:
 
     def _tell(self, line: str) -> None:
         if line and self._live is None and not self._is_quiet:
-            self._console.print(line)
+            self._console.print(printable(line))
 
     def _add_view(self, view: JobView) -> str:
         self._view, self._state, self._round = view, view.state, max(self._round, view.round)
@@ -111,11 +112,11 @@ class JobProgress:
         )
         parts: list[Table | Text] = [Text(), head]
         if (waiting := waiting_text(view)) and self._state == view.state:
-            parts.append(Text(f"waits for {waiting}", style="yellow"))
+            parts.append(_text(f"waits for {waiting}", "yellow"))
         parts += [self._client_table(), self._round_table()]
-        parts += [Text(remark, style="yellow") for remark in self._remarks]
+        parts += [_text(remark, "yellow") for remark in self._remarks]
         if self._waiting:
-            parts.append(Text(f"waiting for the server: {self._waiting}", style="red"))
+            parts.append(_text(f"waiting for the server: {self._waiting}", "red"))
         return Group(*parts)
 
     def _client_table(self) -> Table:
@@ -133,7 +134,12 @@ class JobProgress:
             return table
         table.add_column("  round", justify="right")
         for name in names:
-            table.add_column(name, justify="right")
+            table.add_column(_text(name), justify="right")
         for number, metrics in self._rounds:
             table.add_row(str(number), *(f"{metrics[name]:.4g}" if name in metrics else "" for name in names))
         return table
+
+
+def _text(words: str, style: str = "") -> Text:
+    """Return *words*, of which another machine may have written a part, as text that no terminal obeys."""
+    return Text(printable(words), style=style)

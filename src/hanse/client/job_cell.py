@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from hanse.cell.cell import RemoteError
+from hanse.cell.refusals import shortened
 from hanse.cell.transfer import TensorTransfers
 from hanse.client.task import TaskContext
 from hanse.client.trainer import Trainer, plain_update
@@ -179,7 +180,10 @@ class ClientJob:
             bug = InternalError(f"working on task {key.name!r} at {self._client}")
             fault = TaskFault(bug.code, bug.reason)
         log_tail = await asyncio.to_thread(self._log_tail)
-        return TaskResult(key, fault=msgspec.structs.replace(fault, log_tail=log_tail)), {}
+        # What the job's code raises may say more than fits into a message.
+        return TaskResult(
+            key, fault=msgspec.structs.replace(fault, reason=shortened(fault.reason), log_tail=log_tail)
+        ), {}
 
     async def _fetch(self, reference: ModelRef) -> Model:
         """Return the model that *reference* names, its missing tensors fetched."""
@@ -238,6 +242,9 @@ class ClientJob:
             raise
         except HanseError as error:
             self._log.warning("answer refused", extra={**extra, "reason": error.reason})
+            if result.fault is None and not isinstance(error, RemoteError):
+                # It has never left, as one with more metrics than fit into a message, and somebody waits for it.
+                await self._deliver(TaskResult(result.key, fault=TaskFault(error.code, shortened(error.reason))), {})
         else:
             self._log.info("answer accepted", extra=extra)
 

@@ -31,6 +31,7 @@ import msgspec
 from hanse.cell.connector import Connector, Dial
 from hanse.cell.link import Link
 from hanse.cell.loop import background_loop, run
+from hanse.cell.refusals import shortened
 from hanse.cell.rpc import ClientTls
 from hanse.cell.transfer import TensorTransfers, Transfers
 from hanse.client.api import Site
@@ -161,7 +162,7 @@ class JobConnection:
         kind = "config" if isinstance(failure, JobInvalid) else "exception"
         reason = failure.why if isinstance(failure, TrainingFailed) else failure.reason
         log_tail = await asyncio.to_thread(self._log_tail)
-        report = JobFailure(self._spec.job_id, kind, reason, failure.code, log_tail)
+        report = JobFailure(self._spec.job_id, kind, shortened(reason), failure.code, log_tail)
         await self._uplink.ask_until_answered(Channel.SERVER, "job_failure", report)
 
     def _hello(self) -> Hello:

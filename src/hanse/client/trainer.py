@@ -62,7 +62,7 @@ def load_app(reference: str, *, client: str, code: Path) -> ClientApp:
     module_name, _, attribute = reference.partition(":")
     try:
         app = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # the module is the user's: whatever it raises is told by the sentence
+    except (Exception, SystemExit) as error:  # the module is the user's: whatever it raises is told by the sentence
         if _is_about(error, module_name, attribute):
             raise JobInvalid("client", got=reference, expected=f"an app that can be imported ({error})") from error
         raise import_failure(error, client=client, code=code) from error
@@ -122,7 +122,7 @@ def _missing(error: BaseException, *, client: str, code: Path) -> MissingDepende
     return MissingDependency(client, error.name, place=_place(error, code) or "the job's code")
 
 
-def _is_about(error: Exception, module: str, attribute: str) -> bool:
+def _is_about(error: BaseException, module: str, attribute: str) -> bool:
     """Return whether *error* says that there is no *module* by that name, or no *attribute* in it."""
     if isinstance(error, ModuleNotFoundError):
         return error.name is not None and f"{module}.".startswith(f"{error.name}.")
@@ -131,11 +131,20 @@ def _is_about(error: Exception, module: str, attribute: str) -> bool:
 
 def described(error: BaseException, code: Path) -> str:
     """Return *error* as ``Type: message (file:line)``: the innermost line of the job's own code, else of any."""
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    text, said = type(error).__name__, _said(error)
+    text = f"{text}: {said}" if said else text
     if isinstance(error, HanseError) and not _own_frames(error, code):
         return str(error)  # our own sentence, complete without a line of ours
     place = _place(error, code)
     return f"{text} ({place})" if place else text
+
+
+def _said(error: BaseException) -> str:
+    """Return what *error* says; nothing where not even that goes well."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - the error's class is the user's
+        return ""
 
 
 def _place(error: BaseException, code: Path) -> str:

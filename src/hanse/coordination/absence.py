@@ -20,6 +20,11 @@ NOBODY: Final[Mapping[ClientName, Absence]] = MappingProxyType({})
 """There is no client of which it is known why it is absent."""
 
 
+def disabled_text(name: ClientName, reason: str) -> str:
+    """Return what is said of *name*, which is refused because of *reason*, wherever it is waited for."""
+    return f"it is disabled{f' ({reason})' if reason else ''}; 'hanse client enable {name}' lets it in again"
+
+
 def with_absence(reason: str, name: ClientName, absent: Mapping[ClientName, Absence]) -> str:
     """Return *reason*, what is known of *name*, which is not there, with why it is *absent*, if that is known."""
     if name not in absent:

@@ -513,7 +513,7 @@ class Run:
         if isinstance(verdict, GiveUp):
             self._move(client, ClientState.FAILED, now=now, attempt=attempt, reason=verdict.reason)
             return verdict
-        self._move(client, ClientState.STARTING, now=now, attempt=attempt + 1)
+        self._move(client, ClientState.STARTING, now=now, attempt=attempt + 1, reason=verdict.reason)
         return Restart(attempt + 1, verdict.reason)
 
     def _move(

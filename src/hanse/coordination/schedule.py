@@ -18,6 +18,8 @@ from hanse.ids import ClientName, JobId
 from hanse.job import JobRecord, JobSpec, JobState, Resources
 
 NAMES_SHOWN: Final = 5
+NO_CLIENTS: Final = "no-clients"
+"""The code of a job that is given up because it has waited in vain for its clients."""
 # Shares of a CPU are decimal fractions: 0.3 less two jobs of 0.1 must leave enough for a third.
 _ROUNDING: Final = 1e-9
 
@@ -41,10 +43,11 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """The job waits: *reason* says for what, *until* (POSIX seconds) when it is given up."""
+    """The job waits: *reason* says for what, *until* (POSIX seconds) when it is given up, with this *code*."""
 
     reason: str
     until: float
+    code: str = NO_CLIENTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from hanse.ids import ClientName
 from hanse.job import JobRecord
 from hanse.messages import ClientView, IssueTasks, TaskKey, Waiting
 
-GIVEN_UP: Final = "the job is given up (no-clients)"
+GIVEN_UP: Final = "the job is given up"
 HINDERED: Final = "the job fails, unless that was mended; it is tried again every few seconds"
 TOLD_AFTER: Final = 0.05
 """A silence of this part of what is waited for is told of: 30 seconds of ten minutes, ten beats."""
@@ -63,7 +63,10 @@ class RunProcess:
 
 @dataclass(frozen=True, slots=True)
 class StoreTrouble:
-    """The store has not done what was asked of it since *since*, because of *reason*."""
+    """The store has not done what was asked of it since *since*, because of *reason*.
+
+    That is monotonic time for a run, and POSIX time for a job that does not run.
+    """
 
     reason: str
     since: float
@@ -127,7 +130,18 @@ def waiting_of_submitted(
     Clients that are *absent*, and might take it, are named, each with what is known of why.
     """
     whom = tuple(ClientView(name, "absent", absent[name].why) for name in sorted(absent) if is_meant(name, job.spec))
-    return (Waiting(wait.reason, whom, since=job.submitted_at, until=wait.until, then=GIVEN_UP),)
+    return (Waiting(wait.reason, whom, since=job.submitted_at, until=wait.until, then=f"{GIVEN_UP} ({wait.code})"),)
+
+
+def waiting_of_held_up(trouble: StoreTrouble) -> Waiting:
+    """Return what a job waits for that does not run, and of which the store does not take what becomes of it."""
+    what = f"the server's store, which fails ({trouble.reason})"
+    return Waiting(what, since=trouble.since, then="the job goes on, or ends, as soon as the store takes note of it")
+
+
+def waiting_of_fetching(since: float) -> Waiting:
+    """Return what a scheduled job waits for whose package its server fetches since POSIX time *since*."""
+    return Waiting("the server to have the job's package", since=since, then="its clients are asked to take the job")
 
 
 def waiting_of_scheduled(deployment: Deployment) -> tuple[Waiting, ...]:

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -154,9 +154,12 @@ async def _along_the_way(
     addresses, problem = await probes.addresses_of(dialled, dialled_port, deadline)
     yield judge_name(target, dialled, tuple(map(probes.in_words, addresses)), problem)
     way = Way(host, port, addresses, proxy)
-    yield judge_port(target, await probes.connections_to(way, deadline), proxy)
+    # An address at which nothing answers must not take the time that is left for the others.
+    ports = await probes.connections_to(way, asyncio.get_running_loop().time() + around.patience_s / 2)
+    yield judge_port(target, ports, proxy)
+    way = replace(way, addresses=tuple(each for each in addresses if probes.in_words(each) in ports.opened))
     kit = facts.kit
-    if isinstance(kit, HanseError):
+    if isinstance(kit, HanseError) or judge_certificate(facts).verdict is Verdict.FAIL:
         yield skip(Check.TLS, "the kit does not hold together", about=target)
         return
     if settings.tls:

@@ -57,7 +57,7 @@ def read_kit(folder: Path) -> KitFacts:
         kind if isinstance(kind, HanseError) else _tried(lambda: Kit[AnySettings].load(folder, kind)),
         _certificate(folder / CERTIFICATE_FILE),
         _certificate(folder / CA_FILE),
-        any((folder / name).exists() for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE)),
+        any(_is_there(folder / name) for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE)),
         _owner(folder / KEY_FILE),
         os.geteuid(),
     )
@@ -134,6 +134,9 @@ def _tried(look: Callable[[], T]) -> T | HanseError:
         return look()
     except HanseError as error:
         return error
+    except OSError as error:
+        expected = f"a file in a folder that user {os.geteuid()} may look into ({error.strerror})"
+        return ConfigError("kit", got=str(error.filename), expected=expected)
 
 
 def _key_problem(path: Path) -> HanseError | None:
@@ -150,6 +153,13 @@ def _certificate(path: Path) -> x509.Certificate | None:
         return parse_certificate(read_file(path), path)
     except HanseError:
         return None
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a folder that nobody lets us look into, for one: reading it will say so
+        return True
 
 
 def _owner(path: Path) -> int | None:

@@ -52,9 +52,12 @@ class FolderFacts:
 
 def look_at_folder(path: Path, process: int | None = None) -> FolderFacts:
     """Return what is at *path*, without making anything."""
-    nearest = next(place for place in (path, *path.parents) if place.exists() or place.parent == place)
-    if not nearest.is_dir():
-        return FolderFacts(path, nearest, obstacle=nearest)
+    places = (path, *path.parents)
+    nearest = next(place for place in places if _is_there(place) or place.parent == place)
+    missing = places[: places.index(nearest)]
+    obstacle = next(filter(_is_in_the_way, missing), None if nearest.is_dir() else nearest)
+    if obstacle is not None:
+        return FolderFacts(path, nearest, obstacle=obstacle)
     found = nearest.stat()
     return FolderFacts(
         path,
@@ -65,6 +68,24 @@ def look_at_folder(path: Path, process: int | None = None) -> FolderFacts:
         user=os.geteuid(),
         process=process,
     )
+
+
+def _is_there(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError:  # a folder above it that nobody lets us look into, a name that is too long
+        return False
+
+
+def _is_in_the_way(place: Path) -> bool:
+    """Return whether no folder can be made as *place*, where none is: a link to nowhere, a name that cannot be."""
+    try:
+        place.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def judge_runs(facts: FolderFacts) -> Finding:

@@ -6,6 +6,7 @@ part of the facts.
 
 import asyncio
 import base64
+import errno
 import functools
 import os
 import socket
@@ -194,13 +195,20 @@ async def listening_problem(target: str, deadline: float) -> OSError | HanseErro
     places, problem = await addresses_of(host, port, deadline)
     if problem:
         return ConfigError("target", got=target, expected=f"an address of this machine ({problem})")
-    for family, address in places:
+    problems = [_binding_problem(*place) for place in places]
+    found = [problem for problem in problems if problem is not None]
+    if len(found) < len(problems):  # gRPC takes those that are this machine's: a name may have one of no use here
+        found = [problem for problem in found if problem.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)]
+    return next(iter(found), None)
+
+
+def _binding_problem(family: socket.AddressFamily, address: Any) -> OSError | None:
+    try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
-            try:
-                probe.bind(address)
-            except OSError as error:
-                return error
+            probe.bind(address)
+    except OSError as error:
+        return error
     return None
 
 

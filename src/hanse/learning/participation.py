@@ -314,8 +314,9 @@ class Collection:
                 raise ValueError(f"the round is still open: {_listed(self.outstanding)} may answer")
             case Verdict.FAILED:
                 why = _listed([_told(client, fault) for client, fault in self.faults.items()], separator="; ")
-                got, first = len(self._taking_part) - len(self._faults), next(iter(self._faults))
-                raise TooFewClients(got=got, needed=self._needed, why=why, client=first)
+                first, fault = next(iter(self._faults.items()))
+                got = len(self._taking_part) - len(self._faults)
+                raise TooFewClients(got=got, needed=self._needed, why=why, client=first, cause=fault.code)
             case Verdict.ENOUGH:
                 return dict(sorted(self._counted.items()))
 

@@ -429,7 +429,7 @@ class ActiveRun:
             if end.client not in self.run.clients:
                 await self.end(JobState.FAILED, code=code, reason=reason, log_tail=await self._process.log_tail())
                 return
-            trouble = self.processes.trouble(ClientName(end.client))
+            trouble = self.processes.cause_of(ClientName(end.client), end.cause)
             await self.end(
                 JobState.FAILED,
                 code=code,

@@ -7,7 +7,7 @@ that its watchers get. Each of these has to fit into one message, and none of th
 from collections.abc import Mapping
 from typing import Final
 
-from hanse.cell.refusals import MAX_CODE_CHARS, MAX_REASON_CHARS
+from hanse.cell.refusals import MAX_CODE_CHARS, MAX_REASON_CHARS, shortened
 from hanse.errors import ProtocolError
 
 __all__ = ["MAX_CODE_CHARS", "MAX_REASON_CHARS", "check_metrics", "shortened"]
@@ -21,11 +21,6 @@ MAX_STARTS: Final = 1_000_000
 MAX_METRICS: Final = 1000
 MAX_METRIC_NAME_CHARS: Final = 128
 MAX_RELEASE_CHARS: Final = 64
-
-
-def shortened(text: str, most: int = MAX_REASON_CHARS) -> str:
-    """Return *text*, or its beginning and three dots where it has more than *most* characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def ending(log: str) -> str:

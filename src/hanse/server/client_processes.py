@@ -19,7 +19,7 @@ from hanse.errors import HanseError, OutOfMemory, ProcessDied, SiteRefused
 from hanse.ids import ClientName, Fqcn, job_cell
 from hanse.job import JobRecord
 from hanse.launch.log_lines import FieldLogger
-from hanse.learning.workflow import CLIENT_LOST
+from hanse.learning.workflow import CLIENT_LOST, DEADLINE
 from hanse.messages import Channel, DeployJob, JobEnded, StartJob, TaskFault
 from hanse.server.bounds import ending, shortened
 from hanse.server.causes import code_of
@@ -221,6 +221,15 @@ class ClientProcesses:
     def trouble(self, client: ClientName) -> Trouble:
         """Return what befell *client* last."""
         return self._troubles.get(client, Trouble())
+
+    def cause_of(self, client: ClientName, fault: str) -> Trouble:
+        """Return why there is a *fault* of that code in the place of *client*'s answer.
+
+        That one whose process is at work was too late is no matter of what befell it earlier.
+        """
+        trouble = self.trouble(client)
+        is_late = fault == DEADLINE and self._run.participant(client).state is ClientState.RUNNING
+        return Trouble(fault) if is_late or not trouble.code else trouble
 
 
 async def deploy(cell: Cell, record: JobRecord, client: ClientName) -> None:

@@ -257,6 +257,11 @@ class Clients:
         for client, reason in disabled.items():
             self.set_disabled(ClientName(client), reason)
 
+    def disabled(self) -> dict[ClientName, str]:
+        """Return the names that are refused, each with the reason."""
+        with self._lock:
+            return self._registry.disabled()
+
     def disabled_because(self, name: ClientName) -> str | None:
         """Return why *name* is disabled, or ``None`` when it is not."""
         with self._lock:

@@ -27,7 +27,7 @@ from hanse.cell.link import Peer
 from hanse.cell.listener import Listener
 from hanse.cell.loop import background_loop, run
 from hanse.cell.refusals import RemoteError, refuse
-from hanse.coordination.absence import Absence
+from hanse.coordination.absence import Absence, disabled_text
 from hanse.coordination.certificates import EXPECTED_S, expired_text
 from hanse.coordination.policy import PeerKind
 from hanse.coordination.registry import Presence, fingerprint
@@ -284,7 +284,9 @@ class FederatedServer(BaseServer):
         if client is not None:
             self._forget(client)
             self._keep_token_soon(name)
-        if reason is not None:
+        if reason is None:
+            self._refused.forget(name)  # what it was refused for counts no more
+        else:
             self._drop_cells_of(name, Unauthenticated(f"client {name} is disabled"))
 
     # service state
@@ -788,7 +790,11 @@ class FederatedServer(BaseServer):
             for name, ended_at in self._clients.expired().items()
         }
         away = {name: why for name, why in refused.items() if self._clients.presence(name) != Presence.CONNECTED}
-        return away | expired
+        disabled = {
+            name: Absence(Unauthenticated.code, disabled_text(name, reason))
+            for name, reason in self._clients.disabled().items()
+        }
+        return away | expired | disabled
 
     def _noting_refusal(self, request: Message, reply: Message) -> Message:
         """Return *reply*, having noted whom it lets in or refuses for good."""

@@ -57,7 +57,7 @@ class JobBoard:
             StoreFailed: the store does not answer, and the job does not run.
         """
         try:
-            record = await _looked_up(self._store.job(job_id))
+            record = await looked_up(self._store.job(job_id))
             rounds, last = await self._rounds(job_id, history=history)
         except StoreFailed as failed:
             if (run := self._runs.get(job_id)) is None:
@@ -70,7 +70,7 @@ class JobBoard:
         """Return the jobs, newest first, without their rounds' history and logs."""
         states = (JobState(state),) if state else ()
         views = []
-        for record in await self._store.jobs(states=states, limit=limit):
+        for record in await looked_up(self._store.jobs(states=states, limit=limit)):
             rounds, last = await self._rounds(record.job_id, history=False)
             views.append(self._view(msgspec.structs.replace(record, log_tail=""), rounds, last))
         return views
@@ -83,7 +83,7 @@ class JobBoard:
             StoreFailed: the store does not answer, and no job that runs is meant.
         """
         try:
-            ids = [record.job_id for record in await _looked_up(self._store.jobs())]
+            ids = [record.job_id for record in await looked_up(self._store.jobs())]
         except StoreFailed:
             ids = list(self._runs)
             if not any(job_id.startswith(prefix) for job_id in ids):
@@ -117,7 +117,7 @@ class JobBoard:
         if client is not None:
             if (run := self._runs.get(job_id)) is not None:
                 return _last_of(run.processes.trouble(client).log_tail, lines)
-            record = await self._store.job(job_id)
+            record = await looked_up(self._store.job(job_id))
             return _last_of(record.log_tail, lines) if record.client == client else ""
         path = self._folder_of(job_id).log
         return await asyncio.to_thread(_last_lines, path, lines)
@@ -134,8 +134,8 @@ class JobBoard:
     async def _rounds(self, job_id: JobId, *, history: bool) -> tuple[list[RoundView], RoundView | None]:
         """Return a job's committed rounds, or none of them without *history*, and the last of them."""
         if not history:
-            return [], await _looked_up(self._store.last_round(job_id))
-        rounds = await _looked_up(self._store.rounds(job_id))
+            return [], await looked_up(self._store.last_round(job_id))
+        rounds = await looked_up(self._store.rounds(job_id))
         return rounds, rounds[-1] if rounds else None
 
     def _view(self, record: JobRecord, rounds: list[RoundView], last: RoundView | None) -> JobView:
@@ -166,8 +166,8 @@ class JobBoard:
         )
 
 
-async def _looked_up(looking: Awaitable[T]) -> T:
-    """Return what the store answers.
+async def looked_up(looking: Awaitable[T], *, what: str = "jobs") -> T:
+    """Return what the store answers that is asked for *what*.
 
     Raises:
         StoreFailed: it does not, or not in time.
@@ -176,7 +176,7 @@ async def _looked_up(looking: Awaitable[T]) -> T:
         async with asyncio.timeout(LOOK_S):
             return await looking
     except TimeoutError:
-        raise StoreFailed("looking up jobs", f"it has not answered for {LOOK_S:g} s") from None
+        raise StoreFailed(f"looking up {what}", f"it has not answered for {LOOK_S:g} s") from None
 
 
 def _last_of(text: str, lines: int) -> str:

@@ -18,11 +18,15 @@ import msgspec
 
 from hanse.cell.link import Peer
 from hanse.cell.transfer import Files
+from hanse.codes import CODES
 from hanse.coordination.runs import Run, Sync, heartbeat_sync
-from hanse.coordination.schedule import Decision, GiveUp, Start, Wait, next_deadline, plan
+from hanse.coordination.schedule import NO_CLIENTS, Decision, GiveUp, Start, Wait, next_deadline, plan
 from hanse.coordination.waiting import (
     Deployment,
+    StoreTrouble,
     TakingUp,
+    waiting_of_fetching,
+    waiting_of_held_up,
     waiting_of_scheduled,
     waiting_of_submitted,
     waiting_of_taking_up,
@@ -32,6 +36,7 @@ from hanse.errors import (
     HanseError,
     NotFound,
     NotInService,
+    ProtocolError,
     StaleEpoch,
     StoreFailed,
     Unauthorized,
@@ -106,9 +111,12 @@ class Jobs:
         self._logs = LongLogs()
         self._lives: dict[JobId, asyncio.Task[None]] = {}
         self._taking: dict[JobId, JobRecord] = {}
-        self._postponed: dict[JobId, tuple[float, str]] = {}
+        self._postponed: dict[JobId, tuple[float, str, str]] = {}  # until when, why, and the code of that
         self._waiting: dict[JobId, Wait] = {}
+        self._fetching: dict[JobId, float] = {}
         self._deploying: dict[JobId, Deployment] = {}
+        self._held_up: dict[JobId, StoreTrouble] = {}
+        self._schedule_held_up: StoreTrouble | None = None
         self._taking_up: dict[JobId, TakingUp] = {}
         self._known: dict[ClientName, frozenset[JobId]] = {}
         self._ended: dict[JobId, asyncio.Event] = {}
@@ -209,11 +217,17 @@ class Jobs:
 
     async def _planned(self) -> float | None:
         try:
-            return await self._plan()
+            delay = await self._plan()
         except StoreFailed as failed:
             # A full disk or a locked database must not end the jobs that run; it tells nobody when it is over.
             _log.error("the schedule waits for the store", extra={"reason": failed.reason})
+            self._schedule_held_up = self._trouble(failed, self._schedule_held_up)
             return POSTPONED_S
+        self._schedule_held_up = None
+        return delay
+
+    def _trouble(self, failed: StoreFailed, before: StoreTrouble | None) -> StoreTrouble:
+        return StoreTrouble(failed.reason, self._services.wall() if before is None else before.since)
 
     async def _plan(self) -> float | None:
         """Start or give up the jobs whose time it is; return in how many seconds the next one's is."""
@@ -222,9 +236,9 @@ class Jobs:
         submitted = await self._submitted()
         self._postponed = {job_id: later for job_id, later in self._postponed.items() if later[0] > now}
         postponed = {
-            record.job_id: Wait(why, record.submitted_at + record.spec.start_within_s)
+            record.job_id: Wait(later[1], record.submitted_at + record.spec.start_within_s, later[2])
             for record in submitted
-            if (why := self._postponed.get(record.job_id, (0.0, ""))[1])
+            if (later := self._postponed.get(record.job_id)) is not None
         }
         submitted = [record for record in submitted if record.job_id not in postponed]
         decisions: dict[JobId, Decision] = plan(
@@ -242,7 +256,7 @@ class Jobs:
                 await self._decided(record, decisions[record.job_id])
             except Conflict as moved:  # it was aborted since it was looked up
                 _log.info("not scheduled", extra={"job": record.job_id, "reason": moved.reason})
-        delays = [at - now for at, _ in self._postponed.values()]
+        delays = [at - now for at, _, _ in self._postponed.values()]
         if (give_up := next_deadline(decisions.values())) is not None:
             delays.append(give_up - now_s)
         return max(min(delays), 0.0) if delays else None
@@ -275,7 +289,7 @@ class Jobs:
                 await self._services.store.replace_job(self._services.epoch, scheduled, was=record.state)
                 self._live(scheduled, self._launch(scheduled))
             case GiveUp(reason=reason):
-                await self._fail(record, "no-clients", reason)
+                await self._fail(record, NO_CLIENTS, reason)
             case _:
                 pass
 
@@ -320,11 +334,17 @@ class Jobs:
             await self._fail(record, "launch-refused", f"the server does not launch it: {refused}")
             return
         folder = self.run_folder(record.job_id)
+        self._fetching[record.job_id] = self._services.wall()
         try:
             await folder.have_package(record)
         except StoreFailed as failed:
-            await self._postpone(record, failed.reason)
+            if self._is_past_its_time(record):
+                await self._fail(record, failed.code, failed.reason)
+            else:
+                await self._postpone(record, failed.reason, failed.code)
             return
+        finally:
+            del self._fetching[record.job_id]
         began = self._services.wall()
         self._deploying[record.job_id] = Deployment(frozenset(record.clients), began, began + DEPLOY_TIMEOUT_S)
         try:
@@ -371,8 +391,10 @@ class Jobs:
             except StoreFailed as failed:
                 _log.error("a job waits for the store", extra={"job": record.job_id, "reason": failed.reason})
                 has_failed = True
+                self._held_up[record.job_id] = self._trouble(failed, self._held_up.get(record.job_id))
                 await asyncio.sleep(POSTPONED_S)  # a full disk tells nobody when it no longer is
             else:
+                self._held_up.pop(record.job_id, None)
                 return
 
     async def _deploy(self, record: JobRecord, client: ClientName) -> None:
@@ -385,20 +407,27 @@ class Jobs:
     async def _not_deployed(self, record: JobRecord, refusals: Mapping[ClientName, HanseError]) -> None:
         """End a job that too few clients take; one that they could not take just now is scheduled again, in time."""
         final = {client: error for client, error in refusals.items() if not error.retryable}
-        if not final and self._services.wall() >= record.submitted_at + record.spec.start_within_s:
+        if not final and self._is_past_its_time(record):
             final = dict(refusals)
         why = "; ".join(said_of(client, error.reason) for client, error in (final or refusals).items())
+        client, error = next(iter((final or refusals).items()))
         if final:
-            client, error = next(iter(final.items()))
             await self._fail(record, code_of(error), why, client=client)
             return
-        await self._postpone(record, why)
+        await self._postpone(record, why, code_of(error))
 
-    async def _postpone(self, record: JobRecord, why: str) -> None:
+    def _is_past_its_time(self, record: JobRecord) -> bool:
+        return self._services.wall() >= record.submitted_at + record.spec.start_within_s
+
+    async def _postpone(self, record: JobRecord, why: str, code: str) -> None:
         """Have a scheduled job scheduled again, but not at once."""
         again = move(record, JobState.SUBMITTED, at=self._services.wall())
         await self._store_move(again, was=record.state)
-        self._postponed[record.job_id] = (self._services.now() + POSTPONED_S, shortened(why))
+        self._postponed[record.job_id] = (
+            self._services.now() + POSTPONED_S,
+            shortened(why),
+            shortened(code, MAX_CODE_CHARS),
+        )
         self.wake()
 
     async def _run(self, record: JobRecord, run: Run, folder: RunFolder, *, resumed: bool) -> None:
@@ -489,6 +518,7 @@ class Jobs:
         self._lives.pop(job_id, None)
         del self._taking[job_id]
         self._taking_up.pop(job_id, None)
+        self._held_up.pop(job_id, None)
         self.wake()
 
     async def _guarded(self, job_id: JobId, life: Coroutine[Any, Any, None]) -> None:
@@ -509,6 +539,7 @@ class Jobs:
                 continue
             except StoreFailed as failed:
                 _log.error("ending a job waits for the store", extra={"job": job_id, "reason": failed.reason})
+                self._held_up[job_id] = self._trouble(failed, self._held_up.get(job_id))
                 await asyncio.sleep(POSTPONED_S)  # a full disk tells nobody when it no longer is
             else:
                 return
@@ -654,10 +685,13 @@ class Jobs:
         Raises:
             NotFound: no such job runs.
             Unauthorized: the client takes no part in it.
+            ProtocolError: it is of no kind that there is.
         """
         run = self._run_of(failure.job_id)
         if client not in run.run.clients:
             raise Unauthorized(client, f"report on job {failure.job_id}", needs="to take part in it")
+        if not failure.code and f"client-{failure.kind}" not in CODES:
+            raise ProtocolError("JobFailure.kind", got=failure.kind, expected="'config', 'exception' or 'unsafe'")
         self._loop.call_soon_threadsafe(self._end_failed, run, client, failure)
 
     def _end_failed(self, run: ActiveRun, client: ClientName, failure: JobFailure) -> None:
@@ -761,12 +795,19 @@ class Jobs:
         """Return what a job that has not ended waits for."""
         if (run := self._runs.get(record.job_id)) is not None:
             return run.waiting()
+        if (trouble := self._held_up.get(record.job_id)) is not None:
+            return (waiting_of_held_up(trouble),)
+        if (since := self._fetching.get(record.job_id)) is not None:
+            return (waiting_of_fetching(since),)
         if (deployment := self._deploying.get(record.job_id)) is not None:
             return waiting_of_scheduled(deployment)
         if (taking_up := self._taking_up.get(record.job_id)) is not None:
             return waiting_of_taking_up(taking_up)
-        wait = self._waiting.get(record.job_id)
-        return waiting_of_submitted(record, wait, absent=self._services.absent()) if wait is not None else ()
+        wait, held_up = self._waiting.get(record.job_id), self._schedule_held_up
+        return (
+            *((waiting_of_held_up(held_up),) if held_up is not None else ()),
+            *(waiting_of_submitted(record, wait, absent=self._services.absent()) if wait is not None else ()),
+        )
 
     def _run_of(self, job_id: JobId) -> ActiveRun:
         if (run := self._runs.get(job_id)) is None:

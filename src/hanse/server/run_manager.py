@@ -24,6 +24,7 @@ from hanse.run.loading import importing_from, initial_model_of, workflow_of
 from hanse.run.runner import drive
 from hanse.run.server_link import ServerLink
 from hanse.server.active_run import ABORTED
+from hanse.server.bounds import shortened
 from hanse.server.run_folder import RunFolder
 from hanse.storage.models import write_safetensors
 from hanse.storage.tensors import TensorFiles
@@ -152,8 +153,10 @@ class LocalRun:
         except HanseError as error:
             extra = {"job": self._manager.job_id, "code": error.code, "reason": error.reason}
             _log.error("run failed", exc_info=error.__cause__, extra=extra)
-            client = error.client if isinstance(error, TooFewClients) else ""
-            return RunEnded(completed=False, code=error.code, reason=error.reason, client=client)
+            client, cause = (error.client, error.cause) if isinstance(error, TooFewClients) else ("", "")
+            # What the job's code raised may say more than fits into a message.
+            reason = shortened(error.reason)
+            return RunEnded(completed=False, code=error.code, reason=reason, client=client, cause=cause)
         except Exception:  # noqa: BLE001 - the edge of the run: the server must hear that it is over
             _log.exception("run failed", extra={"job": self._manager.job_id})
             bug = InternalError(f"driving run {self._manager.job_id}")
