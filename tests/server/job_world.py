@@ -150,9 +150,13 @@ class RunThread:
         return await asyncio.shield(asyncio.wrap_future(self._done))
 
     async def stop(self, grace_s: float = 5.0) -> int:
-        del grace_s
         self.server.abort_run()
-        return await self.wait()
+        try:
+            async with asyncio.timeout(grace_s):
+                return await self.wait()
+        except TimeoutError:  # one that has not begun yet has not heard it
+            await asyncio.to_thread(self.kill)
+            return await self.wait()
 
     def log_tail(self, lines: int = 20) -> str:
         del lines
