@@ -123,8 +123,7 @@ class ClientJob:
         if not isinstance(assignment, TaskAssignment) or assignment.key.client != self._client:
             raise ProtocolError("TaskAssignment.key.client", got=assignment, expected=f"a task for {self._client}")
         key = assignment.key
-        is_at_it = self._current is not None and self._current[0] == key and not self._current[1].cancelling()
-        if key in self._queue or is_at_it:
+        if key in self._queue or (self._current is not None and self._current[0] == key):
             return  # sent again because the link broke; it is being dealt with
         self._queue[key] = assignment if len(self._queue) < MAX_QUEUED_TASKS else None
         self._queued.set()
@@ -137,6 +136,7 @@ class ClientJob:
         self._queue.pop(key, None)
         if self._current is not None and self._current[0] == key:
             self._current[1].cancel()
+            self._current = None  # while it ends, the task may come again
             self._log.info("task cancelled", extra={"task": key.name, "round": key.round})
 
     # A task's way -----------------------------------------------------------------------------------------------------
