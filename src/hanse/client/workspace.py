@@ -97,7 +97,10 @@ class JobFolder:
         delete.
         """
         end_left_behind(self.log)
-        for path in self.path.glob("*"):
+        found: list[Path] = []
+        with suppress(OSError):  # an end and the agent's stop may clear it at the same time
+            found = [*self.path.iterdir()]
+        for path in found:
             if path.name in (self.log.name, self.log.name + SET_ASIDE):
                 continue
             with suppress(OSError):
