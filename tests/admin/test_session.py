@@ -148,7 +148,7 @@ def test_what_was_not_uploaded_or_has_another_size_is_not_submitted(deployment: 
 
 
 def test_an_upload_that_broke_off_is_cleared_away_with_the_next_one(deployment: Deployment, tmp_path: Path) -> None:
-    files = deployment.server.jobs.upload_files("ada@demo")
+    files = deployment.server.jobs.files.upload_files("ada@demo")
     with files.begin(Digest("0" * 64), 100) as partial:
         partial.write(b"not all of it")
     assert deployment.uploads() == [f"{'0' * 64}.part"]
@@ -269,7 +269,7 @@ def completed(deployment: Deployment, data: bytes) -> JobId:
         package=Digest("0" * 64),
         package_bytes=1,
         state=JobState.COMPLETED,
-        result=wait(jobs.result_files(job_id)).put(data),
+        result=wait(jobs.files.result_files(job_id)).put(data),
         result_bytes=len(data),
     )
     wait(jobs.services.store.add_job(jobs.services.epoch, record))
@@ -296,7 +296,9 @@ def test_a_result_that_cannot_be_written_or_is_not_there_leaves_no_file(deployme
         waiting = session.submit(package(tmp_path / "job")).job_id
         with pytest.raises(Conflict, match="without a result"):
             session.download(waiting, tmp_path / "model.safetensors")
-        (wait(deployment.server.jobs.result_files(job_id)).root / blake3(b"small").hexdigest()).write_bytes(b"spoilt")
+        (wait(deployment.server.jobs.files.result_files(job_id)).root / blake3(b"small").hexdigest()).write_bytes(
+            b"spoilt"
+        )
         with pytest.raises(HanseError):
             session.download(job_id, tmp_path / "model.safetensors")
     assert [each.name for each in tmp_path.iterdir()] == ["job"]

@@ -304,7 +304,7 @@ def test_a_result_that_a_power_failure_has_left_without_its_bytes_is_written_ane
 
 
 async def _path(server: FederatedServer, job_id: JobId, digest: Digest) -> Path:
-    return (await server.jobs.result_files(job_id)).path(digest)
+    return (await server.jobs.files.result_files(job_id)).path(digest)
 
 
 # answers --------------------------------------------------------------------------------------------------------------
@@ -1181,22 +1181,22 @@ def test_a_heartbeat_at_the_moment_at_which_a_run_is_taken_up_ends_nothing(
     site = Site(dialler, server, "site-1")
     job_id = submit(server, tmp_path, min_clients=1)
     site.started()
-    jobs = server.jobs
-    runs = jobs._runs
+    live = server.jobs.live
+    runs = live.runs
 
     class TakenUpMeanwhile(dict[JobId, Any]):
         """One of the two tables, of which the other thread moves the run to the other when it has been looked at."""
 
         def items(self) -> Any:
             found = list(super().items())
-            jobs._runs = runs
-            jobs._taking_up = {}
+            live.runs = runs
+            live.taking_up = {}
             return found
 
-    monkeypatch.setattr(jobs, "_taking_up", TakenUpMeanwhile({job_id: TakingUp(frozenset({site.name}), 0.0)}))
-    monkeypatch.setattr(jobs, "_runs", TakenUpMeanwhile())
+    monkeypatch.setattr(live, "taking_up", TakenUpMeanwhile({job_id: TakingUp(frozenset({site.name}), 0.0)}))
+    monkeypatch.setattr(live, "runs", TakenUpMeanwhile())
 
-    assert jobs.heartbeat(site.name, (job_id,)) == ()
+    assert server.jobs.client_watch.heartbeat(site.name, (job_id,)) == ()
 
 
 def test_an_agent_that_comes_anew_without_its_job_is_given_it_again(
@@ -1424,7 +1424,7 @@ def test_a_process_that_met_a_damaged_tensor_has_not_died(
     job_id = submit(server, tmp_path, min_clients=1, process_tries=2)
     first = launcher.next()
 
-    wait(server.jobs._runs[job_id].ended(RunEnded(completed=False, code=TensorDamaged.code, again=True)))
+    wait(server.jobs.live.runs[job_id].ended(RunEnded(completed=False, code=TensorDamaged.code, again=True)))
     launcher.end(first, 0)
     launcher.end(launcher.next(), -9)
     launcher.next()

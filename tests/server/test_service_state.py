@@ -482,7 +482,7 @@ def test_no_answer_is_refused_for_good_while_a_tenure_that_is_lost_ends(
     appoint(overseer, server, "tenure-1")
     site = Site(dialler, server)
     first = submit(server, tmp_path, min_clients=1)
-    process, life = site.started(), server.jobs._lives[first]
+    process, life = site.started(), server.jobs.live.task_of(first)
     submit(server, tmp_path, min_clients=1)
     site.started()
     on_loop(launcher.stops.clear)

@@ -114,7 +114,7 @@ class _Desk:
 
     async def _submit(self, message: Message) -> Message:
         request, who = expect(message, SubmitJob), _asker(message)
-        files = self._server.jobs.upload_files(who)
+        files = self._server.jobs.files.upload_files(who)
         record = await self._audited(who, "job.submit", request.package, self._submitted(request, who, files))
         return ok(record)
 

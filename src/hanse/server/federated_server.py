@@ -257,7 +257,7 @@ class FederatedServer(BaseServer):
         Outside a job, ``job_id`` is empty and ``round`` -1.
         """
         tenure = self._primacy.tenure
-        meta = tenure.jobs.current_task(ClientName(client_name)) if tenure is not None else None
+        meta = tenure.jobs.live.current_task(ClientName(client_name)) if tenure is not None else None
         job_id, round_number = meta if meta is not None else (JobId(""), -1)
         return TaskMetaInfo(self.project_name, job_id, round_number, ClientName(client_name))
 
@@ -276,7 +276,7 @@ class FederatedServer(BaseServer):
     def notify_dead_client(self, client: Client) -> None:
         """Tell every run in which *client* takes part."""
         if self._primacy.tenure is not None:
-            self._primacy.tenure.jobs.gone(client.name)
+            self._primacy.tenure.jobs.client_watch.gone(client.name)
 
     def set_disabled(self, name: ClientName, reason: str | None) -> None:
         """Refuse client *name* from now on, because of *reason*; ``None``: no longer."""
@@ -465,7 +465,7 @@ class FederatedServer(BaseServer):
         authority = self._clients.identities.job_authority
         listener = Listener(
             deployed.reception,
-            scopes=lambda peer, scope, *, write: admittance.scope(peer, scope, write, self.jobs),
+            scopes=lambda peer, scope, *, write: admittance.scope(peer, scope, write, self.jobs.files),
             stays=admittance.stays,
             tls=server_tls(where, authority.certificate if authority is not None else b""),
             target=where.target,
@@ -492,7 +492,7 @@ class FederatedServer(BaseServer):
 
     def _demand_alive(self, job_id: JobId) -> None:
         if self._primacy.tenure is not None:
-            self._primacy.tenure.jobs.demand_alive(job_id)
+            self._primacy.tenure.jobs.live.demand_alive(job_id)
 
     def _gate(self, admittance: Admittance, peer: Peer, topic: Topic, message: Message) -> None:
         """Let *peer*'s message pass: who it is, what it may ask, and whether this service takes a contribution now."""
@@ -616,7 +616,7 @@ class FederatedServer(BaseServer):
         with self._lock:
             self._tokens.add(registered.token)
         if self._primacy.tenure is not None:
-            self._primacy.tenure.jobs.registered(ClientName(register.client))
+            self._primacy.tenure.jobs.client_watch.registered(ClientName(register.client))
         self._wake_cleanup()
         self._keep_token_soon(ClientName(register.client))
         return registered
@@ -664,7 +664,11 @@ class FederatedServer(BaseServer):
             self._note_stream(Fqcn(client.name))
         self._tell_admin_server(lambda admin_server: admin_server.client_heartbeat(client))
         tenure = self._primacy.tenure
-        abort = tenure.jobs.heartbeat(client.name, heartbeat.jobs, heartbeat.idle) if tenure is not None else ()
+        abort = (
+            tenure.jobs.client_watch.heartbeat(client.name, heartbeat.jobs, heartbeat.idle)
+            if tenure is not None
+            else ()
+        )
         return HeartbeatReply(abort, self._primacy.service.ssid)
 
     def _quit(self, request: Message) -> Payload:
@@ -748,7 +752,7 @@ class FederatedServer(BaseServer):
         participant, job_id = split_cell(Fqcn(request.get_header(Header.CLIENT) or ""))
         if job_id not in (None, failure.job_id):
             raise Unauthorized(f"{participant}.{job_id}", f"report on job {failure.job_id}", needs="to be of that job")
-        self.jobs.failed_at(self._clients.named(participant).name, failure)
+        self.jobs.client_watch.failed_at(self._clients.named(participant).name, failure)
         return None
 
     def _drop_cell(self, fqcn: Fqcn, error: HanseError) -> None:
@@ -822,14 +826,15 @@ class FederatedServer(BaseServer):
             self._note_stream(peer.fqcn)
         if (tenure := self._primacy.tenure) is not None:
             self._keep_ends_soon(tenure.jobs.services)
-            tenure.jobs.link_up(peer)
+            tenure.jobs.client_watch.link_up(peer)
 
     def _link_down(self, peer: Peer, reason: str) -> None:
         if peer.kind == PeerKind.CLIENT:
             self._clients.stream_down(peer)
             self._handlers.tell(EventType.CLIENT_DISCONNECTED, self._context(peer=peer.fqcn, reason=reason))
         if self._primacy.tenure is not None:
-            self._primacy.tenure.jobs.link_down(peer)
+            self._primacy.tenure.jobs.board.leave(peer.fqcn)
+            self._primacy.tenure.jobs.client_watch.link_down(peer)
 
     def _note_stream(self, fqcn: Fqcn) -> None:
         """Note that a client's stream is up, if it is: it may have come before the client was known."""
