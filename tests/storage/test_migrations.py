@@ -282,6 +282,26 @@ async def test_servers_that_open_a_store_at_once_migrate_it_once(where: Path | s
         await store.close()
 
 
+# A store that others use meanwhile ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["a new file", "a new database in PostgreSQL"])
+def shared(request: pytest.FixtureRequest, path: Path) -> Path | str:
+    """An empty database that several servers use."""
+    return path if request.param == "a new file" else str(request.getfixturevalue("postgres_url"))
+
+
+async def test_a_store_of_this_release_is_opened_while_another_server_hangs_in_opening_it(
+    shared: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.storage.postgres.MIGRATION_TIMEOUT_S", 1.0)
+    await _open_and_close(SqlStore(shared))
+
+    with database_at(shared).migrating():
+        async with SqlStore(shared) as store:
+            assert await store.jobs() == []
+
+
 def test_only_an_upgrade_pays_for_alembic(path: Path) -> None:
     program = (
         "import asyncio, sys; from pathlib import Path; from hanse.storage.store import SqlStore\n"

@@ -423,6 +423,10 @@ class SqlStore:
     def _prepare(self) -> str:
         """Make the database's schema this release's, and return the store's id."""
         try:
+            # Who only begins to use a store must not wait for one who hangs while he does the same.
+            with self._database.looking() as connection:
+                if schema_version(connection) == SCHEMA_VERSION and (found := connection.scalar(sql.STORE_ID)):
+                    return str(found)
             with self._database.migrating() as connection:
                 if (version := schema_version(connection)) != SCHEMA_VERSION:
                     # What it tells at each start, from its import on, is of no use to an operator.
