@@ -145,6 +145,9 @@ class SqlStore:
 
         def take(transaction: Transaction) -> Lease:
             lease = self._lease(transaction, sql.LEASE_TO_CHANGE)
+            if transaction.value(sql.SCHEMA) != SCHEMA_VERSION:
+                why = "a later release of Hanse has upgraded it meanwhile; start this server again with that release"
+                raise StoreFailed(f"taking the lease of {self._name}", why)
             check_taking(lease, holder, name=name, seen=seen, force=force)
             transaction.run(sql.DELETE_STANDBY, {"of_name": name})
             return self._set_lease(transaction, taken, epoch=lease.epoch + 1)
