@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import gc
 import os
 import resource
@@ -170,6 +171,29 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_behind(
     with pytest.raises(StoreFailed, match="taking 5120000 bytes"):
         files.scratch(len(CONTENT))
     assert names(files) == set()
+
+
+def test_that_the_disk_does_not_tell_of_a_tensor_does_not_mean_that_it_is_lost(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put(CONTENT)
+
+    def fail(path: Path, **_: object) -> os.stat_result:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "stat", fail)
+    for use in (
+        lambda: files.has(DIGEST),
+        lambda: files.missing([DIGEST]),
+        lambda: files.verify(DIGEST),
+        lambda: files.check([DIGEST]),
+        lambda: files.put(CONTENT),
+        lambda: files.begin(DIGEST, len(CONTENT)),
+    ):
+        with pytest.raises(StoreFailed, match=f"looking up tensor {DIGEST}: Input/output error"):
+            use()
+    monkeypatch.undo()
+    assert names(files) == {DIGEST}
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
