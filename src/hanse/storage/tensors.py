@@ -99,13 +99,19 @@ class TensorFiles:
 
         For after a power failure, which can leave a file under its name without all its bytes if it was not synced.
         """
-        if not self.has(digest):
+        while True:
+            try:
+                looked_at = _identity(self._stat(digest))
+                if digest_of(self.map(digest)) == digest:
+                    return True
+                # Another who found that out before may have had it replaced by now, by one that is needed.
+                if _identity(self._stat(digest)) != looked_at:
+                    continue
+            except NotFound:
+                return False
+            with on_disk(f"deleting tensor {digest}", self.root):
+                self.path(digest).unlink(missing_ok=True)
             return False
-        if digest_of(self.map(digest)) == digest:
-            return True
-        with on_disk(f"deleting tensor {digest}", self.root):
-            self.path(digest).unlink(missing_ok=True)
-        return False
 
     def check(self, digests: Iterable[Digest]) -> None:
         """Return if each of *digests* is here and holds what its name says.
@@ -338,12 +344,19 @@ class TensorFiles:
             os.close(descriptor)
 
     def _publish(self, path: Path, digest: Digest) -> None:
-        """Give the finished file at *path* its name; where that exists, leave it: it may be synced, this one is not."""
+        """Give the finished file at *path* its name; where that exists, leave it: it may be synced, this one is not.
+
+        To look first and rename then would replace one that came, and was synced, in between.
+        """
         final = self.path(digest)
-        if final.exists():
-            path.unlink(missing_ok=True)
-        else:
+        try:
+            final.hardlink_to(path)
+        except FileExistsError:
+            pass
+        except OSError:  # of a file system without hard links
             path.rename(final)
+            return
+        path.unlink(missing_ok=True)
 
 
 class Scratch:
