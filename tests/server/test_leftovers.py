@@ -1,6 +1,8 @@
 """What jobs have left behind is deleted, by the next server too, and none of it is in a run's way."""
 
-from collections.abc import Callable
+import errno
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ from hanse.ids import JobId
 from hanse.job import JobRecord, JobState, WorkflowSpec
 from hanse.messages import Channel, Heartbeat
 from hanse.model import Model
-from hanse.server import FederatedServer
+from hanse.server import FederatedServer, leftovers
+from hanse.server.leftovers import DELETED_WITHIN_S
+from hanse.server.run_folder import RunFolder
 from hanse.storage.store import SqlStore
 from hanse.storage.tensors import TensorFiles
 
@@ -44,6 +48,56 @@ def test_a_server_started_again_deletes_the_tensors_of_runs_that_ended_when_it_w
     start()
     assert [path.name for path in sorted(runs.iterdir())] == ["ended-1", "ended-2"]
     assert [path.name for run in (ended, other) for path in run.iterdir()] == ["result", "result"]
+
+
+def test_a_server_serves_while_what_was_left_is_still_being_deleted(
+    start: StartServer, dialler: Dialler, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = runs / "ended-1" / "tensors-0"
+    TensorFiles(left).put(b"a tensor")
+    may_delete, has_deleted = threading.Event(), threading.Event()
+    delete = RunFolder.delete_earlier_tensors
+
+    def delete_when_let(folder: RunFolder) -> None:
+        may_delete.wait()
+        delete(folder)
+        has_deleted.set()
+
+    monkeypatch.setattr(RunFolder, "delete_earlier_tensors", delete_when_let)
+    monkeypatch.setattr(leftovers, "CLEARED_WITHIN_S", 0.0)
+    try:
+        server = start()
+        Site(dialler, server, "site-1", train=plus(1))
+        job_id = submit(server, tmp_path, min_clients=1)
+
+        assert outcome(server, job_id).state is JobState.COMPLETED
+        assert left.is_dir()
+    finally:
+        may_delete.set()
+    assert has_deleted.wait(DELETED_WITHIN_S)
+    assert not left.exists()
+
+
+def test_a_folder_that_the_disk_does_not_give_is_in_no_servers_way(
+    start: StartServer, runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("broken-1", "ended-2"):
+        TensorFiles(runs / name / "tensors-0").put(b"a tensor")
+    glob = Path.glob
+
+    def fail_in_one(path: Path, pattern: str) -> Iterator[Path]:
+        if path.name == "broken-1":
+            raise OSError(errno.EIO, "Input/output error")
+        return glob(path, pattern)
+
+    monkeypatch.setattr(Path, "glob", fail_in_one)
+    start()
+
+    assert [path.name for path in sorted(runs.rglob("tensors-0"))] == ["tensors-0"]
+    assert (runs / "broken-1" / "tensors-0").is_dir()
+    (told,) = (line for line in caplog.records if line.message == "files left behind")
+    assert vars(told)["folder"] == str(runs / "broken-1")
+    assert "Input/output error" in vars(told)["reason"]
 
 
 def test_a_server_started_again_deletes_a_submission_that_the_store_was_never_told_of(

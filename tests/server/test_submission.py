@@ -1,5 +1,6 @@
 """How a job comes in, and that one which is refused leaves nothing."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,23 @@ def test_a_job_for_whose_package_there_is_no_space_leaves_nothing(
         raise NoSpace("taking space", disk="/disk", folder="/disk/runs", why="No space left on device")
 
     monkeypatch.setattr(TensorFiles, "put", no_space)
+    with pytest.raises(NoSpace):
+        submit(server, tmp_path)
+
+    assert list((tmp_path / "ws" / "runs").iterdir()) == []
+
+
+def test_a_job_whose_folder_does_not_get_its_name_leaves_nothing(
+    server: FederatedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def no_space(path: Path, target: Path) -> Path:
+        if path.name.startswith(".incoming-"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", no_space)
     with pytest.raises(NoSpace):
         submit(server, tmp_path)
 

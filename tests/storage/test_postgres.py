@@ -293,6 +293,23 @@ async def test_a_server_that_takes_the_connection_and_says_nothing_is_given_up(m
             await store.open()
 
 
+async def test_a_server_that_waits_for_another_which_migrates_the_store_says_so(
+    postgres_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hanse")
+    waits, loop = asyncio.Event(), asyncio.get_running_loop()
+    caplog.handler.addFilter(lambda line: loop.call_soon_threadsafe(waits.set) is not None)
+    store = SqlStore(postgres_url)
+
+    with database_at(postgres_url).migrating():
+        opening = asyncio.create_task(store.open())
+        await waits.wait()
+
+    await opening
+    await store.close()
+    assert [line.message for line in caplog.records] == ["waiting for another server that migrates the store"]
+
+
 # One transaction ------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import gc
 import os
 import resource
@@ -155,6 +156,70 @@ def test_many_who_put_the_same_tensor_at_once_all_have_it(files: TensorFiles) ->
     assert bytes(files.map(DIGEST)) == CONTENT
 
 
+def test_a_damaged_tensor_that_another_has_replaced_while_it_was_looked_at_stays(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put(CONTENT)
+    with files.path(DIGEST).open("r+b") as file:
+        file.write(b"?")
+
+    def looked_at_and_replaced(buffer: bytes | memoryview) -> Digest:
+        monkeypatch.undo()
+        other = TensorFiles(files.root)
+        assert not other.verify(DIGEST)
+        other.put(CONTENT)
+        return digest_of(buffer)
+
+    monkeypatch.setattr("hanse.storage.tensors.digest_of", looked_at_and_replaced)
+    assert files.verify(DIGEST)
+    assert names(files) == {DIGEST}
+
+
+def test_a_damaged_tensor_that_another_has_deleted_while_it_was_looked_at_is_not_there(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put(CONTENT)
+    opened = files.map
+
+    def deleted_first(digest: Digest) -> memoryview:
+        files.path(digest).unlink()
+        return opened(digest)
+
+    monkeypatch.setattr(files, "map", deleted_first)
+    assert not files.verify(DIGEST)
+
+
+def test_a_tensor_that_came_first_is_not_replaced_by_one_that_was_about_to_get_its_name(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, scratch = files.begin(DIGEST, len(CONTENT)), files.scratch(len(CONTENT))
+    late.write(CONTENT)
+    scratch.view[:] = CONTENT
+    files.put(CONTENT)
+    files.sync([DIGEST])
+    first = files.path(DIGEST).stat()
+
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # whoever looked, did so before
+    assert (late.finish(), scratch.finish()) == (DIGEST, DIGEST)
+    monkeypatch.undo()
+
+    assert files.path(DIGEST).stat().st_ino == first.st_ino
+    assert names(files) == {DIGEST}
+
+
+def test_a_tensor_gets_its_name_also_where_a_file_can_have_only_one(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    files.put(CONTENT)
+
+    assert files.verify(DIGEST)
+    assert names(files) == {DIGEST}
+
+
 def test_a_full_disk_is_a_sentence_and_leaves_nothing_behind(
     files: TensorFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +235,29 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_behind(
     with pytest.raises(StoreFailed, match="taking 5120000 bytes"):
         files.scratch(len(CONTENT))
     assert names(files) == set()
+
+
+def test_that_the_disk_does_not_tell_of_a_tensor_does_not_mean_that_it_is_lost(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put(CONTENT)
+
+    def fail(path: Path, **_: object) -> os.stat_result:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "stat", fail)
+    for use in (
+        lambda: files.has(DIGEST),
+        lambda: files.missing([DIGEST]),
+        lambda: files.verify(DIGEST),
+        lambda: files.check([DIGEST]),
+        lambda: files.put(CONTENT),
+        lambda: files.begin(DIGEST, len(CONTENT)),
+    ):
+        with pytest.raises(StoreFailed, match=f"looking up tensor {DIGEST}: Input/output error"):
+            use()
+    monkeypatch.undo()
+    assert names(files) == {DIGEST}
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:

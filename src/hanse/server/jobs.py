@@ -148,7 +148,7 @@ class Jobs:
 
     async def _take_up(self) -> None:
         running = await self._services.store.jobs(states=(JobState.RUNNING,))
-        await self._leftovers.clear_folders({record.job_id for record in running})
+        await self._leftovers.clear_folders({record.job_id for record in running}, group=self._group)
         for record in running:
             self.live.taking_up[record.job_id] = TakingUp(frozenset(record.clients), self._services.wall())
             self._begin(record, self._resume(record))

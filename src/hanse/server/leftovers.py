@@ -22,6 +22,8 @@ MAX_DOUBTFUL: Final = 20
 """The most jobs that are looked up for one heartbeat; they go as they are found to have ended, so others follow."""
 DELETED_WITHIN_S: Final = 30.0
 """How long the end of a run waits for its tensors to be deleted, by a disk or a bucket."""
+CLEARED_WITHIN_S: Final = 3.0
+"""How long a server that begins to serve waits for what it deletes first: most is deleted at once."""
 CLEARED_AGAIN_S: Final = 60.0
 """What could not be deleted from the bucket is tried again after this long."""
 
@@ -49,31 +51,46 @@ class Leftovers:
 
     # files
 
-    async def clear_folders(self, running: Collection[JobId]) -> None:
+    async def clear_folders(self, running: Collection[JobId], *, group: asyncio.TaskGroup) -> None:
         """Delete what earlier tenures have left in the folders, but for jobs that are *running* and go on in this one.
 
-        What cannot be told to be left, because the store does not answer, is for the next tenure.
+        What takes longer than ``CLEARED_WITHIN_S`` goes on in a task of *group*, and holds nobody up. What cannot be
+        told to be left, or deleted, because the store or a disk does not answer, is for the next tenure.
         """
+        # Listed now, for what is submitted from now on is no leftover.
+        left = await asyncio.to_thread(self._listed)
+        clearing = group.create_task(self._clear(left - set(running)), name="clear the folders")
+        await asyncio.wait({clearing}, timeout=CLEARED_WITHIN_S)
+
+    def _listed(self) -> set[JobId]:
+        """Return the jobs that have a folder, having deleted submissions that broke off."""
         try:
-            for job_id in await asyncio.to_thread(self._clear_files, running):
-                await self._clear_unknown(job_id)
+            self._folders.delete_earlier_incoming()
+            return set(self._folders.job_ids())
         except StoreFailed as failed:
-            _log.warning("submissions left behind", extra={"reason": failed.reason})
+            _log.warning("files left behind", extra={"folder": str(self._folders.path), "reason": failed.reason})
+            return set()
 
-    def _clear_files(self, running: Collection[JobId]) -> list[JobId]:
-        """Delete submissions that broke off, and tensors of runs that are not *running*.
+    async def _clear(self, left: Collection[JobId]) -> None:
+        for job_id in await asyncio.to_thread(lambda: [*filter(self._clear_files, sorted(left))]):
+            try:
+                await self._clear_unknown(job_id)
+            except StoreFailed as failed:
+                _log.warning("submissions left behind", extra={"reason": failed.reason})
+                return
 
-        Return the jobs that have never run here: who submitted them may have been killed before the store had them.
+    def _clear_files(self, job_id: JobId) -> bool:
+        """Delete the tensors of a job that does not run; return whether it has never run here.
+
+        Who submitted one like that may have been killed before the store had it.
         """
-        self._folders.delete_earlier_incoming()
-        idle = []
-        for job_id in self._folders.job_ids():
-            if job_id not in running:
-                folder = self._folders.of(job_id)
-                folder.delete_earlier_tensors()
-                if folder.package.is_dir() and not folder.log.exists():
-                    idle.append(job_id)
-        return idle
+        folder = self._folders.of(job_id)
+        try:
+            folder.delete_earlier_tensors()
+            return folder.has_never_run()
+        except StoreFailed as failed:
+            _log.warning("files left behind", extra={"folder": str(folder.path), "reason": failed.reason})
+            return False
 
     async def _clear_unknown(self, job_id: JobId) -> None:
         """Delete the files of a job that has never run, unless the store has it."""
