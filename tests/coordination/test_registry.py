@@ -694,6 +694,17 @@ def test_a_client_that_has_another_token_at_another_server_by_now_is_logged_out(
     assert reactivate(registry, ONE, B, now=2).token == B
 
 
+def test_which_token_counts_of_a_client_that_the_store_does_not_know_stays_known() -> None:
+    registry = Registry(10)
+    register(registry, ONE, A)
+
+    assert registry.count_only({TWO: fingerprint(C)}, now=1) == []
+
+    assert registry.counting(ONE) == fingerprint(A)
+    with pytest.raises(Unauthenticated):
+        reactivate(registry, ONE, B, now=2)
+
+
 class AnyServers(RuleBasedStateMachine):
     """Servers follow each other on one store: what a client has given up is taken by none of them, what it has by all.
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from hanse.coordination.registry import fingerprint
 from hanse.coordination.service import TABLE, RequestKind, ServiceState, message
 from hanse.errors import Conflict, HanseError, NotInService, StaleEpoch, StoreFailed
 from hanse.events import EventType
@@ -255,6 +256,18 @@ def test_a_challenge_is_answered_where_a_registration_is(stage: Stage, state: Se
 
 
 # who begins where -----------------------------------------------------------------------------------------------------
+
+
+def test_the_token_of_who_registers_while_a_server_takes_over_is_the_one_that_counts(
+    stage: Stage, dialler: Dialler
+) -> None:
+    with stage.held_in(COLD2HOT):
+        site = dialler.plain(stage.server, "site-3")
+        assert site.registered is not None
+        assert wait(stage.store.kept_tokens()) == {}  # there is no epoch yet to write it under
+
+    assert stage.server.service.state is HOT
+    assert wait(stage.store.kept_tokens()) == {"site-3": fingerprint(site.registered.token)}
 
 
 def test_a_server_with_an_overseer_begins_cold(make_server: MakeServer) -> None:
