@@ -163,14 +163,14 @@ def test_a_damaged_tensor_that_another_has_replaced_while_it_was_looked_at_stays
     with files.path(DIGEST).open("r+b") as file:
         file.write(b"?")
 
-    def looked_at_and_replaced(buffer: bytes | memoryview) -> Digest:
+    def replaced_and_read(descriptor: int, buffers: list[memoryview]) -> int:
         monkeypatch.undo()
         other = TensorFiles(files.root)
         assert not other.verify(DIGEST)
         other.put(CONTENT)
-        return digest_of(buffer)
+        return os.readv(descriptor, buffers)
 
-    monkeypatch.setattr("hanse.storage.tensors.digest_of", looked_at_and_replaced)
+    monkeypatch.setattr(os, "readv", replaced_and_read)
     assert files.verify(DIGEST)
     assert names(files) == {DIGEST}
 
@@ -179,14 +179,35 @@ def test_a_damaged_tensor_that_another_has_deleted_while_it_was_looked_at_is_not
     files: TensorFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files.put(CONTENT)
-    opened = files.map
+    with files.path(DIGEST).open("r+b") as file:
+        file.write(b"?")
 
-    def deleted_first(digest: Digest) -> memoryview:
-        files.path(digest).unlink()
-        return opened(digest)
+    def deleted_and_read(descriptor: int, buffers: list[memoryview]) -> int:
+        files.path(DIGEST).unlink(missing_ok=True)
+        return readv(descriptor, buffers)
 
-    monkeypatch.setattr(files, "map", deleted_first)
+    readv = os.readv
+    monkeypatch.setattr(os, "readv", deleted_and_read)
     assert not files.verify(DIGEST)
+
+
+def test_a_tensor_that_the_disk_cannot_read_is_a_sentence_and_stays(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put(CONTENT)
+    with files.begin(ABSENT, len(CONTENT)) as partial:
+        partial.write(CONTENT[:1000])
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "readv", fail)
+    with pytest.raises(StoreFailed, match=rf"reading tensor {DIGEST}: Input/output error \(in {files.root}\)"):
+        files.verify(DIGEST)
+    with pytest.raises(StoreFailed, match=rf"receiving tensor {ABSENT}: Input/output error"):
+        files.begin(ABSENT, len(CONTENT))
+    monkeypatch.undo()
+    assert files.verify(DIGEST)
 
 
 def test_a_tensor_that_came_first_is_not_replaced_by_one_that_was_about_to_get_its_name(
@@ -249,8 +270,6 @@ def test_that_the_disk_does_not_tell_of_a_tensor_does_not_mean_that_it_is_lost(
     for use in (
         lambda: files.has(DIGEST),
         lambda: files.missing([DIGEST]),
-        lambda: files.verify(DIGEST),
-        lambda: files.check([DIGEST]),
         lambda: files.put(CONTENT),
         lambda: files.begin(DIGEST, len(CONTENT)),
     ):

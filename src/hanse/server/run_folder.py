@@ -29,7 +29,7 @@ from hanse.storage.tensors import TensorFiles
 _TENSORS: Final = "tensors-"
 _FIRST_TENSORS: Final = "tensors"
 """Where release 0.1.0 kept a run's tensors, in all of its tenures."""
-_UNSYNCED: Final = "code.unsynced"
+_UNSYNCED: Final = "unsynced"
 _INCOMING: Final = ".incoming-"
 """What the folder of a job is called that is being submitted; the epoch follows, so that leftovers can be told."""
 
@@ -190,10 +190,12 @@ class RunFolder:
         with on_disk(f"unpacking a job into {self.code}", self.path):
             if self.code.is_dir():
                 return
-            draft = self.path / _UNSYNCED
-            unpack_package(package, draft)
+            unsynced = self.path / _UNSYNCED
+            shutil.rmtree(unsynced, ignore_errors=True)  # with what a server that was killed has begun to unpack
+            unpack_package(package, unsynced / "code")
             sync_tree(self.path)
-            draft.rename(self.code)
+            (unsynced / "code").rename(self.code)
+            unsynced.rmdir()
             sync_tree(self.path)
 
     def _take_over_files(self, files: TensorFiles, needed: Collection[Digest]) -> list[Digest]:

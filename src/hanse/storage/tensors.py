@@ -5,7 +5,7 @@ the making: ``<digest>.part``, an upload that can be resumed, and ``<random>.tmp
 (``flock``, which ends with the process that holds it, however it ends), so that several processes can share a folder
 and ``keep_only`` can tell work in progress from what a crash left behind. Bytes are hashed once, when they come in, and
 never pass through Python objects of their own: they are written from the caller's buffer, or already lie in the file
-(``Scratch``), and are read by mapping.
+(``Scratch``), and are used by mapping.
 
 Everything here blocks; an event loop calls it through ``asyncio.to_thread``. There is no NumPy here: ``models`` turns
 buffers into arrays.
@@ -19,8 +19,8 @@ import resource
 import secrets
 import shutil
 import weakref
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 MAX_TENSOR_BYTES: Final = 2**48
 _WRITE_BYTES: Final = 1024 * 1024  # into preallocated blocks, as fast as larger writes and kinder to the page cache
+_READ_BYTES: Final = 4 * 1024 * 1024  # enough for several threads to hash
 _PART: Final = ".part"
 _TEMPORARY: Final = ".tmp"
 
@@ -101,8 +102,11 @@ class TensorFiles:
         """
         while True:
             try:
-                looked_at = _identity(self._stat(digest))
-                if digest_of(self.map(digest)) == digest:
+                with self._opened(digest) as descriptor:
+                    looked_at = _identity(os.fstat(descriptor))
+                    hasher = _hasher()
+                    _read_into(hasher, descriptor)
+                if hasher.hexdigest() == digest:
                     return True
                 # Another who found that out before may have had it replaced by now, by one that is needed.
                 if _identity(self._stat(digest)) != looked_at:
@@ -172,17 +176,10 @@ class TensorFiles:
         Raises:
             NotFound: it is not here.
         """
-        with on_disk(f"reading tensor {digest}", self.root):
-            try:
-                descriptor = _opened(self.path(digest), os.O_RDONLY)
-            except FileNotFoundError:
-                raise NotFound("tensor", digest) from None
-            try:
-                if os.fstat(descriptor).st_size == 0:
-                    return memoryview(b"")
-                mapping = _with_descriptors(lambda: TensorMap(descriptor, 0, access=mmap.ACCESS_READ))
-            finally:
-                os.close(descriptor)
+        with self._opened(digest) as descriptor:
+            if os.fstat(descriptor).st_size == 0:
+                return memoryview(b"")
+            mapping = _with_descriptors(lambda: TensorMap(descriptor, 0, access=mmap.ACCESS_READ))
         mapping.files, mapping.path, mapping.digest = self, self.path(digest), digest
         return memoryview(mapping)
 
@@ -306,6 +303,18 @@ class TensorFiles:
         self._synced.clear()
         with on_disk("deleting tensors", self.root), suppress(FileNotFoundError):
             shutil.rmtree(self.root)
+
+    @contextmanager
+    def _opened(self, digest: Digest) -> Iterator[int]:
+        with on_disk(f"reading tensor {digest}", self.root):
+            try:
+                descriptor = _opened(self.path(digest), os.O_RDONLY)
+            except FileNotFoundError:
+                raise NotFound("tensor", digest) from None
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
 
     def _stat(self, digest: Digest) -> os.stat_result:
         with on_disk(f"looking up tensor {digest}", self.root):
@@ -582,10 +591,15 @@ def _resume(descriptor: int, size: int) -> tuple[blake3, int]:
         os.ftruncate(descriptor, 0)
         offset = 0
     hasher = _hasher()
-    if offset:
-        with mmap.mmap(descriptor, offset, access=mmap.ACCESS_READ) as mapping:
-            hasher.update(mapping)
+    _read_into(hasher, descriptor)
     return hasher, offset
+
+
+def _read_into(hasher: blake3, descriptor: int) -> None:
+    """Have *hasher* see the file from its beginning. Not mapped: of a mapping, what a disk cannot read kills."""
+    buffer = memoryview(bytearray(_READ_BYTES))
+    while got := os.readv(descriptor, [buffer]):
+        hasher.update(buffer[:got])
 
 
 def _unlink_if_idle(path: Path) -> bool:
