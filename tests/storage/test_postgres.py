@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from urllib.parse import quote
 
@@ -293,15 +293,27 @@ async def test_a_server_that_takes_the_connection_and_says_nothing_is_given_up(m
             await store.open()
 
 
+class _Noting(logging.Filter):
+    """Keeps every line, having called *seen*."""
+
+    def __init__(self, seen: Callable[[], object]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        del record
+        self._seen()
+        return True
+
+
 async def test_a_server_that_waits_for_another_which_migrates_the_store_says_so(
     postgres_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "hanse")
     waits, loop = asyncio.Event(), asyncio.get_running_loop()
-    caplog.handler.addFilter(lambda line: loop.call_soon_threadsafe(waits.set) is not None)
     store = SqlStore(postgres_url)
 
-    with database_at(postgres_url).migrating():
+    with caplog.filtering(_Noting(lambda: loop.call_soon_threadsafe(waits.set))), database_at(postgres_url).migrating():
         opening = asyncio.create_task(store.open())
         await waits.wait()
 

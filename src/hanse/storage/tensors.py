@@ -211,7 +211,6 @@ class TensorFiles:
         If somebody else is at it, from the start and on one's own: who is first to finish, provides it. *on_trouble*
         hears, before whoever asked, of what the disk does not take, now or later.
         """
-        path = self.path(digest)
         _check_size(size)
         if self.has(digest):
             return self._complete(digest, size)
