@@ -229,9 +229,9 @@ class TensorFiles:
         """
         path = self.path(digest)
         _check_size(size)
-        if self.has(digest):
-            return self._complete(digest, size)
         with on_disk(f"receiving tensor {digest}", self.root, on_trouble):
+            if path.exists():
+                return self._complete(digest, size)
             part = self.root / f"{digest}{_PART}"
             descriptor = _lock_resumable(part)
             if descriptor is None:
