@@ -283,8 +283,9 @@ def test_tensors_too_large_to_ride_along_move_by_digest(start: StartServer, dial
     assert not list((tmp_path / "ws" / "runs" / job_id / "tensors").glob("*"))
 
 
-def test_a_result_that_a_power_failure_has_left_without_its_bytes_is_written_anew(
-    start: StartServer, dialler: Dialler, tmp_path: Path
+@pytest.mark.parametrize("is_whole", [False, True], ids=["without-its-bytes", "that-may-not-be-on-the-disk"])
+def test_a_result_that_an_earlier_process_has_left_is_written_anew(
+    start: StartServer, dialler: Dialler, tmp_path: Path, is_whole: bool
 ) -> None:
     server = start()
     site = Site(dialler, server, "site-1")
@@ -294,13 +295,17 @@ def test_a_result_that_a_power_failure_has_left_without_its_bytes_is_written_ane
     task = site.task()
     left = server.jobs.run_folder(job_id).result / digest_of(expected)
     left.parent.mkdir()
-    left.write_bytes(bytes(len(expected)))  # a process of this run had come as far, and had not synced it
+    left.write_bytes(expected if is_whole else bytes(len(expected)))  # by a process that could not sync it
+    state = left.stat()
 
     site.send(answer(task, w(2)))
 
     record = outcome(server, job_id)
     assert (record.state, record.result) == (JobState.COMPLETED, digest_of(expected))
-    assert wait(_path(server, job_id, record.result)).read_bytes() == expected
+    result = wait(_path(server, job_id, record.result))
+    assert result.read_bytes() == expected
+    assert result.stat().st_mtime_ns != state.st_mtime_ns
+    assert list(result.parent.iterdir()) == [result]
 
 
 async def _path(server: FederatedServer, job_id: JobId, digest: Digest) -> Path:

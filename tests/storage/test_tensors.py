@@ -77,6 +77,25 @@ def test_a_file_of_any_size_can_be_put(files: TensorFiles, tmp_path: Path) -> No
         files.put_file(tmp_path / "missing")
 
 
+def test_a_file_that_is_moved_in_takes_the_place_of_one_that_was_there(
+    files: TensorFiles, tmp_path: Path, synced: list[str]
+) -> None:
+    files.put(CONTENT)
+    draft = tmp_path / "draft"
+    draft.write_bytes(CONTENT)
+    moved = draft.stat().st_ino
+
+    assert files.move_in(draft) == DIGEST
+
+    assert files.path(DIGEST).stat().st_ino == moved
+    assert stat.S_IMODE(files.path(DIGEST).stat().st_mode) == 0o600
+    assert names(files) == {DIGEST}
+    assert not draft.exists()
+    assert synced == [DIGEST, "tensors", tmp_path.name]
+    with pytest.raises(StoreFailed, match="missing"):
+        files.move_in(tmp_path / "missing")
+
+
 def test_a_mapped_tensor_cannot_be_written_to(files: TensorFiles) -> None:
     view = files.map(files.put(CONTENT))
 
@@ -273,7 +292,7 @@ def test_that_the_disk_does_not_tell_of_a_tensor_does_not_mean_that_it_is_lost(
         lambda: files.put(CONTENT),
         lambda: files.begin(DIGEST, len(CONTENT)),
     ):
-        with pytest.raises(StoreFailed, match=f"looking up tensor {DIGEST}: Input/output error"):
+        with pytest.raises(StoreFailed, match=f"(looking up|receiving) tensor {DIGEST}: Input/output error"):
             use()
     monkeypatch.undo()
     assert names(files) == {DIGEST}
@@ -399,6 +418,54 @@ def test_a_tensor_made_anew_is_synced_anew(files: TensorFiles, synced: list[str]
     files.sync([files.put(b"one")])
 
     assert len(synced) == 5
+
+
+def test_what_could_not_be_synced_is_written_anew_for_the_system_has_given_it_up(
+    files: TensorFiles, synced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put(CONTENT)
+    given_up = files.path(DIGEST).stat()
+    fsync = os.fsync
+    written: set[int] = set()
+
+    def fail_once(descriptor: int) -> None:
+        """Do as Linux does, which tells of what it could not write once."""
+        state = os.fstat(descriptor)
+        if state.st_ino == given_up.st_ino and not written:
+            written.add(state.st_ino)
+            raise OSError(errno.EIO, "Input/output error")
+        written.add(state.st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(StoreFailed, match=f"syncing tensor {DIGEST}: Input/output error"):
+        files.sync([DIGEST])
+    files.sync([DIGEST])
+
+    assert files.path(DIGEST).stat().st_ino in written - {given_up.st_ino}
+    assert files.verify(DIGEST)
+    assert names(files) == {DIGEST}
+    synced.clear()
+    files.sync([DIGEST])
+    assert synced == []
+
+
+def test_what_could_not_be_synced_waits_for_room_to_be_written_anew(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put(CONTENT)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        for _ in range(3):
+            with pytest.raises(NoSpace):
+                files.sync([DIGEST])
+            assert names(files) == {DIGEST}
+    files.sync([DIGEST])
+    assert files.verify(DIGEST)
 
 
 # Scratches ------------------------------------------------------------------------------------------------------------

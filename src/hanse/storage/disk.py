@@ -20,7 +20,7 @@ _DISK_FULL: Final = "53100"
 
 @contextmanager
 def on_disk(doing: str, folder: Path, on_trouble: Callable[[StoreFailed], None] = lambda _: None) -> Iterator[None]:
-    """Have what the disk of *folder* refuses in the block raise ``StoreFailed``, of which *on_trouble* hears first."""
+    """Have what the disk with *folder* refuses in the block raise ``StoreFailed``; *on_trouble* hears of it first."""
     try:
         yield
     except OSError as error:

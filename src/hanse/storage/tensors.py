@@ -67,6 +67,7 @@ class TensorFiles:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._synced: dict[Digest, tuple[int, int]] = {}
+        self._unsynced: dict[Digest, tuple[int, int]] = {}
         self._is_named = False
         with on_disk("making the folder for tensors", root):
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -151,6 +152,21 @@ class TensorFiles:
                 return self.put(b"")
             return self.put(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
 
+    def move_in(self, path: Path) -> Digest:
+        """Return the digest of what the file at *path* holds, which is its tensor file now, also where there was one.
+
+        The file is on the same file system, and its bytes are on the disk already.
+        """
+        with on_disk(f"moving in {path}", self.root):
+            hasher = _hasher()
+            with path.open("rb") as file:
+                _read_into(hasher, file.fileno())
+                os.fchmod(file.fileno(), 0o600)
+            digest = Digest(hasher.hexdigest())
+            path.replace(self.path(digest))
+        self.sync([digest])
+        return digest
+
     def take_in(self, path: Path) -> bool:
         """Have the tensor file at *path*, of another folder, here too; return whether there was one to be had.
 
@@ -212,9 +228,9 @@ class TensorFiles:
         hears, before whoever asked, of what the disk does not take, now or later.
         """
         _check_size(size)
-        if self.has(digest):
-            return self._complete(digest, size)
         with on_disk(f"receiving tensor {digest}", self.root, on_trouble):
+            if self.path(digest).exists():
+                return self._complete(digest, size)
             part = self.root / f"{digest}{_PART}"
             descriptor = _lock_resumable(part)
             if descriptor is None:
@@ -231,7 +247,7 @@ class TensorFiles:
     def sync(self, digests: Iterable[Digest]) -> None:
         """Return when these tensors and their names are on the disk, to survive a power failure.
 
-        What was synced before, and is still the same file, costs a look only.
+        What was synced before, and is still the same file, costs a look only. What could not be is written anew.
 
         Raises:
             NotFound: one is not here.
@@ -240,9 +256,7 @@ class TensorFiles:
         for digest in dict.fromkeys(digests):
             state = _identity(self._stat(digest))
             if self._synced.get(digest) != state:
-                with on_disk(f"syncing tensor {digest}", self.root):
-                    _fsync(self.path(digest))
-                fresh[digest] = state
+                fresh[digest] = self._sync_file(digest, state)
         if fresh:
             with on_disk("syncing the folder of tensors", self.root):
                 _fsync(self.root)
@@ -335,6 +349,40 @@ class TensorFiles:
         if resumable or path.suffix not in (_PART, _TEMPORARY):
             return False
         return _unlink_if_idle(path)
+
+    def _sync_file(self, digest: Digest, state: tuple[int, int]) -> tuple[int, int]:
+        """Return the state of the tensor's file, which is on the disk now and was in *state*."""
+        if self._unsynced.get(digest) == state:
+            return self._write_anew(digest)
+        try:
+            with on_disk(f"syncing tensor {digest}", self.root):
+                _fsync(self.path(digest))
+        except StoreFailed:
+            self._unsynced[digest] = state
+            raise
+        return state
+
+    def _write_anew(self, digest: Digest) -> tuple[int, int]:
+        """Put a new file, which is on the disk, in place of the tensor's, and return its state.
+
+        What a system could not write of the old one it has given up: asked again, it says that there is nothing to
+        write, and what it still has in memory goes at any time.
+        """
+        self.check([digest])
+        with on_disk(f"writing tensor {digest} anew", self.root):
+            descriptor, path = self._new_temporary()
+            try:
+                view = self.map(digest)
+                _reserve(descriptor, len(view))
+                _write_all(descriptor, view, at=0)
+                os.fsync(descriptor)
+                path.rename(self.path(digest))
+                state = _identity(os.fstat(descriptor))
+            finally:
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+        self._unsynced.pop(digest, None)
+        return state
 
     def _complete(self, digest: Digest, size: int) -> "Partial":
         if (got := self.size(digest)) != size:

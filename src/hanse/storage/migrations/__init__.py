@@ -1,10 +1,10 @@
 """How a store of an earlier release becomes one of this release: Alembic's steps, one file each in ``versions``.
 
 ``migrate`` takes the steps in the caller's transaction, so that a store is of one release or of the next and never in
-between. With an upgrade the tenure of whoever holds the lease is over: a server of an earlier release, which may still
-be running, writes nothing more. A step is written once and never changed: it says in its own words what the tables
-became, and does not import ``tables``, which says what they are now. Alembic is imported with this package, and this
-package only when there is a step to take.
+between. The tenure of whoever holds the lease is over then: a server of an earlier release, which may still be running,
+writes nothing more. A step is written once and never changed: it says in its own words what the tables became, and does
+not import ``tables``, which says what they are now. Alembic is imported with this package, and this package only when
+there is a step to take.
 """
 
 import logging
