@@ -428,6 +428,19 @@ async def test_a_package_that_is_here_alone_is_kept(objects: Objects, files: Ten
     assert objects.asked == ["sizes", "put", "sizes"]
 
 
+async def test_a_package_that_has_lost_its_end_in_the_bucket_is_kept_anew(
+    objects: Objects, files: TensorFiles, others: TensorFiles
+) -> None:
+    (package,) = made(files, "package")
+    size = files.size(package)
+    await objects.put(f"{JOB}/package/{package}", files.path(files.put(b"the")))
+
+    await RunMirror(objects, JOB, 1).have_package(files, package, size)
+
+    await RunMirror(objects, JOB, 2).have_package(others, package, size)
+    assert others.verify(package)
+
+
 async def received(objects: Objects, files: TensorFiles, tmp_path: Path) -> JobRecord:
     """Return a job whose package another server has received, and kept in the bucket."""
     spec = JobSpec("tiny", WorkflowSpec("fedavg"), client="app:app", model="model:initial")

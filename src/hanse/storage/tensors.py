@@ -644,7 +644,7 @@ def _resume(descriptor: int, size: int) -> tuple[blake3, int]:
 
 def _read_into(hasher: blake3, descriptor: int) -> None:
     """Have *hasher* see the file from its beginning. Not mapped: of a mapping, what a disk cannot read kills."""
-    buffer = memoryview(bytearray(_READ_BYTES))
+    buffer = memoryview(bytearray(min(os.fstat(descriptor).st_size + 1, _READ_BYTES)))
     while got := os.readv(descriptor, [buffer]):
         hasher.update(buffer[:got])
 
