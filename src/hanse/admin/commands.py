@@ -286,9 +286,17 @@ class _Desk:
         return result
 
     async def _audit(self, who: str, action: str, thing: str, outcome: str, reason: str = "") -> None:
-        services = self._server.jobs.services
+        """Add an entry to the audit log; if that fails, the server's log has it, and the answer stays what it is.
+
+        Whoever heard that a job was not submitted, because this was not written, would submit it once more.
+        """
         entry = AuditEntry(self._wall(), who, action, shortened(thing, MAX_AUDITED_CHARS), outcome, shortened(reason))
-        await services.store.audit(services.epoch, entry)
+        try:
+            services = self._server.jobs.services
+            await services.store.audit(services.epoch, entry)
+        except HanseError as failed:
+            extra = {**msgspec.structs.asdict(entry), "failed": failed.reason}
+            _log.error("a command is not in the audit log", extra=extra)
 
 
 def _fitting(views: Sequence[S], room: int) -> tuple[S, ...]:

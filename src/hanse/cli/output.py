@@ -21,6 +21,8 @@ from hanse.cli.terminal import printable
 _GROUP: Final = Group("Output", sort_key=100)
 _PIPE_COLUMNS: Final = 200
 """How wide a table may be where there is no terminal that would break its lines."""
+_LAST_S: Final = datetime(9999, 12, 30, tzinfo=UTC).timestamp()
+"""What is later than this may have no date in some time zone."""
 
 
 @Parameter(name="*")
@@ -75,8 +77,10 @@ def _write(*lines: str) -> None:
 
 
 def time_text(posix_s: float) -> str:
-    """Return a time for people, in the time zone of this machine; a dash where it has not come."""
-    return f"{datetime.fromtimestamp(posix_s, UTC).astimezone():%Y-%m-%d %H:%M:%S}" if posix_s else "-"
+    """Return a time for people, in the time zone of this machine; a dash where it has not come, or cannot be one."""
+    if posix_s >= _LAST_S:  # a deadline may be set so that it never comes
+        return "after the year 9999"
+    return f"{datetime.fromtimestamp(posix_s, UTC).astimezone():%Y-%m-%d %H:%M:%S}" if posix_s > 0 else "-"
 
 
 def duration_text(seconds: float) -> str:

@@ -232,9 +232,13 @@ class Registry:
                 removed.append(client)
         return removed
 
-    def disable(self, name: ClientName, reason: str) -> Client | None:
-        """Refuse *name* from now on; return its registered client, whom the caller logs out, or ``None``."""
+    def disable(self, name: ClientName, reason: str, *, now: float) -> Client | None:
+        """Refuse *name* from now on; return its registered client, whom the caller logs out, or ``None``.
+
+        No token that it had counts any more, wherever it is.
+        """
         self._disabled[name] = reason
+        self._let_count(name, "", now)
         return self.by_name(name)
 
     def enable(self, name: ClientName) -> None:
