@@ -4,8 +4,8 @@ The runner takes ``workflow.start(model)`` as the state of round 0 and commits i
 with the last committed state, checks that the state it returns is the next round's, and commits that, until
 ``is_over``. A workflow keeps nothing between rounds but its ``State``, so one that is killed anywhere goes on from the
 last commit: the round is run again, and the answers that were accepted are handed out again without asking anybody
-twice. For that to give the same bytes, a workflow takes randomness from ``federation.rng`` alone and asks in the same
-order.
+twice. For that to give the same bytes, a workflow takes randomness from ``federation.rng`` alone. In which order it
+asks does not matter: an answer is found again by what was asked.
 
 A workflow is written in a job as a short name of ``WORKFLOWS`` or as ``module:Class``, with settings: the fields of
 that class, a dataclass or ``msgspec.Struct``.

@@ -171,6 +171,7 @@ class LocalRun:
             clients=snapshot.clients,
             seed=self._spec.seed,
             carried=snapshot.carried,
+            counted=snapshot.counted,
         )
         federation.attached(snapshot)
         self._link.listen(federation)
