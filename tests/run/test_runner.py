@@ -1,5 +1,6 @@
 """Driving a workflow from its last committed state to its end."""
 
+import contextlib
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from hanse.learning.cyclic import Cyclic
 from hanse.learning.fedavg import FedAvg
 from hanse.learning.workflow import Federation, State, Task
 from hanse.messages import RunSnapshot, StateRef
-from hanse.model import Model
+from hanse.model import Model, TensorSpec
 from hanse.run.runner import drive, load_state, store_state
 from hanse.storage.models import load_model
 from hanse.storage.tensors import TensorFiles
@@ -162,6 +163,29 @@ async def test_a_round_that_has_read_a_damaged_answer_is_not_committed(files: Te
             files=files,
             federation=federation(journal, "a"),
         )
+    assert [state.round for state, _ in journal.commits] == [0]
+
+
+async def test_a_round_whose_disk_failed_is_not_committed_whatever_the_workflow_makes_of_that(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = StoreFailed("making room for a tensor", "no space left on device")
+
+    def no_space(size: int) -> None:
+        raise full
+
+    class Careless(Counting):
+        async def round(self, state: State, federation: Federation) -> State:
+            with contextlib.suppress(StoreFailed):
+                federation.allocate({"w": TensorSpec("float32", (10_000,))})
+            return await super().round(state, federation)
+
+    monkeypatch.setattr(files, "scratch", no_space)
+    journal = Journal(files)
+
+    with pytest.raises(StoreFailed) as raised:
+        await driven(journal, Careless())
+    assert raised.value is full
     assert [state.round for state, _ in journal.commits] == [0]
 
 
