@@ -13,7 +13,7 @@ from hanse.errors import StoreFailed
 from hanse.ids import ClientName, JobId
 from hanse.job import JobSpec, WorkflowSpec
 from hanse.learning.workflow import LONGEST_WAIT_S, THEN, Answer, Task, rng_for
-from hanse.messages import ModelRef, RunSnapshot, TaskFault, TaskKey, TaskResult, TensorRef, UpdateRef
+from hanse.messages import IssueTasks, ModelRef, RunSnapshot, TaskFault, TaskKey, TaskResult, TensorRef, UpdateRef
 from hanse.model import Model, TensorSpec
 from hanse.run.federation import RunFederation
 from hanse.storage.models import store_model
@@ -590,6 +590,29 @@ async def test_no_client_speaks_for_the_run(files: TensorFiles, code: str) -> No
     (answer,) = await collected(run, keep=True)
 
     assert answer.fault == TaskFault("training-failed", "I say so", retryable=True)
+
+
+async def test_what_the_store_takes_to_journal_tasks_is_taken_from_no_clients_time(files: TensorFiles) -> None:
+    loop = asyncio.get_running_loop()
+    deadline_s, back = 0.05, asyncio.Event()
+    waited: list[float] = []
+
+    class StoreAway(Journal):
+        async def issue(self, tasks: IssueTasks) -> None:
+            waited.append(loop.time())
+            await back.wait()
+            waited.append(loop.time())
+            await super().issue(tasks)
+            self.clients[tasks.keys[0].client] = plus(1)
+            loop.call_later(deadline_s / 10, self.work, tasks.keys[0])
+
+    began = loop.time()
+    run = federation(StoreAway(files), "a", "b")
+    loop.call_later(3 * deadline_s, back.set)
+    both = await asyncio.gather(*(collected(run, name, deadline_s=deadline_s) for name in ("a", "b")))
+
+    assert [shown(answers) for answers in both] == [[("a", None, 0)], [("b", None, 0)]]
+    assert 0 <= run.elapsed_s <= loop.time() - began - (max(waited) - min(waited))
 
 
 async def test_a_rounds_time_begins_with_it(files: TensorFiles) -> None:

@@ -130,7 +130,10 @@ class Federation(Protocol):
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since this round began. After a crash a round begins anew, and so does its time."""
+        """Seconds since this round began, but for those in which the server took its tasks, or could not.
+
+        After a crash a round begins anew, and so does its time.
+        """
 
     def ask(
         self,
@@ -143,7 +146,7 @@ class Federation(Protocol):
     ) -> AsyncGenerator[Answer, None]:
         """Give *task* to each of *clients* and yield one answer per client, in the order of arrival.
 
-        It ends when all have answered. At the deadline, *deadline_s* seconds after the first step of the iteration, the
+        It ends when all have answered. At the deadline, *deadline_s* seconds after the server has the tasks, the
         missing ones answer with the fault ``DEADLINE``. *then* is one clause that tells people what happens at the
         deadline (``THEN`` without it). Closing the generator early cancels what is outstanding; since ``break`` alone
         does not close it, iterate within ``contextlib.aclosing``. Later answers are then stale and reach nobody.

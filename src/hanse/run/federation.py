@@ -72,7 +72,8 @@ class RunFederation:
         self.answered_clients: set[ClientName] = set()
         self.tensors_read: set[Digest] = set()
         self.disk_failure: StoreFailed | None = None
-        self._began = 0.0
+        self._began = self._issuing_since = 0.0
+        self._issuing = 0
         self._unavailable: dict[ClientName, TaskFault] = {}
         self._kept: dict[str, _Pool] = {}
         self._pool_of: dict[TaskKey, _Pool] = {}
@@ -93,7 +94,7 @@ class RunFederation:
         self.round = round_number
         self.answered_clients = set()
         self.tensors_read = set()
-        self._began = asyncio.get_running_loop().time()
+        self._began = self._issuing_since = asyncio.get_running_loop().time()
         self._asks.clear()
         self._asked.clear()
         self._stored = None  # the commit has deleted what only the last round needed
@@ -104,8 +105,8 @@ class RunFederation:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since ``enter_round``."""
-        return asyncio.get_running_loop().time() - self._began
+        """Seconds since ``enter_round``, but for those in which tasks were being issued."""
+        return (self._issuing_since if self._issuing else asyncio.get_running_loop().time()) - self._began
 
     @property
     def carried(self) -> tuple[TaskKey, ...]:
@@ -136,7 +137,7 @@ class RunFederation:
 
         Closing matters: iterate under ``contextlib.aclosing`` or to the end.
         """
-        deadline = asyncio.get_running_loop().time() + check_wait(deadline_s)
+        check_wait(deadline_s)
         pool = self._kept.setdefault(task.name, _Pool(keeps=True)) if keep else _Pool(keeps=False)
         model = None if task.model is None or not clients else await self._ref(task.model)
         wanted = IssueTasks((), model, dict(task.config), task.expects_model, deadline_s=deadline_s, then=then or THEN)
@@ -146,6 +147,7 @@ class RunFederation:
             self._enter(key, pool)
         try:
             await self._issue(wanted, keys, pool)
+            deadline = asyncio.get_running_loop().time() + deadline_s
             async for result, is_clients_own in pool.results(deadline, deadline_s):
                 yield await self._answer(result, is_clients_own=is_clients_own)
         finally:
@@ -263,13 +265,28 @@ class RunFederation:
         """
         new = tuple(key for key in keys if key in self._pool_of)
         try:
-            await self._link.issue(msgspec.structs.replace(wanted, keys=new, model=wanted.model if new else None))
+            with self._untimed():
+                await self._link.issue(msgspec.structs.replace(wanted, keys=new, model=wanted.model if new else None))
         except BaseException:
             if pool.keeps:  # none is carried of which the server may not know
                 pool.forget(new)
             raise
         for key in new:
             self._tell_of_loss(key)
+
+    @contextmanager
+    def _untimed(self) -> Iterator[None]:
+        """Have time stand still within the block: a store that is away takes none from those who are to answer."""
+        time = asyncio.get_running_loop().time
+        if not self._issuing:
+            self._issuing_since = time()
+        self._issuing += 1
+        try:
+            yield
+        finally:
+            self._issuing -= 1
+            if not self._issuing:
+                self._began += time() - self._issuing_since
 
     async def _ref(self, model: Model) -> ModelRef:
         async with self._storing:  # what asks side by side hand out is stored once, and not by two threads at a time
