@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Final, Protocol, runtime_checkable
 
@@ -200,18 +200,40 @@ def is_over(workflow: Workflow, state: State) -> bool:
     return state.done or state.round >= workflow.rounds
 
 
-def check_next(previous: State, state: object, *, workflow: str) -> State:
-    """Return *state*, which *workflow* returned for *previous*, if it is the state of the next round.
+def check_first(state: object, *, workflow: str) -> State:
+    """Return *state*, with which *workflow* starts, if it is that of round 0; its metrics are plain.
 
     Raises:
-        WorkflowFailed: it is not.
+        WorkflowFailed: it is not, or cannot be kept.
     """
-    expected = previous.round + 1
+    return _checked(state, 0, "start()", workflow)
+
+
+def check_next(previous: State, state: object, *, workflow: str) -> State:
+    """Return *state*, which *workflow* returned for *previous*, if it is the next round's; its metrics are plain.
+
+    Raises:
+        WorkflowFailed: it is not, or cannot be kept.
+    """
+    return _checked(state, previous.round + 1, "round()", workflow)
+
+
+def _checked(state: object, expected: int, step: str, workflow: str) -> State:
     if not isinstance(state, State):
-        raise WorkflowFailed(workflow, expected, f"round() returned {type(state).__name__}; expected a State")
+        raise WorkflowFailed(workflow, expected, f"{step} returned {type(state).__name__}; expected a State")
     if state.round != expected:
-        raise WorkflowFailed(workflow, expected, f"round() returned a state of round {state.round}")
-    return state
+        raise WorkflowFailed(workflow, expected, f"{step} returned a state of round {state.round}")
+    try:  # plain numbers in place of NumPy's, which do not travel
+        metrics = {str(name): float(value) for name, value in state.metrics.items()}
+    except (TypeError, ValueError, OverflowError) as error:
+        why = f"{step} returned metrics that are no numbers ({error})"
+        raise WorkflowFailed(workflow, expected, why) from error
+    try:
+        msgspec.msgpack.encode(dict(state.values))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        why = f"{step} returned values that are not plain, such as int(...) and .tolist() make NumPy's ({error})"
+        raise WorkflowFailed(workflow, expected, why) from error
+    return replace(state, metrics=metrics)
 
 
 def check_wait(deadline_s: float) -> float:

@@ -14,7 +14,7 @@ import msgspec
 from hanse.errors import HanseError, WorkflowFailed
 from hanse.ids import ClientName, Digest
 from hanse.job import JobSpec
-from hanse.learning.workflow import State, Workflow, check_next, is_over
+from hanse.learning.workflow import State, Workflow, check_first, check_next, is_over
 from hanse.messages import RunSnapshot, StateRef, TaskKey
 from hanse.model import Model
 from hanse.run.federation import RunFederation, loaded
@@ -48,7 +48,8 @@ async def drive(
     """
     if snapshot.state is None:
         began = time.monotonic()
-        state = await _guarded(spec, 0, asyncio.to_thread(lambda: workflow.start(initial())))
+        first = await _guarded(spec, 0, asyncio.to_thread(lambda: workflow.start(initial())))
+        state = check_first(first, workflow=spec.workflow.name)
         reference = await _commit(state, link, files, began=began)
     else:
         reference = snapshot.state
