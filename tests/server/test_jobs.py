@@ -1573,9 +1573,14 @@ def test_a_client_whose_task_was_cancelled_is_given_it_again_when_a_runs_next_pr
 
     launcher.started[0].kill()
     back.send(answer(back.task(), w(1)))
-    other.send(answer(following, w(5)))
+    other.send(answer(following, w(5)))  # which the lap has no use for any more: it is not what follows from w(1)
+    following = other.task()
+    assert opened(following.model or ModelRef()) == w(1)
+    other.send(answer(following, w(6)))
 
-    assert outcome(server, job_id).state is JobState.COMPLETED
+    record = outcome(server, job_id)
+    assert record.state is JobState.COMPLETED
+    assert read_safetensors(wait(_path(server, job_id, record.result))) == w(6)
     assert wait(server.jobs.board.view(job_id)).history[1].answered == ("site-1", "site-2")
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, Self, TypeAlias
 
+from hanse.coordination.task_keys import is_counted
 from hanse.errors import Conflict, NotFound, OutOfMemory, ProcessDied, ProcessHung, Unauthorized, UpdateRejected
 from hanse.ids import ClientName, JobId
 from hanse.messages import TaskAssignment, TaskKey, TaskResult
@@ -270,6 +271,11 @@ class Run:
     def carried(self) -> tuple[TaskKey, ...]:
         """The tasks of committed rounds that live on, answered or not."""
         return tuple(key for key in (*self._tasks, *self._answers) if key.round < self.round)
+
+    @property
+    def counted(self) -> tuple[TaskKey, ...]:
+        """The tasks of the round being worked for that were asked by a release which counted them, answered or not."""
+        return tuple(key for key in (*self._tasks, *self._answers) if key.round == self.round and is_counted(key))
 
     @property
     def lost_clients(self) -> tuple[ClientName, ...]:

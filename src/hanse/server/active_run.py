@@ -304,6 +304,7 @@ class ActiveRun:
             lost_clients=self.run.lost_clients,
             carried=self.run.carried,
             failed_clients=self.run.failed_clients,
+            counted=self.run.counted,
         )
 
     async def _caught_up(self) -> RunState:

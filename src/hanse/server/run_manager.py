@@ -171,6 +171,7 @@ class LocalRun:
             clients=snapshot.clients,
             seed=self._spec.seed,
             carried=snapshot.carried,
+            counted=snapshot.counted,
         )
         federation.attached(snapshot)
         self._link.listen(federation)
@@ -187,10 +188,6 @@ class LocalRun:
                 federation=federation,
                 is_stopping=lambda: self._is_last_round,
             )
-        except HanseError:
-            if federation.disk_failure is not None:  # whatever the workflow's code has made of it
-                raise federation.disk_failure from None
-            raise
         finally:
             keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)
