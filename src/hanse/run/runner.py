@@ -130,8 +130,9 @@ async def _next(workflow: Workflow, state: State, federation: RunFederation, spe
     try:
         following: object = await _guarded(spec, state.round + 1, workflow.round(state, federation))
     except HanseError:
-        if federation.disk_failure is None:
-            raise
+        if federation.disk_failure is not None:
+            raise federation.disk_failure from None
+        raise
     if federation.disk_failure is not None:
         raise federation.disk_failure
     return following
