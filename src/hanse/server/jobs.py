@@ -104,7 +104,7 @@ class Jobs:
         self._services = services
         self._workspace = workspace
         self._folders = RunFolders(runs, services.epoch, objects)
-        self._leftovers = Leftovers(services.store, services.cell, self._folders)
+        self._leftovers = Leftovers(services.store, services.store_id, services.cell, self._folders)
         self._clients = clients
         self._limits = limits
         self._runs: dict[JobId, ActiveRun] = {}

@@ -30,6 +30,8 @@ _TENSORS: Final = "tensors-"
 _FIRST_TENSORS: Final = "tensors"
 """Where release 0.1.0 kept a run's tensors, in all of its tenures."""
 _UNSYNCED: Final = "unsynced"
+_UNTOLD: Final = "untold"
+"""In the folder of a job that is being submitted: names the store that has still to be told of it."""
 _INCOMING: Final = ".incoming-"
 """What the folder of a job is called that is being submitted; the epoch follows, so that leftovers can be told."""
 
@@ -167,14 +169,37 @@ class RunFolder:
         if self.mirror is not None:
             await self.mirror.delete_package(record.package)
 
-    def has_never_run(self) -> bool:
-        """Return whether there is a job here that has never run on this machine.
+    def note_untold(self, store_id: str) -> None:
+        """Note down that the store *store_id* has still to be told of the job: nothing else says whose it is.
+
+        Raises:
+            StoreFailed: the disk does not take it.
+        """
+        with on_disk(f"writing to {self.path}", self.path):
+            (self.path / _UNTOLD).write_text(store_id)
+
+    def untold_to(self) -> str:
+        """Return which store has perhaps not been told of the job; ``""`` when it has.
 
         Raises:
             StoreFailed: the disk does not tell.
         """
-        with on_disk(f"looking into {self.path}", self.path):
-            return self.package.is_dir() and not self.log.exists()
+        with on_disk(f"looking into {self.path}", self.path), suppress(FileNotFoundError):
+            return (self.path / _UNTOLD).read_text()
+        return ""
+
+    def forget_untold(self) -> None:
+        """Take note that the store has the job; where the disk does not take that, the next tenure asks the store."""
+        with suppress(OSError):
+            (self.path / _UNTOLD).unlink(missing_ok=True)
+
+    def has_earlier_tensors(self) -> bool:
+        """Return whether there are tensor files of earlier tenures.
+
+        Raises:
+            StoreFailed: the disk does not tell.
+        """
+        return bool(self._earlier())
 
     def delete_earlier_tensors(self) -> None:
         """Delete the tensor files of earlier tenures, whatever of them can be deleted.
