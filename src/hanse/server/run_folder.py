@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hanse.errors import StoreFailed
 from hanse.ids import Digest, JobId
 from hanse.job import JobRecord
 from hanse.server.run_mirror import RunMirror
@@ -232,8 +231,7 @@ class RunFolder:
 
     def _delete_files(self) -> None:
         for folder in [*self._earlier(), self.tensors]:
-            with suppress(FileNotFoundError):
-                _delete(folder)
+            _delete(folder)
 
     def _earlier(self) -> list[Path]:
         found = []
@@ -300,9 +298,5 @@ class RunFolders:
 
 
 def _delete(folder: Path) -> None:
-    try:
+    with on_disk(f"deleting {folder}", folder), suppress(FileNotFoundError):  # another may have deleted it
         shutil.rmtree(folder)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StoreFailed(f"deleting {folder}", error.strerror or str(error)) from error
