@@ -97,7 +97,7 @@ from hanse.server.run_spec import WITHHELD
 from hanse.server.tenure import HeldLease, Tenure, boot_time
 from hanse.settings import ServerSettings
 from hanse.storage.objects import Objects, objects_at
-from hanse.storage.records import Lease, Store
+from hanse.storage.records import Lease, Store, store_of
 
 __all__ = ["AdminServer", "BaseServer", "CommandModule", "FederatedServer", "TaskMetaInfo"]
 
@@ -552,6 +552,7 @@ class FederatedServer(BaseServer):
             project=self.project_name,
             epoch=held.lease.epoch,
             store=deployed.store,
+            store_id=store_of(held.lease.ssid),
             cell=deployed.cell,
             launcher=deployed.launcher,
             credentials=self._clients.job_credentials,

@@ -89,7 +89,7 @@ class Jobs:
     ) -> None:
         self._services = services
         self._folders = RunFolders(runs, services.epoch, objects)
-        self._leftovers = Leftovers(services.store, services.cell, self._folders)
+        self._leftovers = Leftovers(services.store, services.store_id, services.cell, self._folders)
         self._clients = clients
         self._limits = limits
         self._logs = LongLogs()

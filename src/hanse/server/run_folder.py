@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hanse.errors import StoreFailed
 from hanse.ids import Digest, JobId
 from hanse.job import JobRecord
 from hanse.server.run_mirror import RunMirror
@@ -30,6 +29,8 @@ _TENSORS: Final = "tensors-"
 _FIRST_TENSORS: Final = "tensors"
 """Where release 0.1.0 kept a run's tensors, in all of its tenures."""
 _UNSYNCED: Final = "unsynced"
+_UNTOLD: Final = "untold"
+"""In the folder of a job that is being submitted: names the store that has still to be told of it."""
 _INCOMING: Final = ".incoming-"
 """What the folder of a job is called that is being submitted; the epoch follows, so that leftovers can be told."""
 
@@ -167,14 +168,37 @@ class RunFolder:
         if self.mirror is not None:
             await self.mirror.delete_package(record.package)
 
-    def has_never_run(self) -> bool:
-        """Return whether there is a job here that has never run on this machine.
+    def note_untold(self, store_id: str) -> None:
+        """Note down that the store *store_id* has still to be told of the job: nothing else says whose it is.
+
+        Raises:
+            StoreFailed: the disk does not take it.
+        """
+        with on_disk(f"writing to {self.path}", self.path):
+            (self.path / _UNTOLD).write_text(store_id)
+
+    def untold_to(self) -> str:
+        """Return which store has perhaps not been told of the job; ``""`` when it has.
 
         Raises:
             StoreFailed: the disk does not tell.
         """
-        with on_disk(f"looking into {self.path}", self.path):
-            return self.package.is_dir() and not self.log.exists()
+        with on_disk(f"looking into {self.path}", self.path), suppress(FileNotFoundError):
+            return (self.path / _UNTOLD).read_text()
+        return ""
+
+    def forget_untold(self) -> None:
+        """Take note that the store has the job; where the disk does not take that, the next tenure asks the store."""
+        with suppress(OSError):
+            (self.path / _UNTOLD).unlink(missing_ok=True)
+
+    def has_earlier_tensors(self) -> bool:
+        """Return whether there are tensor files of earlier tenures.
+
+        Raises:
+            StoreFailed: the disk does not tell.
+        """
+        return bool(self._earlier())
 
     def delete_earlier_tensors(self) -> None:
         """Delete the tensor files of earlier tenures, whatever of them can be deleted.
@@ -207,8 +231,7 @@ class RunFolder:
 
     def _delete_files(self) -> None:
         for folder in [*self._earlier(), self.tensors]:
-            with suppress(FileNotFoundError):
-                _delete(folder)
+            _delete(folder)
 
     def _earlier(self) -> list[Path]:
         found = []
@@ -275,9 +298,5 @@ class RunFolders:
 
 
 def _delete(folder: Path) -> None:
-    try:
+    with on_disk(f"deleting {folder}", folder), suppress(FileNotFoundError):  # another may have deleted it
         shutil.rmtree(folder)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StoreFailed(f"deleting {folder}", error.strerror or str(error)) from error

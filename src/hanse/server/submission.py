@@ -48,6 +48,7 @@ async def submit(package: Path, *, submitter: str, services: RunServices, folder
         if not (isinstance(error, StoreFailed) and await is_stored(services.store, record)):
             await _discard(job_folder, record)
             raise
+    await asyncio.to_thread(job_folder.forget_untold)
     _log.info("job submitted", extra={"job": record.job_id, "submitter": submitter, "folder": str(job_folder.path)})
     return record
 
@@ -61,6 +62,7 @@ def _received(package: Path, submitter: str, services: RunServices, folders: Run
             if spec.workflow.name in WORKFLOWS:
                 load_workflow(spec.workflow, _no_import)
             digest = TensorFiles(incoming.package).put(memoryview(data))
+            incoming.note_untold(services.store_id)
             slug = _NOT_IN_ID.sub("-", spec.name.lower())[:MAX_SLUG_CHARS].strip("-") or "job"
             job_id = JobId(f"{slug}-{secrets.token_hex(4)}")
             folder = folders.of(job_id)
