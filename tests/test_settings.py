@@ -53,7 +53,15 @@ def test_a_servers_file_names_its_store_by_url(file: Path, store: str) -> None:
     assert not settings.has_password
 
 
-@pytest.mark.parametrize("store", ["postgresql://hanse:pw@db/hanse", "postgresql://db/hanse?password=pw"])
+@pytest.mark.parametrize(
+    "store",
+    [
+        "postgresql://hanse:pw@db/hanse",
+        "postgresql://hanse:p/w@db/hanse",  # taken for a password as it stands
+        "postgresql://hanse:[pw@db/hanse",
+        "postgresql://db/hanse?password=pw",
+    ],
+)
 def test_a_password_in_the_stores_url_is_noticed(store: str) -> None:
     assert ServerSettings(project="demo", store=store).has_password
 

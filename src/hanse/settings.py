@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, TypeVar, get_args, get_type_hints
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import msgspec
 
@@ -21,6 +21,9 @@ from hanse.job import Config, Resources
 SETTINGS_FILE: Final = "settings.toml"
 STORES: Final = ("sqlite:////", "postgresql://")
 """What the URL of a store may begin with."""
+_PASSWORD: Final = re.compile(r"postgresql://[^:/]*:[^@]*@")
+"""How the URL of a store begins in which there is a password, as whoever opens it takes it apart: a password may have
+a slash."""
 BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9._-]*)*/?")
 """The URL of a bucket, and of what in it begins with a prefix."""
 T = TypeVar("T", bound=msgspec.Struct)
@@ -164,8 +167,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     @property
     def has_password(self) -> bool:
         """Whether the store's URL holds a password."""
-        url = urlsplit(self.store)
-        return ":" in url.netloc.rpartition("@")[0] or "password" in parse_qs(url.query)
+        return _PASSWORD.match(self.store) is not None or "password" in parse_qs(self.store.partition("?")[2])
 
     def reached_at(self, listens_at: str) -> str:
         """Return where clients reach the server that listens at *listens_at*; empty where that cannot be told."""
