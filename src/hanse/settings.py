@@ -24,6 +24,8 @@ STORES: Final = ("sqlite:////", "postgresql://")
 _PASSWORD: Final = re.compile(r"postgresql://[^:/]*:[^@]*@")
 """How the URL of a store begins in which there is a password, as whoever opens it takes it apart: a password may have
 a slash."""
+LONGEST_S: Final = 1e9
+"""The longest time that a setting may give, some thirty years: it becomes a timer, and clients take no longer one."""
 BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9._-]*)*/?")
 """The URL of a bucket, and of what in it begins with a prefix."""
 T = TypeVar("T", bound=msgspec.Struct)
@@ -124,8 +126,10 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         )
         _expect(self.max_running_jobs >= 1, "max_running_jobs", self.max_running_jobs, "1 or more")
         for field in ("heartbeat_s", "heart_beat_timeout_s", "shutdown_period_s", "token_lifetime_s", "lease_s"):
-            _expect(getattr(self, field) > 0, field, getattr(self, field), "more than 0 seconds")
-        _expect(self.lost_after_s >= 0, "lost_after_s", self.lost_after_s, "0 or more seconds")
+            value, expected = getattr(self, field), f"more than 0 seconds, and at most {LONGEST_S:g}"
+            _expect(0 < value <= LONGEST_S, field, value, expected)
+        expected = f"0 to {LONGEST_S:g} seconds"
+        _expect(0 <= self.lost_after_s <= LONGEST_S, "lost_after_s", self.lost_after_s, expected)
         _expect(
             not self.address or is_dialable(self.address),
             "address",
