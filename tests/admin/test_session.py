@@ -350,6 +350,13 @@ def test_a_member_sees_and_changes_nothing(deployment: Deployment, tmp_path: Pat
             assert "needs role" in error.reason
         assert member.show(job_id).state == "submitted"
     assert not deployment.stop_asked.is_set()
+    with deployment.session() as session:
+        session.enable("site-1")  # whose own entry is written after those
+    refusals = {(entry.actor, entry.action): entry for entry in deployment.audited(10) if entry.outcome != "done"}
+    for action in ("job.submit", "job.abort", "client.disable", "server.stop"):
+        entry = refusals["mel@demo", action]
+        assert entry.outcome == "unauthorized"
+        assert entry.reason.startswith("mel@demo may not ")
     assert deployment.uploads() == []
 
 

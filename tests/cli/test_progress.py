@@ -175,6 +175,10 @@ def test_durations_are_for_people(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
 
 
+def test_what_is_no_duration_is_told_all_the_same() -> None:
+    assert [duration_text(seconds) for seconds in (-86_400.0, float("nan"), float("inf"))] == ["-"] * 3
+
+
 def test_metrics_are_in_the_order_of_their_names() -> None:
     assert metrics_text({"loss": 0.123456, "accuracy": 1.0}) == "accuracy 1  loss 0.1235"
 

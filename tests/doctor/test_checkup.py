@@ -613,6 +613,14 @@ def test_a_store_of_its_own_choice_is_looked_at_where_it_is(kits: Path, copy_of:
     assert of(Check.STORE, findings(kit)).verdict is Verdict.FAIL
 
 
+def test_a_store_that_the_server_would_not_take_is_found(kits: Path, copy_of: Copy, tmp_path: Path) -> None:
+    more = f'store = "sqlite:///{tmp_path}/store.db?mode=ro"\nruns = "{tmp_path}/runs"'
+    found = findings(copy_of(kits / "server", target=closed_target(), more=more))
+
+    assert of(Check.STORE, found).text.startswith(f"store is 'sqlite:///{tmp_path}/store.db'; expected sqlite:////")
+    assert exit_status(found) == 2
+
+
 def test_a_bucket_that_answers_is_good_and_nothing_is_put_there(
     kits: Path, copy_of: Copy, bucket_url: str, s3: S3
 ) -> None:

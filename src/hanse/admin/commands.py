@@ -1,8 +1,8 @@
 """What a server answers its administrators: one handler a topic.
 
-Whether a role may ask at all is decided before a handler is called, by the server's gate; here only what depends on the
-thing itself is: whose job is to be aborted. Every command that changes something is in the audit log, whether it was
-done or refused, with who asked and why it was refused.
+Whether a role may ask at all is decided before a handler is called, by the server's gate, which notes whom it refuses;
+here only what depends on the thing itself is: whose job is to be aborted. Every command that changes something is in
+the audit log, whether it was done or refused, with who asked and why it was refused.
 """
 
 import asyncio

@@ -5,6 +5,7 @@ that standard output holds the result and nothing else.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,12 @@ def time_text(posix_s: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Return a duration for people: ``0.42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    """Return a duration for people: ``0.42 s``, ``3 min 05 s``, ``2 h 10 min``; a dash where it cannot be one.
+
+    As between two times of which the clock was set back.
+    """
+    if not 0 <= seconds < math.inf:
+        return "-"
     if seconds < 60:
         return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

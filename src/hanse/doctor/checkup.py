@@ -282,12 +282,12 @@ async def _look_into_bucket(url: str, around: Surroundings) -> Finding:
 async def _examine_store(settings: ServerSettings, workspace: Path, around: Surroundings) -> AsyncIterator[Finding]:
     url = settings.store
     if not url or url.startswith(SQLITE):
-        path = Path(url.removeprefix(SQLITE)) if url else workspace / STORE_FILE
         try:
+            path = _file_of(url) if url else workspace / STORE_FILE
             yield await _looked(
                 lambda: judge_store_file(path, first_bytes_of(path), look_at_folder(path.parent)), path.parent, around
             )
-        except EnvironmentFault as error:
+        except (ConfigError, EnvironmentFault) as error:
             yield fail(Check.STORE, error)
         return
 
@@ -306,6 +306,17 @@ async def _examine_store(settings: ServerSettings, workspace: Path, around: Surr
     else:
         yield ok(Check.STORE, f"{name} answers")
         yield judge_clock(name, clock, whose="the database")
+
+
+def _file_of(url: str) -> Path:
+    """Return the file of the store at *url*, as the server takes it.
+
+    Raises:
+        ConfigError: it takes it for none.
+    """
+    from hanse.storage.store import database_at  # noqa: PLC0415 - what it imports is for servers alone
+
+    return Path(database_at(url).name)
 
 
 async def _listening(settings: ServerSettings, around: Surroundings) -> AsyncGenerator[Finding, None]:

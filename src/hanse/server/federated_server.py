@@ -27,9 +27,10 @@ from hanse.cell.link import Peer
 from hanse.cell.listener import Listener
 from hanse.cell.loop import background_loop, run
 from hanse.cell.refusals import RemoteError, refuse
+from hanse.cell.transfer import Files
 from hanse.coordination.absence import Absence, disabled_text
 from hanse.coordination.certificates import EXPECTED_S, expired_text
-from hanse.coordination.policy import PeerKind
+from hanse.coordination.policy import ADMIN_RIGHTS, PeerKind, Right
 from hanse.coordination.registry import Presence, fingerprint
 from hanse.coordination.service import (
     RequestKind,
@@ -97,7 +98,7 @@ from hanse.server.run_spec import WITHHELD
 from hanse.server.tenure import HeldLease, Tenure, boot_time
 from hanse.settings import ServerSettings
 from hanse.storage.objects import Objects, objects_at
-from hanse.storage.records import Lease, Store, store_of
+from hanse.storage.records import AuditEntry, Lease, Store, store_of
 
 __all__ = ["AdminServer", "BaseServer", "CommandModule", "FederatedServer", "TaskMetaInfo"]
 
@@ -465,7 +466,7 @@ class FederatedServer(BaseServer):
         authority = self._clients.identities.job_authority
         listener = Listener(
             deployed.reception,
-            scopes=lambda peer, scope, *, write: admittance.scope(peer, scope, write, self.jobs.files),
+            scopes=lambda peer, scope, *, write: self._scope(admittance, peer, scope, write),
             stays=admittance.stays,
             tls=server_tls(where, authority.certificate if authority is not None else b""),
             target=where.target,
@@ -502,6 +503,9 @@ class FederatedServer(BaseServer):
             # Nothing more is to go to it either. Over TLS it cannot come back as it is, and is not heard of again.
             self._drop_cell(peer.fqcn, expired)
             raise
+        except Unauthorized as refused:
+            self._audit_refused(peer, topic, refused)
+            raise
         if topic != (Channel.TASK, "result"):
             return
         verdict = self._primacy.service.verdict(RequestKind.SUBMIT)
@@ -512,6 +516,31 @@ class FederatedServer(BaseServer):
             raise NotInService
         if reason is not None:
             raise Unauthenticated(reason)
+
+    async def _scope(self, admittance: Admittance, peer: Peer, scope: str, write: bool) -> Files:
+        try:
+            return await admittance.scope(peer, scope, write, self.jobs.files)
+        except Unauthorized as refused:
+            if scope == "upload":  # with which a submission begins
+                self._audit_refused(peer, (Channel.ADMIN, "job.submit"), refused)
+            raise
+
+    def _audit_refused(self, peer: Peer, topic: Topic, refused: Unauthorized) -> None:
+        """Have the audit log say who asked for a change that is not theirs to make."""
+        tenure, right = self._primacy.tenure, ADMIN_RIGHTS.get(topic)
+        if peer.kind != PeerKind.ADMIN or right in (None, Right.SEE) or tenure is None:
+            return
+        services = tenure.jobs.services
+        entry = AuditEntry(self.wall(), split_cell(peer.fqcn)[0], topic[1], "", refused.code, refused.reason)
+
+        async def write() -> None:
+            try:
+                await services.store.audit(services.epoch, entry)
+            except HanseError as failed:
+                extra = {"admin": entry.actor, "refused": refused.reason, "reason": failed.reason}
+                _log.error("a command that was refused is not in the audit log", extra=extra)
+
+        asyncio.run_coroutine_threadsafe(write(), background_loop())
 
     def _answer_on(self, cell: Cell) -> None:
         answer_not_in_service(cell)

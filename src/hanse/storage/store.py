@@ -477,7 +477,7 @@ def database_at(where: Path | str) -> Database:
         return SqliteDatabase(where)
     try:
         url = make_url(where)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter of a port that is no number, and says what stands there
         url = URL.create("no URL")
     path = Path(url.database or "")
     if url.drivername == "sqlite" and path.is_absolute() and not (url.host or url.query):
