@@ -232,11 +232,13 @@ def test_first_step_must_lead_to_round_0() -> None:
         check_first(State(Model({}), round=3), workflow="own")
 
 
-def test_metrics_may_be_numpys_numbers() -> None:
+def test_metrics_and_the_end_may_be_numpys() -> None:
     metrics = {"mean": np.float64(0.5), "least": np.float32(0.25), "count": np.int64(3)}
-    state = check_next(State(Model({})), State(Model({}), 1, metrics=metrics), workflow="own")
+    done: Any = np.float64(0.01) < 0.1
+    state = check_next(State(Model({})), State(Model({}), 1, metrics=metrics, done=done), workflow="own")
     assert state.metrics == {"mean": 0.5, "least": 0.25, "count": 3.0}
     assert {type(value) for value in state.metrics.values()} == {float}
+    assert state.done is True
 
 
 @pytest.mark.parametrize("metrics", [{"loss": "low"}, {"loss": None}, {"loss": np.zeros(2)}, {"loss": 10**400}])

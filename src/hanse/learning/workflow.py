@@ -233,7 +233,7 @@ def _checked(state: object, expected: int, step: str, workflow: str) -> State:
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         why = f"{step} returned values that are not plain, such as int(...) and .tolist() make NumPy's ({error})"
         raise WorkflowFailed(workflow, expected, why) from error
-    return replace(state, metrics=metrics)
+    return replace(state, metrics=metrics, done=bool(state.done))
 
 
 def check_wait(deadline_s: float) -> float:

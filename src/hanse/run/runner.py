@@ -128,7 +128,7 @@ async def _next(workflow: Workflow, state: State, federation: RunFederation, spe
     A workflow may take what an ask raises for a client's fault, and go on without that client's answer.
     """
     try:
-        following: object = await _guarded(spec, state.round + 1, workflow.round(state, federation))
+        following = await _guarded(spec, state.round + 1, workflow.round(state, federation))
     except HanseError:
         if federation.disk_failure is not None:
             raise federation.disk_failure from None
