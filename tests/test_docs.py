@@ -198,6 +198,16 @@ def test_links_between_pages_lead_somewhere(file: Path) -> None:
         assert (file.parent / target).exists(), f"{file.relative_to(ROOT)} links to {target}, which there is not"
 
 
+def test_the_page_on_what_survives_names_tests_that_there_are_and_every_file_of_faults() -> None:
+    named = set(re.findall(r"`(tests/[\w/.]+)`", page("explanation/what-survives.md")))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    # The proxy's own tests say of no run what it survives.
+    faults = {f"tests/faults/{path.name}" for path in (ROOT / "tests/faults").glob("test_*.py")} - {
+        "tests/faults/test_proxy.py"
+    }
+    assert faults - named == set(), "the page does not say what these hold"
+
+
 @pytest.mark.parametrize(
     "file",
     [file for file in PAGES if RUN.search(file.read_text(encoding="utf-8"))],

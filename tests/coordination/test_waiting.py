@@ -1,5 +1,7 @@
 """What a job waits for, as a value: of the schedule, of deployment, and of a run in each of its situations."""
 
+from dataclasses import replace
+
 import pytest
 
 from hanse.coordination.absence import Absence
@@ -140,8 +142,13 @@ def test_when_all_have_answered_the_runs_process_is_what_the_job_waits_for() -> 
     asks = issued(run, key(ONE))
     answer(run, key(ONE))
 
-    assert told(run, *asks) == [
-        Waiting("the run's process at the server, which works on 1 answer of round 1", since=posix(90))
+    assert told(run, *asks, process=as_heard(WORKING, heard_at=98.0, now=100.0, silent_s=600.0)) == [
+        Waiting(
+            "the run's process at the server, which works on 1 answer of round 1",
+            since=posix(90),
+            until=posix(698),
+            then="it is killed and started again, and goes on with round 1, unless it says before then that it lives",
+        )
     ]
 
 
@@ -196,9 +203,16 @@ def test_a_process_that_died_is_told_beside_the_clients_that_work_on() -> None:
 
 
 def test_a_process_that_is_being_started_is_waited_for() -> None:
-    (waiting,) = told(run_in_round_1(ONE), process=RunProcess(Phase.STARTING, 80.0, 3))
+    starting = as_heard(RunProcess(Phase.STARTING, 80.0, 3), heard_at=80.0, now=100.0, silent_s=600.0)
 
-    assert waiting == Waiting("the run's process at the server to begin (start 3)", since=posix(80))
+    (waiting,) = told(run_in_round_1(ONE), process=starting)
+
+    assert waiting == Waiting(
+        "the run's process at the server to begin (start 3)",
+        since=posix(80),
+        until=posix(680),
+        then="it is killed and started again, and goes on with round 1, unless it says before then that it lives",
+    )
 
 
 def test_a_process_that_says_nothing_is_told_beside_the_clients_that_work_on_and_until_when() -> None:
@@ -220,7 +234,7 @@ def test_a_process_that_says_nothing_is_told_beside_the_clients_that_work_on_and
 def test_a_process_is_as_it_was_while_it_is_heard_of_or_is_not_there() -> None:
     paused = RunProcess(Phase.PAUSING, 80.0, 2, until=101.0, reason="it died")
 
-    assert as_heard(WORKING, heard_at=98.0, now=100.0, silent_s=600.0) is WORKING
+    assert as_heard(WORKING, heard_at=98.0, now=100.0, silent_s=600.0) == replace(WORKING, until=698.0)
     assert as_heard(paused, heard_at=0.0, now=100.0, silent_s=600.0) is paused
 
 

@@ -1,4 +1,4 @@
-"""Whatever process is killed in the middle of a round, the job completes with the bytes of an undisturbed run."""
+"""Whatever process is killed or stopped in the middle of a round, the job completes with an undisturbed run's bytes."""
 
 import os
 import sys
@@ -12,6 +12,7 @@ from hanse.client.workspace import job_folders
 
 JOB = Path(__file__).parent / "job"
 ROUND = 3
+STOPPED_WITHIN_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,18 @@ def gate(folder: Path, client: str) -> Path:
     return path
 
 
+def job_log(running: Deployment, client: str) -> str:
+    """Return what the processes of *client*'s one job have said."""
+    (folder,) = job_folders(running.workspace(client))
+    return (folder.path / "job.log").read_text()
+
+
+def times_received(running: Deployment, client: str, job: str) -> list[int]:
+    """Return how often *client* was given its task of each round."""
+    log = job_log(running, client)
+    return [log.count(f"task received job={job} task=train round={number}") for number in range(1, 5)]
+
+
 def serve_by(running: Deployment, program: str) -> None:
     """Have the server be, from now on, the one that the module *program* of these tests makes of it."""
     running.end("server")
@@ -59,6 +72,25 @@ def test_a_killed_server_goes_on_where_it_was_when_it_is_started_again(
     assert [each["round"] for each in ended["history"]] == list(range(5))
 
 
+@pytest.mark.parametrize("by", ["its kit", "an administrator"])
+def test_a_server_that_is_stopped_in_order_goes_on_where_it_was_when_it_is_started_again(
+    running: Deployment, tmp_path: Path, undisturbed: str, by: str
+) -> None:
+    waiting = gate(tmp_path, "site-1")
+    job = running.hanse("job", "submit", str(JOB))["job_id"]
+    with waiting.open("wb"):  # from here on site-1 is in the middle of its training
+        running.hanse("server", "stop", *([str(running.kit("server"))] if by == "its kit" else []))
+        assert running.processes["server"].wait(STOPPED_WITHIN_S) == 0
+        running.kill("server")  # what is left of it
+        running.start("server")
+    ended = running.hanse("job", "wait", job)
+    assert (ended["state"], ended["reason"]) == ("completed", "")
+    assert ended["result"] == undisturbed
+    assert [each["round"] for each in ended["history"]] == list(range(5))
+    for name in running.names:
+        assert times_received(running, name, job) == [1] * 4, "nobody's work is done again"
+
+
 def test_a_task_that_was_out_before_it_was_in_the_journal_is_done_once(
     running: Deployment, tmp_path: Path, undisturbed: str
 ) -> None:
@@ -74,10 +106,8 @@ def test_a_task_that_was_out_before_it_was_in_the_journal_is_done_once(
     assert (ended["state"], ended["reason"]) == ("completed", "")
     assert ended["result"] == undisturbed
     for name in running.names:
-        (folder,) = job_folders(running.workspace(name))
-        log = (folder.path / "job.log").read_text()
-        assert [log.count(f"task received job={job} task=train round={number}") for number in range(1, 5)] == [1] * 4
-        assert "answer refused" not in log
+        assert times_received(running, name, job) == [1] * 4
+        assert "answer refused" not in job_log(running, name)
 
 
 def test_a_killed_run_process_is_started_again_and_asks_nothing_twice(

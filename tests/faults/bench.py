@@ -96,7 +96,7 @@ class Bench:
         self.check(view)
 
     @property
-    def store(self) -> Path:
+    def store(self) -> journal.Where:
         """The server's database."""
         return self.running.workspace("server") / "store.db"
 
@@ -213,6 +213,8 @@ class Bench:
     def check_files(self, job_id: str) -> None:
         """Assert that soon no file is left of the job but what is meant to stay."""
         folders = [self.running.workspace(name) for name in (*self.running.servers, *self.running.names)]
+        if self.running.shared != self.running.root:
+            folders.append(self.running.shared)
         wait_none(
             lambda: [str(path) for folder in folders for path in leftovers(folder, job_id)],
             folders,

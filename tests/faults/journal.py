@@ -1,7 +1,8 @@
 """What a server's database went through, written down by the database itself, and whether that is how it may be.
 
-``record`` gives a SQLite store triggers that note every write of a journal with the epoch under which it was made, in a
-table of their own: what is deleted later, and by whichever process it was written, is still there to be checked.
+``record`` gives a store, a SQLite file or PostgreSQL, triggers that note every write of a journal in a table of their
+own: what is deleted later, and by whichever process it was written, is still there to be checked. Each is noted with
+the epoch of the lease at that moment; an answer with that of the server which accepted it, as its number says.
 """
 
 import itertools
@@ -11,33 +12,39 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import msgspec
+import psycopg
 
 from hanse.job import ENDED, LEGAL, JobRecord, JobState
+from hanse.storage.store import ANSWERS_BITS
 
 BUSY_S: Final = 30.0
 
+Where: TypeAlias = Path | str
+"""A store: a SQLite file, or the URL of a PostgreSQL database."""
+
 _KEY: Final = "NEW.name || '/' || NEW.sequence || '/' || NEW.client"
 _NOTE: Final = "INSERT INTO fault_history (what, epoch, job_id, round, text) SELECT"
-_TRIGGERS: Final = f"""
-CREATE TABLE IF NOT EXISTS fault_history (
-    number INTEGER PRIMARY KEY, what TEXT NOT NULL, epoch INTEGER NOT NULL, job_id TEXT, round INTEGER, text TEXT
-);
-CREATE TRIGGER IF NOT EXISTS fault_lease AFTER UPDATE ON lease WHEN NEW.epoch IS NOT OLD.epoch
-    BEGIN {_NOTE} 'lease', NEW.epoch, NULL, NULL, NEW.holder; END;
-CREATE TRIGGER IF NOT EXISTS fault_job AFTER INSERT ON jobs
-    BEGIN {_NOTE} 'job', epoch, NEW.job_id, NULL, NEW.state FROM lease; END;
-CREATE TRIGGER IF NOT EXISTS fault_job_moved AFTER UPDATE OF state ON jobs WHEN NEW.state IS NOT OLD.state
-    BEGIN {_NOTE} 'job', epoch, NEW.job_id, NULL, NEW.state FROM lease; END;
-CREATE TRIGGER IF NOT EXISTS fault_task AFTER INSERT ON tasks
-    BEGIN {_NOTE} 'task', epoch, NEW.job_id, NEW.round, {_KEY} FROM lease; END;
-CREATE TRIGGER IF NOT EXISTS fault_answer AFTER UPDATE OF answer ON tasks
-    BEGIN {_NOTE} 'answer', epoch, NEW.job_id, NEW.round, {_KEY} FROM lease; END;
-CREATE TRIGGER IF NOT EXISTS fault_round AFTER INSERT ON rounds
-    BEGIN {_NOTE} 'round', epoch, NEW.job_id, NEW.round, NULL FROM lease; END;
-"""
+_NOTED: Final = {
+    "fault_lease": ("AFTER UPDATE ON lease", "NEW.epoch <> OLD.epoch", "'lease', NEW.epoch, NULL, NULL, NEW.holder"),
+    "fault_job": ("AFTER INSERT ON jobs", "", "'job', epoch, NEW.job_id, NULL, NEW.state FROM lease"),
+    "fault_job_moved": (
+        "AFTER UPDATE OF state ON jobs",
+        "NEW.state <> OLD.state",
+        "'job', epoch, NEW.job_id, NULL, NEW.state FROM lease",
+    ),
+    "fault_task": ("AFTER INSERT ON tasks", "", f"'task', epoch, NEW.job_id, NEW.round, {_KEY} FROM lease"),
+    "fault_answer": (
+        "AFTER UPDATE OF answer ON tasks",
+        "",
+        f"'answer', coalesce(NEW.accepted >> {ANSWERS_BITS}, epoch), NEW.job_id, NEW.round, {_KEY} FROM lease",
+    ),
+    "fault_round": ("AFTER INSERT ON rounds", "", "'round', epoch, NEW.job_id, NEW.round, NULL FROM lease"),
+}
+"""What is noted, by the name of its trigger: after which writes, if so and so, and the row."""
+_COLUMNS: Final = "what TEXT NOT NULL, epoch BIGINT NOT NULL, job_id TEXT, round INTEGER, text TEXT"
 
 
 @dataclass(frozen=True)
@@ -61,13 +68,29 @@ class Write:
     since: int
 
 
-def record(store: Path) -> None:
-    """Have the database in the file *store* write down its history from now on."""
+def record(store: Where) -> None:
+    """Have the database *store* write down its history from now on."""
     with _opened(store) as connection:
-        connection.executescript(_TRIGGERS)
+        for statement in _statements(is_postgres=isinstance(store, str)):
+            connection.execute(statement)
 
 
-def history(store: Path) -> list[Entry]:
+def _statements(*, is_postgres: bool) -> Iterator[str]:
+    number = "BIGSERIAL" if is_postgres else "INTEGER"
+    yield f"CREATE TABLE fault_history (number {number} PRIMARY KEY, {_COLUMNS})"
+    for name, (after, condition, row) in _NOTED.items():
+        when = f"FOR EACH ROW WHEN ({condition})" if condition else "FOR EACH ROW"
+        if is_postgres:
+            yield (
+                f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql"
+                f" AS $$ BEGIN {_NOTE} {row}; RETURN NULL; END $$"
+            )
+            yield f"CREATE TRIGGER {name} {after} {when} EXECUTE FUNCTION {name}()"
+        else:
+            yield f"CREATE TRIGGER {name} {after} {when} BEGIN {_NOTE} {row}; END"
+
+
+def history(store: Where) -> list[Entry]:
     """Return what ``record`` had written down, in order."""
     with _opened(store) as connection:
         query = "SELECT what, epoch, job_id, round, text FROM fault_history ORDER BY number"
@@ -75,7 +98,7 @@ def history(store: Path) -> list[Entry]:
 
 
 def check_completed(
-    store: Path,
+    store: Where,
     job_id: str,
     *,
     clients: list[str],
@@ -106,12 +129,12 @@ def check_completed(
     _check_writes(seen, {Write(what, *key, since=key[0] - 1) for what in ("task", "answer") for key in keys})
 
 
-def check_written(store: Path, job_id: str, writes: Collection[Write], *, rounds: int) -> None:
+def check_written(store: Where, job_id: str, writes: Collection[Write], *, rounds: int) -> None:
     """Assert that *job_id* was journalled as a run without trouble whose tasks and answers are *writes*, each once."""
     _check_writes(_writes(_completed(store, job_id, rounds)), writes)
 
 
-def written(store: Path, job_id: str) -> list[Write]:
+def written(store: Where, job_id: str) -> list[Write]:
     """Return the tasks and answers of *job_id*, in the order of their writes."""
     return list(_writes([entry for entry in history(store) if entry.job_id == job_id]).elements())
 
@@ -129,7 +152,7 @@ def check_states(states: list[JobState]) -> None:
     assert sum(state in ENDED for state in states) == 1, f"it ended more than once: {states}"
 
 
-def _completed(store: Path, job_id: str, rounds: int) -> list[Entry]:
+def _completed(store: Where, job_id: str, rounds: int) -> list[Entry]:
     """Return what was written of *job_id*, which has completed: its states, rounds and epochs are as they must be."""
     entries = history(store)
     check_epochs(entries)
@@ -157,16 +180,16 @@ def _check_writes(seen: Counter[Write], writes: Collection[Write]) -> None:
     assert seen == expected, f"not once each: {seen - expected}; missing: {expected - seen}"
 
 
-def _check_end(store: Path, job_id: str, rounds: int) -> None:
+def _check_end(store: Where, job_id: str, rounds: int) -> None:
+    of_job = "WHERE job_id = %s" if isinstance(store, str) else "WHERE job_id = ?"
     with _opened(store) as connection:
-        state, last_round, blob = connection.execute(
-            "SELECT state, last_round, record FROM jobs WHERE job_id = ?", (job_id,)
-        ).fetchone()
+        query = f"SELECT state, last_round, record FROM jobs {of_job}"
+        state, last_round, blob = connection.execute(query, (job_id,)).fetchone()
         left = {
-            table: connection.execute(f"SELECT count(*) FROM {table} WHERE job_id = ?", (job_id,)).fetchone()[0]
+            table: connection.execute(f"SELECT count(*) FROM {table} {of_job}", (job_id,)).fetchone()[0]
             for table in ("tasks", "models")
         }
-        integrity = connection.execute("PRAGMA integrity_check").fetchone()[0]
+        is_sound = isinstance(store, str) or connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     record = msgspec.msgpack.decode(blob, type=JobRecord)
     assert (state, record.state) == ("completed", JobState.COMPLETED)
     assert (record.code, record.reason) == ("", "")
@@ -175,10 +198,16 @@ def _check_end(store: Path, job_id: str, rounds: int) -> None:
     assert record.result
     assert last_round == rounds
     assert left == {"tasks": 0, "models": 0}, f"the journal of {job_id} still holds {left}"
-    assert integrity == "ok", integrity
+    assert is_sound, f"{store} is damaged"
 
 
 @contextmanager
-def _opened(store: Path) -> Iterator[sqlite3.Connection]:
-    with closing(sqlite3.connect(store, timeout=BUSY_S)) as connection:
+def _opened(store: Where) -> Iterator[Any]:
+    """Give a connection that executes each statement by itself."""
+    opened = (
+        psycopg.connect(store, autocommit=True)
+        if isinstance(store, str)
+        else sqlite3.connect(store, timeout=BUSY_S, isolation_level=None)
+    )
+    with closing(opened) as connection:
         yield connection

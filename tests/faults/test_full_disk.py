@@ -29,8 +29,15 @@ AFTER_ONE_ANSWER = STEPS.index(Step("result_accepted", 2, 1))
 
 @contextmanager
 def bench_on_small_disk(gates: Path, name: str) -> Iterator[tuple[Bench, SmallDisk]]:
-    """Give a bench that has begun, with the workspace of *name* on a small disk."""
-    with provisioned(gates) as made, small_disk(made.running.workspace(name), megabytes=DISK_MB) as disk:
+    """Give a bench that has begun, with the workspace of *name* on a small disk.
+
+    Heartbeats are ten minutes apart, so whatever is told of a client was told at once.
+    """
+    settings = "settings = { heartbeat_s = 600.0 }"
+    with (
+        provisioned(gates, settings=settings) as made,
+        small_disk(made.running.workspace(name), megabytes=DISK_MB) as disk,
+    ):
         made.begin()
         yield made, disk
         made.running.stop()

@@ -2,23 +2,26 @@
 
 The steps are the run's own: what the server tells whoever watches the job. When the step that is to be disturbed is
 told, the process is killed (-9); a server or an agent is started again, as whatever supervises it would, and a job's
-process is the product's own to start again. One deployment lasts through a whole sweep, so that each run also shows
-that the one before left nothing behind.
+process is the product's own to start again. Until then the run is held up in the round after. One deployment lasts
+through a whole sweep, so that each run also shows that the one before left nothing behind.
 """
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 from _pytest.mark import ParameterSet
 
 from hanse.cell.loop import run
 from tests.faults.bench import RUN_WITHIN_S, Bench, Disturbance, bench
-from tests.faults.steps import STEPS
+from tests.faults.steps import CLIENTS, ROUNDS, STEPS, Step, round_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 VICTIMS = ("server", "run", "agent", "client")
+ALL_WORK = range(STEPS.index(Step("result_accepted", 1, CLIENTS)), STEPS.index(Step("round_started", ROUNDS)))
+"""The steps at which each victim is there for certain: all clients have answered, and there is a round to come."""
 
 
 def _cases() -> Iterator[ParameterSet]:
@@ -50,7 +53,14 @@ def test_killed_at_a_step_the_run_completes_with_the_same_bytes(
     began = time.perf_counter()
     outcome = "FAILED"
     try:
-        view = run(made.run([Disturbance(step, kill)]), RUN_WITHIN_S)
+        with ExitStack() as stack:
+            disturbances = [Disturbance(step, kill)]
+            if (held_round := round_of(step) + 1) <= ROUNDS:
+                gate = made.held("site-1", held_round)
+                stack.callback(gate.close)
+                disturbances.append(Disturbance(step, gate.close))
+            view = run(made.run(disturbances), RUN_WITHIN_S)
+        assert killed == [1] or (step not in ALL_WORK and killed == [0]), f"{killed} were killed"
         made.check(view)
         if victim in ("server", "run"):
             made.check_worked_once(view.job_id)

@@ -1,6 +1,7 @@
 """A client's training that uses more memory than its site may: the system kills its process, and the job says that.
 
-The client's agent runs in a control group of a few hundred megabytes, with all that it starts.
+The client's agent runs in a control group of a few hundred megabytes, with all that it starts. Heartbeats are ten
+minutes apart, so what the job says was told at once.
 """
 
 import os
@@ -20,6 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 JOB = Path(__file__).parents[1] / "e2e" / "failing"
 GREEDY = "site-2"
+SETTINGS = "settings = { heartbeat_s = 600.0 }"
 MEMORY_MB = 400
 """More than an agent and a job's process that does little use, and less than the process that is greedy wants."""
 
@@ -33,7 +35,7 @@ def greed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def running(greed: Path) -> Iterator[Deployment]:
     """Run a server and two clients, one of which may use little memory."""
-    with small_memory(megabytes=MEMORY_MB) as group, deployment() as up:
+    with small_memory(megabytes=MEMORY_MB) as group, deployment(settings=SETTINGS) as up:
         up.prefixes[GREEDY] = list(group.prefix)
         up.environments[GREEDY] = {"HANSE_TEST_FAILS": "memory", "HANSE_TEST_GREEDY": str(greed)}
         up.start("server", *up.names)

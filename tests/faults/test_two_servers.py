@@ -1,12 +1,14 @@
 """Two servers on one store, one of which is killed, paused, or told to leave: the runs go on at the other.
 
-The store is a SQLite file, which writes down every write with its epoch (``journal.record``), and for some of the
-faults PostgreSQL, which is also stopped. The one that was killed is started again and stands by for the next fault, so
-one deployment lasts for all.
+The store is a SQLite file, and for some of the faults PostgreSQL, which is also stopped and cut off; either writes down
+every write (``journal.record``). The one that was killed is started again and stands by for the next fault, so one
+deployment lasts for all.
 """
 
 import dataclasses
+import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,15 +20,18 @@ from benchmarks.deployment import Deployment, two_servers
 
 from hanse.admin.session import AdminSession
 from hanse.cell.loop import run
-from hanse.errors import HanseError
+from hanse.errors import HanseError, StaleEpoch
 from hanse.identity.kits import Kit
 from hanse.identity.servers_secret import SERVERS_SECRET_FILE, ServersSecret
 from hanse.messages import JobView
 from hanse.settings import AdminSettings
+from tests.e2e.loop import on_the_loop
 from tests.faults import journal
+from tests.faults.at_writes import REFUSED, VARIABLE
 from tests.faults.bench import RUN_WITHIN_S, Bench, Disturbance, Told
-from tests.faults.changes import wait_none
-from tests.faults.steps import STEPS
+from tests.faults.changes import wait_line, wait_none
+from tests.faults.proxy import FAIR, SPLIT, FaultyNetwork
+from tests.faults.steps import STEPS, Step
 from tests.postgres import Postgres
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -34,15 +39,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 SERVERS = ("server", "standby")
 AT = (2, 3, 5, 6, 8, 11)
 """The steps at which a server is disturbed: before, in and after a round."""
+AFTER_ROUND_1 = STEPS.index(Step("round_done", 1))
+HELD_ROUND = 3
 
 
 class Pair(Bench):
-    """A bench with two servers."""
+    """A bench with two servers on the database *where*."""
+
+    def __init__(self, running: Deployment, gates: Path, where: journal.Where) -> None:
+        super().__init__(running, gates)
+        self.where = where
 
     @property
-    def store(self) -> Path:
-        """The servers' database, where it is a file."""
-        return self.running.shared / "store.db"
+    def store(self) -> journal.Where:
+        """The servers' database."""
+        return self.where
 
     @property
     def hot(self) -> str:
@@ -55,26 +66,15 @@ class Pair(Bench):
         (other,) = set(SERVERS) - {self.hot}
         return other
 
-    def check(self, view: JobView) -> None:
-        """Assert that the job of *view* has ended as one without trouble, and has left nothing behind."""
-        assert (view.state, view.code, view.reason) == ("completed", "", "")
-        assert view.result == self.undisturbed, "the model has other bytes than that of an undisturbed run"
-        assert all(each.answered == tuple(self.running.names) for each in view.history[1:])
-        if self.store.exists():
-            journal.check_completed(self.store, view.job_id, clients=self.running.names, rounds=len(view.history) - 1)
-        self.check_processes()
-        staying = {"package", "code", "result", "server.log"}
-        left = {path.name for path in (self.running.shared / "runs" / view.job_id).iterdir()}
-        assert left <= staying, f"{sorted(left - staying)} is left of the run"
-
     def pause(self, name: str) -> psutil.Process:
         """Stop a server's process (SIGSTOP) at a moment at which it writes nothing, and return it.
 
         One that is stopped while it writes keeps the file's lock, and nobody else writes until it is gone or goes on.
         """
+        assert isinstance(self.where, Path)
         process = self.running.process(name)
         stop(process)
-        while holds_write_lock(process.pid, self.store):
+        while holds_write_lock(process.pid, self.where):
             process.resume()
             stop(process)
         return process
@@ -102,16 +102,16 @@ class Pair(Bench):
 
 
 @contextmanager
-def pair(running: Deployment, gates: Path) -> Iterator[Pair]:
+def pair(running: Deployment, gates: Path, url: str = "") -> Iterator[Pair]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HANSE_TEST_GATES", str(gates))
         running.start("server")
         running.start("standby", *running.names)
-        made = Pair(running, gates)
-        if made.store.exists():
-            journal.record(made.store)
-        told = Told()
-        made.undisturbed = run(made.run(told=told), RUN_WITHIN_S).result
+        made = Pair(running, gates, url or running.shared / "store.db")
+        journal.record(made.store)
+        view = run(made.run(), RUN_WITHIN_S)
+        made.undisturbed = view.result
+        made.check(view)
         yield made
 
 
@@ -143,7 +143,7 @@ def _is_byte(place: Sequence[str], inode: int, byte: int) -> bool:
 @pytest.fixture(scope="module")
 def on_postgres(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     url = postgres.url(postgres.empty_database())
-    with two_servers(url) as running, pair(running, tmp_path_factory.mktemp("gates")) as made:
+    with two_servers(url) as running, pair(running, tmp_path_factory.mktemp("gates"), url) as made:
         yield made
 
 
@@ -156,6 +156,7 @@ def test_a_killed_server_is_succeeded_and_the_run_goes_on(bench: Pair, note: Cal
 
     assert bench.hot != before
     bench.check(view)
+    bench.check_worked_once(view.job_id)
     assert [bench.registrations(site) for site in names] == registered, "nobody had to register anew"
     note("failover: kill -9 of the hot server to the next accepted answer", str(STEPS[step]), f"{took_s:.1f} s")
     bench.running.start(before)
@@ -180,6 +181,35 @@ def test_a_server_that_was_paused_through_its_lease_commits_nothing_and_serves_n
     journal.check_epochs(entries)
     assert {each.epoch for each in entries[written:]} == {entries[written - 1].epoch}, "only the new tenure has written"
     assert bench.running.process(before).is_running(), "it stands by"
+
+
+@pytest.mark.parametrize("write", ["issue_tasks 2", "accept_answer 3", "commit_round 3"])
+def test_a_write_at_which_a_server_was_paused_through_its_lease_is_refused(bench: Pair, write: str) -> None:
+    """It goes on while its successor is in the middle of the run, and would write what is of its own tenure."""
+    name, successor = bench.cold, bench.hot
+    bench.running.end(name)
+    bench.running.programs[name] = [sys.executable, "-m", "tests.faults.at_writes"]
+    bench.running.environments[name] = {VARIABLE: f"{write} before stop-server"}
+    bench.running.start(name)
+    bench.running.hanse("server", "promote", name)
+    log = bench.running.log(name)
+    said = log.stat().st_size
+    process = bench.running.process(name)
+
+    try:
+        with closing(bench.held("site-1", HELD_ROUND)) as gate:
+            go_on = Disturbance(AFTER_ROUND_1, process.resume, once_back=True)  # told by the successor
+            view = run(bench.run([go_on, Disturbance(AFTER_ROUND_1, gate.close, once_back=True)]), RUN_WITHIN_S)
+        wait_line(log, f"{REFUSED} {StaleEpoch.code}", after=said, within_s=RUN_WITHIN_S)
+        assert bench.hot == successor
+        bench.check(view)
+        with pytest.raises(HanseError, match="Server not in service"):
+            run(_asked_directly(bench, name), 30)
+    finally:
+        process.resume()
+        del bench.running.programs[name], bench.running.environments[name]
+        bench.running.end(name)
+        bench.running.start(name)
 
 
 @pytest.mark.parametrize("step", AT[:4], ids=lambda step: str(STEPS[step]).replace(" ", "-"))
@@ -294,6 +324,34 @@ def test_a_database_that_is_away_for_longer_than_a_lease(on_postgres: Pair, post
     on_postgres.check(view)
 
 
+def test_a_server_that_is_cut_off_from_the_database_is_succeeded(
+    on_postgres: Pair, postgres: Postgres, note: Callable[..., None]
+) -> None:
+    """Its clients still reach it, and the other server the database."""
+    bench, name = on_postgres, "server"
+    network = FaultyNetwork(postgres.port)
+    with on_the_loop(network.serving()) as port:
+        bench.running.end(name)
+        bench.running.configure(name, store=str(bench.store).replace(f":{postgres.port}/", f":{port}/"))
+        bench.running.start(name)
+        bench.running.hanse("server", "promote", name)
+        written = len(journal.history(bench.store))
+
+        view, took_s = bench.disturbed(6, lambda: run(network.become(SPLIT), RUN_WITHIN_S))
+
+        assert bench.hot == "standby"
+        run(network.become(FAIR), RUN_WITHIN_S)
+        bench.check(view)
+        with pytest.raises(HanseError, match="Server not in service"):
+            run(_asked_directly(bench, name), 30)
+        epochs = [each.epoch for each in journal.history(bench.store)[written:]]
+        assert len(set(epochs)) == 2, f"one tenure after the other has written: {epochs}"
+        bench.running.end(name)
+        bench.running.configure(name, store=str(bench.store))
+    note("failover: the hot server is cut off from PostgreSQL", str(STEPS[6]), f"{took_s:.1f} s")
+    bench.running.start(name)
+
+
 def _wait_for_word(log: Path, word: str, *, more_than: int) -> None:
     wait_none(
         lambda: [] if log.read_text().count(word) > more_than else [word],
@@ -306,8 +364,8 @@ def _wait_for_word(log: Path, word: str, *, more_than: int) -> None:
 async def _asked_directly(bench: Pair, name: str) -> None:
     """Ask the server *name*, and no other, as an administrator."""
     kit = Kit.load(bench.running.kit("admin@bench"), AdminSettings)
-    position = list(kit.settings.server_names).index(name)
-    settings = msgspec.structs.replace(kit.settings, servers=kit.settings.servers[position : position + 1])
+    address = tomllib.loads((bench.running.kit(name) / "settings.toml").read_text())["address"]
+    settings = msgspec.structs.replace(kit.settings, servers=(address,), server_names=(name,))
     alone = dataclasses.replace(kit, settings=settings)
     async with AdminSession(alone, patience_s=5):
         raise AssertionError(f"{name} serves")

@@ -5,7 +5,7 @@ import errno
 import os
 import queue
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from hanse.messages import (
     AbortJob,
     Attach,
     Channel,
+    CommitRound,
     DeployJob,
     Header,
     Heartbeat,
@@ -77,6 +78,7 @@ from hanse.storage.tensors import TensorFiles, digest_of
 
 from ..launch.much import MUCH, is_too_long, log_much
 from .job_world import (
+    Large,
     ScriptedLauncher,
     Site,
     Submissions,
@@ -1922,6 +1924,50 @@ def test_a_job_is_on_the_disk_before_the_store_has_it(
     made = [folder.parent, folder, *folder.rglob("*")]
     assert {"code", "package", "tiny_model.py"} <= {path.name for path in made}
     assert {str(path) for path in made} <= by_then[0]
+
+
+def test_tensors_and_result_are_on_the_disk_before_the_store_names_them(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    site = Site(dialler, server, "site-1")
+    synced: set[str] = set()
+    fsync, store = os.fsync, server.jobs.services.store
+    accept_answer, commit_round, end_run = store.accept_answer, store.commit_round, store.end_run
+    unsynced: dict[str, set[str]] = {}
+
+    def noting(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    def note(write: str, digests: Iterable[str]) -> None:
+        unsynced[write] = {"one at least"} if not (named := set(digests)) else named - synced
+
+    async def accepting(epoch: int, job_id: JobId, result: TaskResult) -> TaskResult:
+        assert result.update is not None
+        assert result.update.model is not None
+        note("answer", [tensor.digest for tensor in result.update.model.tensors])
+        return await accept_answer(epoch, job_id, result)
+
+    async def committing(epoch: int, job_id: JobId, commit: CommitRound, *, now_s: float) -> None:
+        note(f"round {commit.state.round}", [tensor.digest for tensor in commit.state.model.tensors])
+        await commit_round(epoch, job_id, commit, now_s=now_s)
+
+    async def ending(epoch: int, record: JobRecord, *, was: JobState) -> None:
+        note("result", [record.result])
+        await end_run(epoch, record, was=was)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(store, "accept_answer", accepting)
+    monkeypatch.setattr(store, "commit_round", committing)
+    monkeypatch.setattr(store, "end_run", ending)
+    one_round = WorkflowSpec("fedavg", {"rounds": 1})
+    job_id = submit(server, tmp_path, min_clients=1, model="tiny_model:large", workflow=one_round)
+    task = site.task()
+    site.send(TaskResult(task.key, Large(site, server, job_id).upload(2)))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert unsynced == {"answer": set(), "round 0": set(), "round 1": set(), "result": set()}
 
 
 def test_two_servers_do_not_share_a_workspace(start: StartServer, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hanse.messages import ClientView, IssueTasks, TaskKey, Waiting
 
 GIVEN_UP: Final = "the job is given up"
 HINDERED: Final = "the job fails, unless that was mended; it is tried again every few seconds"
+UNLESS_HEARD_OF: Final = "unless it says before then that it lives"
 TOLD_AFTER: Final = 0.05
 """A silence of this part of what is waited for is told of: 30 seconds of ten minutes, ten beats."""
 NOT_DEPLOYED: Final = "it goes on without those that have not, or is scheduled again if they are too few"
@@ -51,7 +52,7 @@ class RunProcess:
     One that is ``PAUSING`` died because of *reason*, and is started again at *until*. One that is ``HINDERED`` cannot
     go on because of *reason*, is tried again every few seconds, and given up at *until*. One that is ``WORKING`` has
     had nothing new to work on *since* then: an answer, or the commit of a round. One that is ``SILENT`` was last heard
-    of *since* then, and is killed at *until*.
+    of *since* then. That one is killed at *until*, and so is one that starts or works and is not heard of before.
     """
 
     phase: Phase
@@ -205,38 +206,35 @@ def waiting_of_running(
 
 
 def _waiting_for_process(run: Run, process: RunProcess, posix: Callable[[float], float]) -> Waiting:
-    since = posix(process.since)
+    since, until = posix(process.since), posix(process.until) if process.until is not None else 0.0
+    again = f"it is killed and started again, and goes on with round {run.round}"
     match process.phase:
         case Phase.PAUSING:
-            until = posix(process.until) if process.until is not None else 0.0
             what = f"the run's process at the server, which died ({process.reason})"
             then = f"it is started again, as start {process.attempt}, and goes on with round {run.round}"
-            return Waiting(what, since=since, until=until, then=then)
         case Phase.HINDERED:
-            until = posix(process.until) if process.until is not None else 0.0
             what = f"the run's process at the server, which cannot go on ({process.reason})"
-            return Waiting(what, since=since, until=until, then=HINDERED)
+            then = HINDERED
         case Phase.SILENT:
-            until = posix(process.until) if process.until is not None else 0.0
             what = "the run's process at the server, which no longer says that it lives"
-            return Waiting(
-                what,
-                since=since,
-                until=until,
-                then=f"it is killed and started again, and goes on with round {run.round}",
-            )
+            then = again
         case Phase.STARTING:
-            return Waiting(f"the run's process at the server to begin (start {process.attempt})", since=since)
+            what = f"the run's process at the server to begin (start {process.attempt})"
+            then = f"{again}, {UNLESS_HEARD_OF}"
         case Phase.WORKING:
-            return Waiting(f"the run's process at the server, which {_doing(run)}", since=since)
+            what = f"the run's process at the server, which {_doing(run)}"
+            then = f"{again}, {UNLESS_HEARD_OF}"
+    return Waiting(what, since=since, until=until, then=then)
 
 
 def as_heard(process: RunProcess, *, heard_at: float, now: float, silent_s: float) -> RunProcess:
     """Return how *process* stands that was last heard of at *heard_at*, and is killed after *silent_s* of silence."""
-    is_there = process.phase in (Phase.STARTING, Phase.WORKING)
-    if not is_there or now - heard_at < silent_s * TOLD_AFTER:
+    if process.phase not in (Phase.STARTING, Phase.WORKING):
         return process
-    return RunProcess(Phase.SILENT, heard_at, process.attempt, until=heard_at + silent_s)
+    until = heard_at + silent_s
+    if now - heard_at < silent_s * TOLD_AFTER:
+        return replace(process, until=until)
+    return RunProcess(Phase.SILENT, heard_at, process.attempt, until=until)
 
 
 def _doing(run: Run) -> str:
