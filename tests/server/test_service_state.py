@@ -326,6 +326,18 @@ def test_somebody_else_who_is_primary_makes_nobody_hot(stage: Stage) -> None:
     assert names(stage.server) == []
 
 
+def test_somebody_else_who_is_primary_at_an_address_that_reads_the_same_is_still_somebody_else(stage: Stage) -> None:
+    before = wait(stage.store.lease())
+    stage.overseer.appoint(Primary(target_of(stage.server), Ssid("theirs"), "standby"))
+
+    assert stage.server.service.state is COLD
+    assert wait(stage.store.lease()) == before, "it takes the lease from who has it"
+
+    stage.overseer.appoint(Primary(target_of(stage.server), Ssid("tenure-1"), stage.server.name))
+
+    assert stage.server.service.state is HOT
+
+
 @pytest.mark.parametrize(
     "word", [None, Primary("10.0.0.1:6007", Ssid("theirs")), "another session", Primary("10.0.0.1:6007", Ssid(""))]
 )

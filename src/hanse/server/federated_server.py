@@ -174,7 +174,12 @@ class FederatedServer(BaseServer):
         self._cmd_modules = tuple(cmd_modules or ())
         self._store = snapshot_persistor
         self._overseer = overseer_agent
-        self._primacy = Primacy(is_alone=overseer_agent is None, begin=self._begin_tenure, cell=self._own_cell)
+        self._primacy = Primacy(
+            is_alone=overseer_agent is None,
+            name=lambda: self.name,
+            begin=self._begin_tenure,
+            cell=self._own_cell,
+        )
         self._clients = Clients(
             self._registry,
             self._lock,

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import shutil
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Collection, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -59,20 +59,22 @@ class Leftovers:
         What takes longer than ``CLEARED_WITHIN_S`` goes on in a task of *group*, and holds nobody up. What cannot be
         told to be left, or deleted, because the store or a disk does not answer, is for the next tenure.
         """
-        # Listed now, for what is submitted from now on is no leftover.
-        left = await asyncio.to_thread(self._left_in_folders, running)
-        clearing = group.create_task(self._clear(left, running), name="clear the folders")
-        await asyncio.wait({clearing}, timeout=CLEARED_WITHIN_S)
-
-    def _left_in_folders(self, running: Collection[JobId]) -> list[JobId]:
-        """Return the jobs with something left in their folders, having deleted submissions that broke off before."""
         try:
-            self._folders.delete_earlier_incoming()
-            job_ids = sorted(self._folders.job_ids())
+            # Listed now, for what is submitted from now on is no leftover.
+            job_ids = await asyncio.to_thread(self._folders.job_ids)
         except StoreFailed as failed:
             _tell_of_files(self._folders.path, failed)
-            return []
-        return [job_id for job_id in job_ids if self._has_leftovers(job_id, running)]
+            return
+        clearing = group.create_task(self._clear(job_ids, running), name="clear the folders")
+        await asyncio.wait({clearing}, timeout=CLEARED_WITHIN_S)
+
+    def _left_in_folders(self, job_ids: Collection[JobId], running: Collection[JobId]) -> list[JobId]:
+        """Return those of *job_ids* with something left, having deleted submissions that broke off before."""
+        try:
+            self._folders.delete_earlier_incoming()
+        except StoreFailed as failed:
+            _tell_of_files(self._folders.path, failed)
+        return [job_id for job_id in sorted(job_ids) if self._has_leftovers(job_id, running)]
 
     def _has_leftovers(self, job_id: JobId, running: Collection[JobId]) -> bool:
         folder = self._folders.of(job_id)
@@ -83,8 +85,8 @@ class Leftovers:
             _tell_of_files(folder.path, failed)
             return False
 
-    async def _clear(self, left: Sequence[JobId], running: Collection[JobId]) -> None:
-        for job_id in left:
+    async def _clear(self, job_ids: Collection[JobId], running: Collection[JobId]) -> None:
+        for job_id in await asyncio.to_thread(self._left_in_folders, job_ids, running):
             try:
                 await self._store.job(job_id)
             except NotFound:

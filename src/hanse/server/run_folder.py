@@ -184,7 +184,7 @@ class RunFolder:
             StoreFailed: the disk does not tell.
         """
         with on_disk(f"looking into {self.path}", self.path), suppress(FileNotFoundError):
-            return (self.path / _UNTOLD).read_text()
+            return (self.path / _UNTOLD).read_bytes().decode(errors="replace")
         return ""
 
     def forget_untold(self) -> None:
