@@ -1709,15 +1709,27 @@ def test_a_server_started_again_goes_on_from_the_last_committed_round(
 
 
 def test_a_client_that_failed_stays_out_of_its_run_when_the_server_is_started_again(
-    start: StartServer, dialler: Dialler, tmp_path: Path
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hanse.server.active_run.STORE_PAUSE_S", 0.0)
     first = start()
     sites = [Site(dialler, first, name) for name in ("site-1", "site-2")]
     workflow = WorkflowSpec("fedavg", {"rounds": 2, "quorum": 1})
     job_id = submit(first, tmp_path, workflow=workflow, process_tries=1)
     task = sites[0].task()
     sites[1].started()
+    store, noted = first.jobs.services.store, threading.Event()
+    honest, tries = store.replace_job, iter([StoreFailed("writing", "the disk is away")])
+
+    async def replace_job(epoch: int, record: JobRecord, *, was: JobState) -> None:
+        for failed in tries:
+            raise failed
+        await honest(epoch, record, was=was)
+        noted.set()
+
+    monkeypatch.setattr(store, "replace_job", replace_job)
     sites[1].wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9, "epoch 3"))
+    assert noted.wait(20)
     sites[0].send(answer(task, w(1)))
     assert sites[0].task().key.round == 2
     credentials, job_wire = [site.wire.credentials for site in sites], sites[0].job
