@@ -1708,6 +1708,55 @@ def test_a_server_started_again_goes_on_from_the_last_committed_round(
     assert read_safetensors(wait(_path(second, job_id, record.result))) == w(5)
 
 
+def test_a_client_that_failed_stays_out_of_its_run_when_the_server_is_started_again(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.active_run.STORE_PAUSE_S", 0.0)
+    first = start()
+    sites = [Site(dialler, first, name) for name in ("site-1", "site-2")]
+    workflow = WorkflowSpec("fedavg", {"rounds": 2, "quorum": 1})
+    job_id = submit(first, tmp_path, workflow=workflow, process_tries=1)
+    task = sites[0].task()
+    sites[1].started()
+    store, noted = first.jobs.services.store, threading.Event()
+    honest, tries = store.replace_job, iter([StoreFailed("writing", "the disk is away")])
+
+    async def replace_job(epoch: int, record: JobRecord, *, was: JobState) -> None:
+        for failed in tries:
+            raise failed
+        await honest(epoch, record, was=was)
+        noted.set()
+
+    monkeypatch.setattr(store, "replace_job", replace_job)
+    sites[1].wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9, "epoch 3"))
+    assert noted.wait(20)
+    sites[0].send(answer(task, w(1)))
+    assert sites[0].task().key.round == 2
+    credentials, job_wire = [site.wire.credentials for site in sites], sites[0].job
+    assert job_wire is not None
+    assert job_wire.credentials is not None
+    (before,) = [view for view in wait(first.jobs.board.view(job_id)).clients if view.name == "site-2"]
+    first.close()
+    dialler.close()
+
+    second = start()
+    started: list[Message] = []
+    for site, known, reported in zip(sites, credentials, ((job_id,), ()), strict=True):
+        answers = {(Channel.JOB, "deploy"): started.append, (Channel.JOB, "start"): started.append}
+        agent = dialler.site(second, site.name, credentials=known, answers=answers)
+        agent.ask(Channel.SERVER, "heartbeat", Heartbeat(reported))
+    wire = dialler.job_wire(second, f"site-1.{job_id}", JobCredentials(job_wire.credentials), tls=job_wire._tls)
+    sites[0].job = dialler.dial(wire)
+    (after,) = [view for view in wait(second.jobs.board.view(job_id)).clients if view.name == "site-2"]
+    assert (after.state, after.reason) == (before.state, before.reason)
+    sites[0].send(answer(sites[0].task(), w(2)))
+
+    record = outcome(second, job_id)
+    assert record.state is JobState.COMPLETED, record.reason
+    assert [entry.answered for entry in wait(second.jobs.board.view(job_id)).history] == [(), ("site-1",), ("site-1",)]
+    assert started == []
+
+
 def test_what_befell_a_client_is_known_to_the_server_started_again(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:

@@ -165,6 +165,7 @@ class Jobs:
             committed=-1 if state.state is None else state.state.round,
             tasks=state.tasks,
             answers=state.answers,
+            failed={failed.client: failed.reason for failed in record.failed_clients},
         )
         _log.info("run taken up", extra={"job": record.job_id, "round": run.round})
         await self._run(record, run, folder, resumed=True)
