@@ -6,6 +6,7 @@ deployment lasts for all.
 """
 
 import dataclasses
+import os
 import sys
 import time
 import tomllib
@@ -122,10 +123,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 def stop(process: psutil.Process) -> None:
-    """Stop a process, and return when it has stopped."""
+    """Stop a process, a child of this one, and return when it has stopped."""
     process.suspend()
-    while process.status() != psutil.STATUS_STOPPED:
-        pass
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
 
 
 def holds_write_lock(pid: int, store: Path) -> bool:

@@ -382,7 +382,7 @@ class AdminSession:
         while True:
             await self._is_registered.wait()
             given = self._registered
-            await asyncio.sleep(given.expires_in_s / 2 if given else 0)
+            await asyncio.sleep(given.expires_in_s / 2 if given else 0)  # a renewal is due at a time
             if given is not self._registered:
                 continue
             with contextlib.suppress(HanseError):  # the link broke: the next one begins with a fresh token
@@ -445,7 +445,7 @@ class AdminSession:
             except HanseError as error:
                 if self._connection.done() or not may_help_later(error):
                     raise
-            await asyncio.sleep(backoff.next_s())
+            await asyncio.sleep(backoff.next_s())  # before it is asked again what could not be answered
 
 
 class _Watch:

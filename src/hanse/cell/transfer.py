@@ -271,7 +271,7 @@ class Transfers:
                     raise
                 delay_s = backoff.next_s()
                 _log.info("transfer will be tried again", extra={"in_s": delay_s, "reason": error.reason})
-            await asyncio.sleep(delay_s)
+            await asyncio.sleep(delay_s)  # before it is tried again what failed
 
     @asynccontextmanager
     async def _call(self, path: str, request: bytes | None = None) -> AsyncIterator[tuple[Any, asyncio.Timeout]]:

@@ -185,7 +185,7 @@ class JobConnection:
         """
         expires_in_s = parse_token(self._credentials.token).expires_at - self._wall()
         while True:
-            await asyncio.sleep(max(expires_in_s / 2, 1.0))
+            await asyncio.sleep(max(expires_in_s / 2, 1.0))  # a renewal is due at a time, not on an event
             # A refusal ends the process: it could not answer any more, and the server would wait for it.
             fresh = registered_by(await self._uplink.ask_until_answered(Channel.SERVER, "renew", Renew()), to="renew")
             self._credentials = Credentials(self._credentials.name, fresh.token, fresh.token_signature, fresh.ssid)

@@ -96,7 +96,7 @@ class Uplink:
                     raise
                 pause_s = backoff.next_s()
                 _log.info("waiting to try again", extra={"doing": doing, "reason": error.reason, "pause_s": pause_s})
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(pause_s)  # before the server is asked again what it could not do
 
     def _gate(self, peer: Peer, topic: Topic, message: Message) -> None:
         del message

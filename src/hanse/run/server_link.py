@@ -163,7 +163,7 @@ class ServerLink:
                 if not error.retryable or loop.time() + pause_s > give_up_at:
                     raise
                 _log.warning("the server did not take it", extra={"topic": topic, "reason": error.reason})
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(pause_s)  # before the server is asked again what it could not do
 
     async def _ask_once(
         self, topic: str, payload: Attach | IssueTasks | CancelTasks | CommitRound | RunEnded

@@ -163,7 +163,7 @@ class LeaseOverseer:
                 await asyncio.sleep(self._ttl_s / 4)  # a database tells nobody when it is back
             except Exception:  # noqa: BLE001 - who no longer watches would stand by for ever
                 _log.exception("watching the lease failed")
-                await asyncio.sleep(self._ttl_s)
+                await asyncio.sleep(self._ttl_s)  # what is broken here tells nobody when it is whole again
             before, after = self._primary, self._judged()
             if after == before:
                 continue
