@@ -412,7 +412,7 @@ class TensorFiles:
         except OSError:  # of a file system without hard links
             path.rename(final)
             return
-        path.unlink(missing_ok=True)
+        _unlink(path)
 
 
 class Scratch:
