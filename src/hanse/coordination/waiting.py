@@ -221,7 +221,7 @@ def _waiting_for_process(run: Run, process: RunProcess, posix: Callable[[float],
         case Phase.STARTING:
             what = f"the run's process at the server to begin (start {process.attempt})"
             then = f"{again}, {UNLESS_HEARD_OF}"
-        case Phase.WORKING:
+        case _:  # it works
             what = f"the run's process at the server, which {_doing(run)}"
             then = f"{again}, {UNLESS_HEARD_OF}"
     return Waiting(what, since=since, until=until, then=then)
