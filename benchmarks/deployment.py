@@ -207,9 +207,12 @@ class Deployment:
 
 
 @contextmanager
-def deployment(*, clients: int = 2, **project: Any) -> Iterator[Deployment]:
-    """Provision a project with *clients* sites until the block ends; nothing is started yet. See ``Deployment``."""
-    root = Path(tempfile.mkdtemp(prefix="hanse-bench-"))
+def deployment(place: Path | None = None, *, clients: int = 2, **project: Any) -> Iterator[Deployment]:
+    """Provision a project with *clients* sites until the block ends; nothing is started yet. See ``Deployment``.
+
+    All of it is in a new folder in *place*, by default where temporary files are.
+    """
+    root = Path(tempfile.mkdtemp(prefix="hanse-bench-", dir=place))
     try:
         running = Deployment(root, clients=clients, **project)
         try:

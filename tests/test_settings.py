@@ -53,7 +53,15 @@ def test_a_servers_file_names_its_store_by_url(file: Path, store: str) -> None:
     assert not settings.has_password
 
 
-@pytest.mark.parametrize("store", ["postgresql://hanse:pw@db/hanse", "postgresql://db/hanse?password=pw"])
+@pytest.mark.parametrize(
+    "store",
+    [
+        "postgresql://hanse:pw@db/hanse",
+        "postgresql://hanse:p/w@db/hanse",  # taken for a password as it stands
+        "postgresql://hanse:[pw@db/hanse",
+        "postgresql://db/hanse?password=pw",
+    ],
+)
 def test_a_password_in_the_stores_url_is_noticed(store: str) -> None:
     assert ServerSettings(project="demo", store=store).has_password
 
@@ -155,9 +163,13 @@ def test_an_administrators_file_names_servers(file: Path) -> None:
         ("heartbeat_s", "heartbeat_s = nan"),
         ("heartbeat_s", 'heartbeat_s = "often"'),
         ("heart_beat_timeout_s", "heart_beat_timeout_s = -1"),
+        ("heart_beat_timeout_s", "heart_beat_timeout_s = inf"),
+        ("heart_beat_timeout_s", "heart_beat_timeout_s = 1e10"),
         ("shutdown_period_s", "shutdown_period_s = 0"),
         ("token_lifetime_s", "token_lifetime_s = 0"),
+        ("token_lifetime_s", "token_lifetime_s = inf"),
         ("lost_after_s", "lost_after_s = -1"),
+        ("lost_after_s", "lost_after_s = inf"),
         ("lease_s", "lease_s = 0"),
         ("lease_s", "lease_s = nan"),
         ("store", 'store = "store.db"'),

@@ -149,8 +149,18 @@ LEGAL: Final[Mapping[JobState, frozenset[JobState]]] = {
 ENDED: Final = frozenset(state for state, following in LEGAL.items() if not following)
 
 
+class FailedClient(msgspec.Struct, frozen=True):
+    """A client that is out of a run for good: the sentence that says why, and the code of what befell it."""
+
+    client: ClientName
+    reason: str
+    code: str = ""
+
+
 class JobRecord(msgspec.Struct, frozen=True):
     """A submitted job as the server's store holds it; times are POSIX seconds, 0 where it has not happened.
+
+    *failed_clients* are those of its clients that are out of its run.
 
     Of a bad end it says why: a stable *code*, a sentence (*reason*), the *client* concerned, if one is, with the code
     of what befell that client (*cause*) where the job's own is another, and the last lines of the log there
@@ -174,6 +184,7 @@ class JobRecord(msgspec.Struct, frozen=True):
     client: str = ""
     cause: str = ""
     log_tail: str = ""
+    failed_clients: tuple[FailedClient, ...] = ()
 
 
 def move(

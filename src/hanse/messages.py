@@ -357,7 +357,10 @@ class UpdateRef(msgspec.Struct, frozen=True):
 
 
 class TaskKey(msgspec.Struct, frozen=True):
-    """Names one task within its run: the *sequence*-th of that name in that round for that client."""
+    """Names one task within its run; *sequence* tells those of one name, round and client apart.
+
+    It follows from what is asked: ``coordination.task_keys``.
+    """
 
     round: int
     name: str
@@ -428,7 +431,8 @@ class RunSnapshot(msgspec.Struct, frozen=True):
 
     Answers accepted since that state are not here: whoever issues an answered task again is handed its answer.
     ``carried`` are the tasks of earlier rounds that the last commit kept; answers to them follow as events. Of the
-    ``lost_clients``, from which no answer is to be expected now, ``failed_clients`` will not come back.
+    ``lost_clients``, from which no answer is to be expected now, ``failed_clients`` will not come back. ``counted`` are
+    the tasks of the present round that were asked by a release which counted them.
     """
 
     job_id: JobId
@@ -438,6 +442,7 @@ class RunSnapshot(msgspec.Struct, frozen=True):
     lost_clients: tuple[ClientName, ...] = ()
     carried: tuple[TaskKey, ...] = ()
     failed_clients: tuple[ClientName, ...] = ()
+    counted: tuple[TaskKey, ...] = ()
 
 
 class IssueTasks(msgspec.Struct, frozen=True):

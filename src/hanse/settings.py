@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, TypeVar, get_args, get_type_hints
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import msgspec
 
@@ -21,6 +21,11 @@ from hanse.job import Config, Resources
 SETTINGS_FILE: Final = "settings.toml"
 STORES: Final = ("sqlite:////", "postgresql://")
 """What the URL of a store may begin with."""
+_PASSWORD: Final = re.compile(r"postgresql://[^:/]*:[^@]*@")
+"""How the URL of a store begins in which there is a password, as whoever opens it takes it apart: a password may have
+a slash."""
+LONGEST_S: Final = 1e9
+"""The longest time that a setting may give, some thirty years: it becomes a timer, and clients take no longer one."""
 BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9._-]*)*/?")
 """The URL of a bucket, and of what in it begins with a prefix."""
 T = TypeVar("T", bound=msgspec.Struct)
@@ -121,8 +126,10 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         )
         _expect(self.max_running_jobs >= 1, "max_running_jobs", self.max_running_jobs, "1 or more")
         for field in ("heartbeat_s", "heart_beat_timeout_s", "shutdown_period_s", "token_lifetime_s", "lease_s"):
-            _expect(getattr(self, field) > 0, field, getattr(self, field), "more than 0 seconds")
-        _expect(self.lost_after_s >= 0, "lost_after_s", self.lost_after_s, "0 or more seconds")
+            value, expected = getattr(self, field), f"more than 0 seconds, and at most {LONGEST_S:g}"
+            _expect(0 < value <= LONGEST_S, field, value, expected)
+        expected = f"0 to {LONGEST_S:g} seconds"
+        _expect(0 <= self.lost_after_s <= LONGEST_S, "lost_after_s", self.lost_after_s, expected)
         _expect(
             not self.address or is_dialable(self.address),
             "address",
@@ -164,8 +171,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     @property
     def has_password(self) -> bool:
         """Whether the store's URL holds a password."""
-        url = urlsplit(self.store)
-        return ":" in url.netloc.rpartition("@")[0] or "password" in parse_qs(url.query)
+        return _PASSWORD.match(self.store) is not None or "password" in parse_qs(self.store.partition("?")[2])
 
     def reached_at(self, listens_at: str) -> str:
         """Return where clients reach the server that listens at *listens_at*; empty where that cannot be told."""

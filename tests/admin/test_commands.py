@@ -185,6 +185,28 @@ def test_what_fails_in_the_store_is_not_answered_as_done(
     assert deployment.audited(1)[0].reason == "the disk is full"
 
 
+def test_what_is_done_is_answered_as_done_although_the_audit_log_cannot_be_written(
+    deployment: Deployment,
+    handlers: dict[str, Handler],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    async def full(*arguments: object, **more: object) -> None:
+        raise StoreFailed("writing", "the disk is full")
+
+    monkeypatch.setattr(deployment.server.jobs.services.store, "audit", full)
+    job_id = job(deployment, tmp_path)
+
+    assert job_id in [view.job_id for view in wait(deployment.server.jobs.board.views(limit=1000))]
+    (record,) = [record for record in caplog.records if record.message == "a command is not in the audit log"]
+    told = vars(record)
+    assert (told["actor"], told["action"], told["object"]) == ("ada@demo", "job.submit", job_id)
+    assert "the disk is full" in told["failed"]
+    with pytest.raises(Unauthorized):  # and what is refused, for its own reason
+        ask(handlers["job.abort"], JobQuery(job_id), who="lee@demo", role="lead")
+
+
 @pytest.mark.parametrize(
     ("topic", "payload"),
     [

@@ -34,6 +34,7 @@ from hanse.messages import (
     ChallengeReply,
     Channel,
     DisableClient,
+    Header,
     Heartbeat,
     Hello,
     JobEvent,
@@ -42,6 +43,7 @@ from hanse.messages import (
     ListClients,
     ListJobs,
     LogQuery,
+    Message,
     PromoteServer,
     Quit,
     Renew,
@@ -148,13 +150,37 @@ def test_what_was_not_uploaded_or_has_another_size_is_not_submitted(deployment: 
 
 
 def test_an_upload_that_broke_off_is_cleared_away_with_the_next_one(deployment: Deployment, tmp_path: Path) -> None:
-    files = deployment.server.jobs.upload_files("ada@demo")
+    files = deployment.server.jobs.files.upload_files("ada@demo")
     with files.begin(Digest("0" * 64), 100) as partial:
         partial.write(b"not all of it")
     assert deployment.uploads() == [f"{'0' * 64}.part"]
     with deployment.session() as session:
         session.submit(package(tmp_path / "job"))
     assert deployment.uploads() == []
+
+
+@pytest.mark.parametrize("is_dead", [True, False])
+def test_a_server_that_dies_or_falls_silent_in_a_submission_may_have_taken_the_job(
+    is_dead: bool, kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with deployed(kits, tmp_path / "ws") as deployment:
+        cell = deployment.server.get_cell()
+        assert cell is not None
+
+        async def never(message: Message) -> None:
+            if is_dead:
+                cell.drop(Fqcn(message.headers[Header.ORIGIN]), Unreachable("the server", "it was killed"))
+            await asyncio.Event().wait()
+
+        cell.on(Channel.ADMIN, "job.submit", never)
+        monkeypatch.setattr("hanse.admin.session.ANSWER_TIMEOUT_S", 60.0 if is_dead else 0.3)
+        with deployment.session() as session, pytest.raises(Unreachable) as caught:
+            session.submit(package(tmp_path / "job"))
+
+    told = caught.value.reason
+    assert told.startswith(f"cannot reach {caught.value.where}: ")
+    assert ("it was killed" if is_dead else "did not answer 'admin/job.submit' within 0.3 s") in told
+    assert "not known: look at 'hanse job list' before you submit it again" in told
 
 
 def test_jobs_are_listed_newest_first_and_by_state(deployment: Deployment, tmp_path: Path) -> None:
@@ -269,7 +295,7 @@ def completed(deployment: Deployment, data: bytes) -> JobId:
         package=Digest("0" * 64),
         package_bytes=1,
         state=JobState.COMPLETED,
-        result=wait(jobs.result_files(job_id)).put(data),
+        result=wait(jobs.files.result_files(job_id)).put(data),
         result_bytes=len(data),
     )
     wait(jobs.services.store.add_job(jobs.services.epoch, record))
@@ -296,7 +322,9 @@ def test_a_result_that_cannot_be_written_or_is_not_there_leaves_no_file(deployme
         waiting = session.submit(package(tmp_path / "job")).job_id
         with pytest.raises(Conflict, match="without a result"):
             session.download(waiting, tmp_path / "model.safetensors")
-        (wait(deployment.server.jobs.result_files(job_id)).root / blake3(b"small").hexdigest()).write_bytes(b"spoilt")
+        (wait(deployment.server.jobs.files.result_files(job_id)).root / blake3(b"small").hexdigest()).write_bytes(
+            b"spoilt"
+        )
         with pytest.raises(HanseError):
             session.download(job_id, tmp_path / "model.safetensors")
     assert [each.name for each in tmp_path.iterdir()] == ["job"]
@@ -322,6 +350,13 @@ def test_a_member_sees_and_changes_nothing(deployment: Deployment, tmp_path: Pat
             assert "needs role" in error.reason
         assert member.show(job_id).state == "submitted"
     assert not deployment.stop_asked.is_set()
+    with deployment.session() as session:
+        session.enable("site-1")  # whose own entry is written after those
+    refusals = {(entry.actor, entry.action): entry for entry in deployment.audited(10) if entry.outcome != "done"}
+    for action in ("job.submit", "job.abort", "client.disable", "server.stop"):
+        entry = refusals["mel@demo", action]
+        assert entry.outcome == "unauthorized"
+        assert entry.reason.startswith("mel@demo may not ")
     assert deployment.uploads() == []
 
 
@@ -512,6 +547,22 @@ def test_a_server_without_an_owner_who_listens_shuts_itself_down(kits: Path, tmp
 
 
 # The connection -------------------------------------------------------------------------------------------------------
+
+
+def test_a_handover_after_which_nobody_serves_is_not_waited_for_without_end(
+    kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.admin.session.SUCCEEDED_WITHIN_S", 0.3)
+    with deployed(kits, tmp_path / "ws") as deployment, deployment.session() as session:
+        cell = deployment.server.get_cell()
+        assert cell is not None
+
+        def leave(_: Message) -> None:
+            threading.Thread(target=deployment.server.close).start()  # and the other one does not come
+
+        cell.on(Channel.ADMIN, "server.promote", leave)
+        with pytest.raises(Unreachable, match=r"no server has served for 0\.3 s since the other one left"):
+            session.promote("standby")
 
 
 def test_two_sessions_of_one_person_do_not_replace_each_other(deployment: Deployment) -> None:

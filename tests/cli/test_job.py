@@ -27,7 +27,7 @@ class FakeSession:
     """Answers as a server with one job would."""
 
     def __init__(self, ended: JobView = COMPLETED) -> None:
-        self.ended = ended
+        self.ended, self.shown = ended, RUNNING
         self.asked: list[object] = []
 
     async def submit(self, package: bytes) -> JobSubmitted:
@@ -39,7 +39,7 @@ class FakeSession:
         return (RUNNING,)
 
     async def show(self, job_id: str) -> JobView:
-        return RUNNING
+        return self.shown
 
     async def wait(self, job_id: str) -> JobView:
         return self.ended
@@ -171,6 +171,19 @@ def test_nothing_that_a_client_says_reaches_the_terminal_as_a_command(
 def test_a_refusal_is_the_commands_end(hanse: Hanse, session: FakeSession) -> None:
     ended = hanse("job", "abort", "digits")
     assert (ended.status, ended.err) == (4, "hanse: job digits is completed, so it cannot be aborted [conflict]\n")
+
+
+def test_a_server_does_not_choose_where_a_model_is_put(
+    hanse: Hanse, session: FakeSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    session.shown = msgspec.structs.replace(RUNNING, job_id=JobId("../model"))
+
+    ended = hanse("job", "download", "digits")
+    assert (ended.status, ended.out) == (12, "")
+    assert ended.err.startswith("hanse: JobView.job_id is '../model'; expected lower-case letters")
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
 
 
 def test_a_model_is_put_into_a_file_called_like_the_job(

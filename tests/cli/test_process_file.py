@@ -10,6 +10,7 @@ import pytest
 
 from hanse.cli.process_file import announced, stop
 from hanse.errors import Conflict, TimedOut
+from hanse.launch.held import HeldProcess
 
 SERVING = """
 import signal, sys
@@ -52,6 +53,30 @@ def test_a_process_that_does_not_end_is_killed_only_if_asked(tmp_path: Path) -> 
         assert process.poll() is None
         assert stop(tmp_path / "pid", what="the test", timeout_s=0.1, force=True) == process.pid
         assert process.wait(10) == -signal.SIGKILL
+
+
+def test_a_process_that_ends_by_itself_just_before_it_is_asked_has_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tmp_path / "pid") as process:
+
+        def end(_: int) -> bool:
+            process.kill()
+            process.wait()
+            return False  # it held the lock when this was asked
+
+        monkeypatch.setattr("hanse.cli.process_file.lock_nowait", end)
+        assert stop(tmp_path / "pid", what="the test", timeout_s=10) == process.pid
+
+
+def test_a_process_that_not_even_a_kill_ends_is_not_said_to_have_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that waits for a disk that does not answer."""
+    with serving(tmp_path / "pid") as process:
+        monkeypatch.setattr(HeldProcess, "wait", lambda *_: False)
+        with pytest.raises(TimedOut, match=str(process.pid)):
+            stop(tmp_path / "pid", what="the test", timeout_s=0.1, force=True)
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:

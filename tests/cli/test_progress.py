@@ -175,5 +175,18 @@ def test_durations_are_for_people(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
 
 
+def test_what_is_no_duration_is_told_all_the_same() -> None:
+    assert [duration_text(seconds) for seconds in (-86_400.0, float("nan"), float("inf"))] == ["-"] * 3
+
+
 def test_metrics_are_in_the_order_of_their_names() -> None:
     assert metrics_text({"loss": 0.123456, "accuracy": 1.0}) == "accuracy 1  loss 0.1235"
+
+
+def test_a_time_that_is_no_date_is_told_all_the_same() -> None:
+    waiting = Waiting("2 more clients", until=1.7e9 + 1e12)  # a deadline that is meant never to come
+
+    assert job_line(view(waiting=(waiting,)))[-1] == "2 more clients, until after the year 9999"
+    assert "           until after the year 9999" in job_lines(view(waiting=(waiting,)))
+    assert time_text(float("inf")) == "after the year 9999"
+    assert [time_text(posix_s) for posix_s in (0.0, float("nan"), -1e300)] == ["-"] * 3

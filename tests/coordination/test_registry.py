@@ -379,7 +379,7 @@ def test_renewal_needs_a_registered_token() -> None:
 def test_a_disabled_client_is_refused_everywhere() -> None:
     registry = Registry(10)
     register(registry, ONE, A)
-    to_log_out = registry.disable(ONE, "key stolen")
+    to_log_out = registry.disable(ONE, "key stolen", now=1)
 
     assert to_log_out is not None
     assert to_log_out.token == A
@@ -398,9 +398,21 @@ def test_a_disabled_client_is_refused_everywhere() -> None:
 def test_disabling_a_client_that_is_not_registered_holds_for_later() -> None:
     registry = Registry(10)
 
-    assert registry.disable(ONE, "") is None
+    assert registry.disable(ONE, "", now=0) is None
     with pytest.raises(Unauthenticated, match=r"is disabled$"):
         register(registry, ONE, A)
+
+
+def test_a_client_that_was_disabled_while_it_was_away_has_to_register_again() -> None:
+    registry = Registry(10)
+    register(registry, ONE, A)
+    registry.remove(A)  # it was not heard of
+    registry.disable(ONE, "", now=1)
+    registry.enable(ONE)
+
+    with pytest.raises(Unauthenticated, match="the token was revoked; register again"):
+        reactivate(registry, ONE, A, now=2)
+    assert register(registry, ONE, B, now=2).client.token == B
 
 
 def test_clients_that_were_disabled_before_a_restart_stay_so() -> None:
@@ -601,7 +613,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     @rule(name=names)
     def a_client_is_disabled(self, name: ClientName) -> None:
-        client = self.registry.disable(name, "because")
+        client = self.registry.disable(name, "because", now=self.now)
         self.disabled.add(name)
         if client is not None:
             self.registry.revoke(client.token, now=self.now)
@@ -694,6 +706,17 @@ def test_a_client_that_has_another_token_at_another_server_by_now_is_logged_out(
     assert reactivate(registry, ONE, B, now=2).token == B
 
 
+def test_which_token_counts_of_a_client_that_the_store_does_not_know_stays_known() -> None:
+    registry = Registry(10)
+    register(registry, ONE, A)
+
+    assert registry.count_only({TWO: fingerprint(C)}, now=1) == []
+
+    assert registry.counting(ONE) == fingerprint(A)
+    with pytest.raises(Unauthenticated):
+        reactivate(registry, ONE, B, now=2)
+
+
 class AnyServers(RuleBasedStateMachine):
     """Servers follow each other on one store: what a client has given up is taken by none of them, what it has by all.
 
@@ -739,6 +762,15 @@ class AnyServers(RuleBasedStateMachine):
         if held is not None and self.primary.revoke(held, now=self.now) is not None:
             self.give_up(name)
             self.keep(name)
+
+    @rule(name=st.sampled_from([ONE, TWO, THREE]))
+    def a_client_that_is_there_or_not_is_disabled_for_a_while(self, name: ClientName) -> None:
+        registered = self.primary.disable(name, "because", now=self.now)
+        if registered is not None:
+            self.primary.revoke(registered.token, now=self.now)
+        self.give_up(name)
+        self.keep(name)
+        self.primary.enable(name)
 
     @rule(to=st.integers(0, 1), is_new=st.booleans())
     def a_server_takes_over(self, to: int, is_new: bool) -> None:

@@ -250,6 +250,15 @@ def test_no_answer_is_early_once_the_round_is_committed_or_where_the_run_has_beg
     assert isinstance(begun.judge(answer(key(ONE)), sender=ONE), Stale)
 
 
+def test_a_client_that_failed_is_out_of_the_run_that_is_rebuilt() -> None:
+    run = Run.resumed(JOB, [TWO, ONE], now=100, committed=4, tasks=[], answers=[], failed={TWO: "its process died"})
+
+    assert run.failed_clients == run.lost_clients == (TWO,)
+    assert run.participant(TWO).reason == "its process died"
+    assert (run.starting(TWO, now=101), run.stream_up(TWO, now=101)) == (None, None)
+    assert run.participant(ONE) == Participant(ONE, SUSPECT, since=100)
+
+
 def test_a_resumed_runs_clients_come_back_by_themselves_or_are_lost() -> None:
     run = resumed_run()
     assert run.participants == (Participant(ONE, SUSPECT, since=100), Participant(TWO, SUSPECT, since=100))

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import ssl
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -241,6 +242,39 @@ def test_a_workspace_in_use_says_by_what(server: Deployment, kits: Path, copy_of
 
     assert of(Check.WORKSPACE, found).text == f"{kit / 'workspace'}, used by what runs as process 42"
     assert asked == [kit / "workspace"]
+
+
+@pytest.mark.parametrize(
+    ("name", "look", "about", "left"),
+    [
+        ("site-1", "read_kit", Check.SETTINGS, []),
+        ("site-1", "look_at_folder", Check.WORKSPACE, WAY),
+        ("server", "look_at_folder", Check.WORKSPACE, [Check.DISK]),
+        ("server", "first_bytes_of", Check.STORE, [Check.LISTEN, Check.ANSWER, Check.IDENTITY, Check.VERSIONS]),
+    ],
+)
+def test_a_disk_that_never_answers_is_given_up(
+    name: str,
+    look: str,
+    about: Check,
+    left: list[Check],
+    kits: Path,
+    copy_of: Copy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As that of a machine which is away, over NFS: whoever looks there is not even killed by a signal."""
+    kit = copy_of(kits / name, target=closed_target())
+    may_end = threading.Event()
+    monkeypatch.setattr(f"hanse.doctor.checkup.{look}", lambda *_: may_end.wait(60))
+    try:
+        found = findings(kit, patience_s=SOON_S)
+    finally:
+        may_end.set()
+
+    assert [finding.check for finding in found][-len(left) - 1 :] == [about, *left]
+    assert of(about, found).verdict is Verdict.FAIL
+    assert "could not be looked at within" in of(about, found).text
+    assert exit_status(found) == 12
 
 
 # What is wrong on the way ---------------------------------------------------------------------------------------------
@@ -577,6 +611,14 @@ def test_a_store_of_its_own_choice_is_looked_at_where_it_is(kits: Path, copy_of:
     assert not file.exists()
     file.write_text("something else")
     assert of(Check.STORE, findings(kit)).verdict is Verdict.FAIL
+
+
+def test_a_store_that_the_server_would_not_take_is_found(kits: Path, copy_of: Copy, tmp_path: Path) -> None:
+    more = f'store = "sqlite:///{tmp_path}/store.db?mode=ro"\nruns = "{tmp_path}/runs"'
+    found = findings(copy_of(kits / "server", target=closed_target(), more=more))
+
+    assert of(Check.STORE, found).text.startswith(f"store is 'sqlite:///{tmp_path}/store.db'; expected sqlite:////")
+    assert exit_status(found) == 2
 
 
 def test_a_bucket_that_answers_is_good_and_nothing_is_put_there(

@@ -6,7 +6,7 @@ import pytest
 
 from hanse.doctor.findings import Finding, Verdict
 from hanse.doctor.kit import judge_certificate, judge_dates, judge_key, judge_settings, read_kit
-from hanse.errors import ConfigError, Unauthenticated
+from hanse.errors import CertificateExpired, ConfigError, Unauthenticated
 from hanse.identity.authorities import Authority
 from hanse.identity.certificates import one_certificate
 from tests.certificates import certify_anew
@@ -133,13 +133,25 @@ def test_a_kit_without_certificates_has_none_to_look_at(tmp_path: Path, line: st
     assert [one.verdict for one in (key, certificate, dates)] == [Verdict.SKIP] * 3
 
 
+@pytest.mark.parametrize("line", ['servers = ["localhost:1"]', "", 'tls = false\nstore = "postgresql://one:two@h/db"'])
+def test_a_kit_that_cannot_be_used_without_certificates_is_found(tmp_path: Path, line: str):
+    (tmp_path / "settings.toml").write_text(f'project = "demo"\nname = "one"\n{line}\n')
+    (tmp_path / "settings.toml").chmod(0o644)
+    settings, key, certificate, dates = found(tmp_path)
+
+    assert settings.verdict is Verdict.OK
+    assert [one.verdict for one in (key, dates)] == [Verdict.SKIP] * 2
+    assert isinstance(certificate.error, ConfigError)
+    assert str(tmp_path) in certificate.text  # the file that is missing, or that others can read
+
+
 def test_an_expired_certificate_is_named_with_the_day_and_what_to_do(kits: Path, copy_of: Copy):
     kit = copy_of(kits / "site-1")
     certify_anew(kit, kits / "authority", made=NOW - 400 * DAY)
     *_, certificate, dates = found(kit)
 
     assert certificate.verdict is Verdict.OK
-    assert isinstance(dates.error, Unauthenticated)
+    assert isinstance(dates.error, CertificateExpired)
     assert dates.text == (
         f"the certificate of 'site-1' expired on {NOW - 40 * DAY:%Y-%m-%d %H:%M} UTC; ask the project for a new one "
         f"(it is {NOW:%Y-%m-%d %H:%M} UTC by this machine's clock)"

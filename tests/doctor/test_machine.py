@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hanse.doctor.findings import Verdict
+from hanse.doctor.findings import Finding, Verdict
 from hanse.doctor.machine import (
     DESCRIPTORS_PER_JOB,
     LEAST_FREE_BYTES,
@@ -135,22 +135,37 @@ def test_a_server_that_may_open_too_few_files_for_its_clients_is_found():
     assert failed.text.endswith(f"raise the limit (ulimit -n, LimitNOFILE) to {most}")
 
 
+def store_at(path: Path) -> Finding:
+    return judge_store_file(path, first_bytes_of(path), look_at_folder(path.parent))
+
+
 def test_a_store_is_a_database_or_is_not_there_yet(tmp_path: Path):
     path = tmp_path / "store.db"
 
-    assert judge_store_file(path, first_bytes_of(path)).text == f"{path} will be made"
+    assert store_at(path).text == f"{path} will be made"
     path.write_bytes(b"SQLite format 3\0and more")
-    assert judge_store_file(path, first_bytes_of(path)).verdict is Verdict.OK
+    assert store_at(path).verdict is Verdict.OK
     path.write_bytes(b"something else")
-    finding = judge_store_file(path, first_bytes_of(path))
+    finding = store_at(path)
     assert isinstance(finding.error, StoreFailed)
     path.unlink()
     path.mkdir()
-    finding = judge_store_file(path, first_bytes_of(path))
+    finding = store_at(path)
     assert finding.text == f"the store failed while opening {path}: Is a directory"
     path.rmdir()
     path.write_bytes(b"")  # what a server leaves that was killed when it had just made the file
-    assert judge_store_file(path, first_bytes_of(path)).verdict is Verdict.OK
+    assert store_at(path).verdict is Verdict.OK
+
+
+def test_a_store_that_can_never_be_made_is_found(tmp_path: Path):
+    (tmp_path / "nowhere").symlink_to("/no/such/folder")
+    path = tmp_path / "nowhere" / "store.db"
+
+    finding = store_at(path)
+    assert isinstance(finding.error, StoreFailed)
+    assert finding.text == f"the store failed while opening {path}: {tmp_path / 'nowhere'} is no folder"
+    barred = judge_store_file(path, FileNotFoundError(), replace(FOLDER, is_usable=False))
+    assert barred.text == f"the store failed while opening {path}: user 1000 may not write in /srv/hanse"
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,13 @@ def check_completed(
     if may_be_answered_again:
         own = list({(entry.what, entry.round, entry.text): entry for entry in own}.values())
     seen = _writes(own)
-    keys = {(number, f"train/0/{client}") for number in range(1, rounds + 1) for client in clients}
+    first: dict[tuple[int, str], str] = {}
+    for write in seen:
+        name, _, client = write.key.split("/")
+        if name == "train":
+            first.setdefault((write.round, client), write.key)
+    numbers = range(1, rounds + 1)
+    keys = {(number, first.get((number, client), f"train/?/{client}")) for number in numbers for client in clients}
     if may_be_asked_again:
         keys |= {(write.round, write.key) for write in seen}
     expected = {Write(what, *key, since=key[0] - 1) for what in ("task", "answer") for key in keys}

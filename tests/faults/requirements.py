@@ -1,6 +1,6 @@
 """What some faults need of the machine; where it is missing they are skipped, or fail where it was promised.
 
-``HANSE_TEST_REQUIRE`` promises by name, separated by commas: ``postgres,tmpfs,netns,faketime,memcg``.
+``HANSE_TEST_REQUIRE`` promises by name, separated by commas: ``postgres,tmpfs,loop,netns,faketime,memcg``.
 """
 
 import os

@@ -170,18 +170,25 @@ def test_the_job_authority_survives_a_restart_in_one_private_file(tmp_path: Path
     second = JobAuthority.load_or_create(tmp_path / "new", now=NOW + timedelta(days=1))
 
     assert second.verify(certificate, now=NOW) == JOB
-    assert second.certificate == first.certificate
+    assert second.key_id == first.key_id
     (file,) = (tmp_path / "new").iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_an_expired_job_authority_is_made_anew(tmp_path: Path):
+def test_the_job_authoritys_certificate_is_made_anew_at_each_start(tmp_path: Path):
     first = JobAuthority.load_or_create(tmp_path, now=NOW)
     later = NOW + AUTHORITY_LIFETIME + timedelta(days=1)
     second = JobAuthority.load_or_create(tmp_path, now=later)
 
     assert second.certificate != first.certificate
     assert second.verify(second.issue(JOB, now=later)[0], now=later) == JOB
+
+
+def test_a_clock_that_is_set_back_undoes_no_job_certificate(tmp_path: Path):
+    jobs = JobAuthority.load_or_create(tmp_path, now=NOW)
+    certificate, _ = jobs.issue(JOB, now=NOW)
+
+    assert jobs.verify(certificate, now=NOW - timedelta(days=9)) == JOB
 
 
 def test_a_job_authority_that_others_can_read_or_that_is_damaged_is_refused(tmp_path: Path):

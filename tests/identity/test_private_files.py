@@ -1,5 +1,8 @@
+import errno
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,40 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_path: Path)
 def test_what_is_there_is_kept(tmp_path: Path):
     assert keep_or_create(tmp_path / "file", b"first") == b"first"
     assert keep_or_create(tmp_path / "file", b"second") == b"first"
+
+
+def test_the_names_of_what_is_new_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Path] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        seen.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+
+    make_private_folder(tmp_path / "a" / "b")
+    assert sorted(seen) == [tmp_path, tmp_path / "a"]
+    keep_or_create(tmp_path / "secret", b"x")
+    assert seen[-1] == tmp_path
+    seen.clear()
+    make_private_folder(tmp_path / "a" / "b")
+    keep_or_create(tmp_path / "secret", b"x")
+    assert seen == []
+
+
+@pytest.mark.parametrize(("number", "is_told"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_can_sync_no_folder_is_no_trouble_and_one_that_fails_is(
+    number: int, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def failing(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(ConfigError, match="a file that can be written") if is_told else nullcontext():
+        replace_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
 
 
 def test_of_many_who_create_at_once_all_get_the_same(tmp_path: Path):

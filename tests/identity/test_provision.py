@@ -1,4 +1,6 @@
+import os
 import zipfile
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -278,6 +280,37 @@ def test_a_request_for_what_the_file_does_not_list_is_refused(
     with pytest.raises(ConfigError, match=problem):
         approve(tmp_path / "x" / "request.pem", out / "authority", project, tmp_path / "x.zip", now=NOW)
     assert not (tmp_path / "x.zip").exists()
+
+
+def test_what_is_made_outlives_a_power_failure_once_it_is_told_of(
+    tmp_path: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+):
+    named: dict[Path, bool] = {}  # each name that was given to something, and whether its folder was synced since
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def noting(move: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def moved(source: Path, target: Path) -> Path:
+            named[target] = False
+            return move(source, target)
+
+        return moved
+
+    def synced(descriptor: int) -> None:
+        at = Path(f"/proc/self/fd/{descriptor}").readlink()
+        named.update({name: True for name in named if name.parent == at})
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", noting(rename))
+    monkeypatch.setattr(Path, "replace", noting(replace))
+
+    out, site = tmp_path / "kits", tmp_path / "their-machine" / "site-2"
+    provision(project, out, now=NOW)
+    request("site-2", "House", "client", site)
+    install(approved(site, out, project), site)
+
+    assert {out / "site-1", out / "authority" / "ca.key", out / "authority" / "ca.pem", site / "cert.pem"} <= set(named)
+    assert [str(name) for name, is_synced in named.items() if not is_synced] == []
 
 
 def test_an_answer_is_never_written_over(out: Path, project: Path, site: Path):

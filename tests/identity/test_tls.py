@@ -165,6 +165,20 @@ def test_a_job_process_gets_through_at_every_server_that_shares_the_secret(
     assert unavailable(standby, authority, process, roots=authority.certificate + stranger.certificate)
 
 
+def test_a_job_process_gets_through_once_a_clock_that_was_ahead_is_set_right(
+    authority: Authority, server: Identity, tmp_path: Path
+):
+    ahead = NOW + timedelta(days=2)
+    before = JobAuthority.load_or_create(tmp_path, now=ahead)
+    issued_before = load_identity(tmp_path, *before.issue(Fqcn("site-1.j-1"), now=ahead))
+    jobs = JobAuthority.load_or_create(tmp_path, now=NOW)
+    issued_since = load_identity(tmp_path, *jobs.issue(Fqcn("site-1.j-1"), now=NOW))
+
+    for process in (issued_since, issued_before):
+        seen = call(server, authority, process, roots=authority.certificate + jobs.certificate)
+        assert jobs.verify(seen, now=NOW) == "site-1.j-1"
+
+
 def test_a_job_process_cannot_pose_as_the_server(authority: Authority, jobs: JobAuthority, make, tmp_path: Path):
     pose = load_identity(tmp_path, *jobs.issue(Fqcn("server.j-1"), now=NOW))
 

@@ -122,6 +122,19 @@ async def test_what_is_withheld_is_not_inherited(tmp_path: Path, monkeypatch: py
     assert process.log_tail() == f"None {HERE}"
 
 
+async def test_sets_have_the_same_order_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = " ".join(f"site-{number}" for number in range(50))
+    orders = set()
+    for seed in ("1", "2", "random"):
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        process = await launch(f"set {names}", tmp_path / "log")
+        await process.wait()
+        orders.add(process.log_tail())
+
+    (order,) = orders
+    assert sorted(order.split()) == sorted(names.split())
+
+
 async def test_process_leads_a_session_of_its_own(tmp_path: Path) -> None:
     process = await launch("group", tmp_path / "log")
     await process.wait()

@@ -1,6 +1,7 @@
 import importlib
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,6 +23,7 @@ from hanse.learning.workflow import (
     Federation,
     State,
     Workflow,
+    check_first,
     check_next,
     is_over,
     load_workflow,
@@ -215,11 +217,42 @@ def test_run_is_over_after_its_rounds_or_when_the_state_says_so() -> None:
 def test_step_must_lead_to_the_next_round() -> None:
     before = State(Model({}), round=4)
     after = State(Model({}), round=5)
-    assert check_next(before, after, workflow="own") is after
+    assert check_next(before, after, workflow="own") == after
     with pytest.raises(WorkflowFailed, match=r"'own' failed in round 5: .* returned NoneType; expected a State"):
         check_next(before, None, workflow="own")
     with pytest.raises(WorkflowFailed, match="returned a state of round 4"):
         check_next(before, before, workflow="own")
+
+
+def test_first_step_must_lead_to_round_0() -> None:
+    assert check_first(State(Model({})), workflow="own") == State(Model({}))
+    with pytest.raises(WorkflowFailed, match=r"'own' failed in round 0: start\(\) returned NoneType; expected a State"):
+        check_first(None, workflow="own")
+    with pytest.raises(WorkflowFailed, match="returned a state of round 3"):
+        check_first(State(Model({}), round=3), workflow="own")
+
+
+def test_metrics_and_the_end_may_be_numpys() -> None:
+    metrics = {"mean": np.float64(0.5), "least": np.float32(0.25), "count": np.int64(3)}
+    done: Any = np.float64(0.01) < 0.1
+    state = check_next(State(Model({})), State(Model({}), 1, metrics=metrics, done=done), workflow="own")
+    assert state.metrics == {"mean": 0.5, "least": 0.25, "count": 3.0}
+    assert {type(value) for value in state.metrics.values()} == {float}
+    assert state.done is True
+
+
+@pytest.mark.parametrize("metrics", [{"loss": "low"}, {"loss": None}, {"loss": np.zeros(2)}, {"loss": 10**400}])
+def test_metrics_that_are_no_numbers_are_the_workflows_failure(metrics: Any) -> None:
+    with pytest.raises(
+        WorkflowFailed, match=r"'own' failed in round 1: round\(\) returned metrics that are no numbers"
+    ):
+        check_next(State(Model({})), State(Model({}), 1, metrics=metrics), workflow="own")
+
+
+@pytest.mark.parametrize("value", [np.int64(3), np.zeros(2), object(), 2**70, {"deep": [{1: np.float32(2)}]}])
+def test_values_that_do_not_travel_are_the_workflows_failure(value: object) -> None:
+    with pytest.raises(WorkflowFailed, match=r"'own' failed in round 1: round\(\) returned values that are not plain"):
+        check_next(State(Model({})), State(Model({}), 1, values={"seen": value}), workflow="own")
 
 
 def test_answer_is_an_update_or_a_fault() -> None:

@@ -94,6 +94,7 @@ def federation(
     lost: Sequence[str] = (),
     failed: Sequence[str] = (),
     carried: Sequence[TaskKey] = (),
+    counted: Sequence[TaskKey] = (),
     round_number: int = 1,
 ) -> RunFederation:
     made = RunFederation(
@@ -102,6 +103,7 @@ def federation(
         clients=map(ClientName, names),
         seed=seed,
         carried=carried,
+        counted=counted,
     )
     journal.attach(made)
     for client in lost:

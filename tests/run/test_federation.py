@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hanse.coordination.task_keys import FIRST_SEQUENCE, content_of, sequence_of
 from hanse.errors import StoreFailed
 from hanse.ids import ClientName, JobId
 from hanse.job import JobSpec, WorkflowSpec
 from hanse.learning.workflow import LONGEST_WAIT_S, THEN, Answer, Task, rng_for
-from hanse.messages import RunSnapshot, TaskFault, TaskKey, TaskResult
+from hanse.messages import IssueTasks, ModelRef, RunSnapshot, TaskFault, TaskKey, TaskResult, TensorRef, UpdateRef
 from hanse.model import Model, TensorSpec
 from hanse.run.federation import RunFederation
-from hanse.storage.tensors import TensorFiles
+from hanse.storage.models import store_model
+from hanse.storage.tensors import TensorFiles, digest_of
 
 from .journal import Journal, changed, federation
 
@@ -55,8 +57,12 @@ def shown(answers: list[Answer]) -> list[tuple[str, str | None, int]]:
     return [(answer.client, answer.fault and answer.fault.code, answer.staleness) for answer in answers]
 
 
-def key(client: str, *, round_number: int = 1, sequence: int = 0) -> TaskKey:
-    return TaskKey(round_number, "train", sequence, ClientName(client))
+def key(client: str, *, round_number: int = 1, number: int = 0) -> TaskKey:
+    """The key of ``TRAIN``, asked of *client* for the *number*-th time in a round."""
+    ones = np.ones(3, np.float32).tobytes()
+    reference = ModelRef((TensorRef("w", "float32", (3,), digest_of(ones), ones),))
+    content = content_of(reference, TRAIN.config, expects_model=True)
+    return TaskKey(round_number, "train", sequence_of(content, number), ClientName(client))
 
 
 async def test_each_client_answers_once(files: TensorFiles) -> None:
@@ -72,30 +78,43 @@ async def test_each_client_answers_once(files: TensorFiles) -> None:
     }
     assert all(answer.update is not None and answer.update.metrics == {"loss": 0.5} for answer in answers)
     (issued,) = journal.issued
-    assert issued.keys == (TaskKey(1, "train", 0, ClientName("a")), TaskKey(1, "train", 0, ClientName("b")))
+    assert issued.keys == (key("a"), key("b"))
     assert (issued.config, issued.expects_model) == ({"rate": 0.1}, True)
     assert (issued.deadline_s, issued.then) == (LONGEST_WAIT_S, THEN)
     assert journal.cancelled == []
     assert run.answered_clients == {"a", "b"}
 
 
-async def test_keys_count_the_asks_of_one_name_to_one_client_within_a_round(files: TensorFiles) -> None:
+async def test_keys_follow_from_what_is_asked_and_how_often_it_was_asked_before_in_the_round(
+    files: TensorFiles,
+) -> None:
     journal = Journal(files, {"a": plus(1), "b": plus(1)})
     run = federation(journal, "a", "b")
 
     await collected(run, "a")
     await collected(run, "a", "b")
-    await collected(run, "a", task=Task("evaluate", model(1), expects_model=False))
+    await collected(run, "a", task=Task("train", model(2), {"rate": 0.1}))
+    await collected(run, "a")
     run.enter_round(2)
     await collected(run, "a")
 
-    assert [(key.round, key.name, key.sequence, key.client) for key in journal.asked] == [
-        (1, "train", 0, "a"),
-        (1, "train", 1, "a"),
-        (1, "train", 0, "b"),
-        (1, "evaluate", 0, "a"),
-        (2, "train", 0, "a"),
-    ]
+    again, other = key("a", number=1), journal.asked[3]
+    assert journal.asked == [key("a"), again, key("b"), other, key("a", number=2), key("a", round_number=2)]
+    assert other.sequence not in {each.sequence for each in journal.asked if each is not other}
+
+
+async def test_two_questions_with_the_same_number_by_chance_are_two_tasks(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.run.federation.sequence_of", lambda content, number: FIRST_SEQUENCE + number)
+    journal = Journal(files, {"a": plus(1)})
+    run = federation(journal, "a")
+
+    for value in (1, 2, 1):
+        (answer,) = await collected(run, "a", task=Task("train", model(value)))
+        assert answer.update is not None
+        assert answer.update.model == model(value + 1)
+    assert len(set(journal.asked)) == 3
 
 
 async def test_an_ask_made_again_after_a_crash_gets_the_answers_that_were_accepted(files: TensorFiles) -> None:
@@ -306,6 +325,65 @@ async def test_answers_come_again_in_the_order_in_which_they_were_accepted(files
     assert run.outstanding("train") == {"b": 0}
 
 
+async def test_asks_side_by_side_get_their_own_answers_whichever_went_on_first(files: TensorFiles) -> None:
+    async def chain(run: RunFederation, start: int, first: str) -> Model:
+        """Have *first* train, and then c what came of it."""
+        made = model(start)
+        for name in (first, "c"):
+            (answer,) = await collected(run, name, task=Task("train", made))
+            assert answer.update is not None
+            assert answer.update.model is not None
+            made = answer.update.model
+        return made
+
+    async def both(run: RunFederation) -> list[Model]:
+        return await asyncio.gather(chain(run, 10, "a"), chain(run, 20, "b"))
+
+    journal = Journal(files, {"a": silent, "b": plus(1), "c": plus(1)})
+    before = asyncio.create_task(both(federation(journal, *"abc")))
+    async with asyncio.timeout(10):
+        while [each.client for each in journal.answers] != ["b", "c"]:
+            journal.was_asked.clear()
+            await journal.was_asked.wait()
+    before.cancel()
+    await asyncio.gather(before, return_exceptions=True)
+    journal.clients["a"] = plus(1)
+    journal.asked.clear()
+
+    assert await both(federation(journal, *"abc")) == [model(12), model(22)]
+    assert [each.client for each in journal.asked] == ["a", "c"], "what b's chain was told, it is told again"
+
+
+async def test_what_is_asked_otherwise_than_before_the_crash_is_asked_anew(files: TensorFiles) -> None:
+    journal = Journal(files, {"a": plus(1)})
+    await collected(federation(journal, "a"), "a", task=Task("train", model(1), {"rate": 0.1, "steps": 2}))
+    run = federation(journal, "a")
+
+    same = await collected(run, "a", task=Task("train", model(1), {"steps": 2, "rate": 0.1}))
+    others = [Task("train", model(5), TRAIN.config), Task("train", model(1), {"rate": 0.2})]
+    models = [await collected(run, "a", task=task) for task in others]
+
+    assert [answer.update and answer.update.model for (answer,) in [same, *models]] == [model(2), model(6), model(2)]
+    assert len(journal.asked) == 3
+
+
+async def test_a_round_that_a_release_began_which_counted_its_tasks_goes_on_with_them(files: TensorFiles) -> None:
+    journal = Journal(files, {"a": plus(1), "b": silent})
+    old = [TaskKey(1, "train", number, ClientName(client)) for client, number in (("a", 0), ("a", 1), ("b", 0))]
+    for each, value in zip(old, (5, 6), strict=False):
+        journal.accept(TaskResult(each, UpdateRef(store_model(model(value), files), 1)))
+    run = federation(journal, "a", "b", counted=old)
+
+    got = [await collected(run, "a") for _ in range(3)]
+    await collected(run, "b", deadline_s=0.01)
+
+    assert [answer.update and answer.update.model for (answer,) in got] == [model(5), model(6), model(2)]
+    assert journal.asked == [key("a"), old[2]]
+    run.enter_round(2)
+    await collected(run, "a")
+    assert journal.asked[-1] == key("a", round_number=2)
+
+
 async def test_an_accepted_answer_of_a_client_that_was_lost_since_counts(files: TensorFiles) -> None:
     journal = Journal(files, {"a": plus(1), "b": silent})
     await collected(federation(journal, "a", "b"), "a", "b", deadline_s=0.001)
@@ -512,6 +590,29 @@ async def test_no_client_speaks_for_the_run(files: TensorFiles, code: str) -> No
     (answer,) = await collected(run, keep=True)
 
     assert answer.fault == TaskFault("training-failed", "I say so", retryable=True)
+
+
+async def test_what_the_store_takes_to_journal_tasks_is_taken_from_no_clients_time(files: TensorFiles) -> None:
+    loop = asyncio.get_running_loop()
+    deadline_s, back = 0.05, asyncio.Event()
+    waited: list[float] = []
+
+    class StoreAway(Journal):
+        async def issue(self, tasks: IssueTasks) -> None:
+            waited.append(loop.time())
+            await back.wait()
+            waited.append(loop.time())
+            await super().issue(tasks)
+            self.clients[tasks.keys[0].client] = plus(1)
+            loop.call_later(deadline_s / 10, self.work, tasks.keys[0])
+
+    began = loop.time()
+    run = federation(StoreAway(files), "a", "b")
+    loop.call_later(3 * deadline_s, back.set)
+    both = await asyncio.gather(*(collected(run, name, deadline_s=deadline_s) for name in ("a", "b")))
+
+    assert [shown(answers) for answers in both] == [[("a", None, 0)], [("b", None, 0)]]
+    assert 0 <= run.elapsed_s <= loop.time() - began - (max(waited) - min(waited))
 
 
 async def test_a_rounds_time_begins_with_it(files: TensorFiles) -> None:

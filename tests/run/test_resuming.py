@@ -39,7 +39,7 @@ class Killed(BaseException):
 class Ledger:
     """A server in small, and its clients: one process after the other asks it, each killed after *lives* steps.
 
-    Whenever a process waits, clients answer until ``enough`` answers are there that no commit has settled; which of
+    Whenever a process waits, clients answer until ``enough`` updates are there that no commit has settled; which of
     them answer first, follows from the tasks' keys. ``counted`` are the answers that commits have settled.
     """
 
@@ -88,7 +88,7 @@ class Ledger:
         tasks = [TaskAssignment(key, issue.model, issue.config, issue.expects_model) for key in issue.keys]
         self.asked += [task.key for task in self.run.issue(tasks)]
         self._step()
-        while len(self.run.answers) < self.enough and self.run.tasks:
+        while sum(answer.update is not None for answer in self.run.answers) < self.enough and self.run.tasks:
             self._work(min(self.run.tasks, key=lambda task: _drawn(task.key)))
 
     def _work(self, task: TaskAssignment) -> None:

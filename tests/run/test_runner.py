@@ -1,5 +1,7 @@
 """Driving a workflow from its last committed state to its end."""
 
+import contextlib
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +11,18 @@ import numpy as np
 import pytest
 
 from hanse.errors import StoreFailed, TensorDamaged, TooFewClients, WorkflowFailed
-from hanse.ids import ClientName, JobId
+from hanse.ids import JobId
 from hanse.job import JobSpec, WorkflowSpec
+from hanse.learning.cyclic import Cyclic
 from hanse.learning.fedavg import FedAvg
 from hanse.learning.workflow import Federation, State, Task
-from hanse.messages import RunSnapshot, StateRef, TaskKey
-from hanse.model import Model
+from hanse.messages import RunSnapshot, StateRef
+from hanse.model import Model, TensorSpec
 from hanse.run.runner import drive, load_state, store_state
+from hanse.storage.models import load_model
 from hanse.storage.tensors import TensorFiles
 
-from .journal import Journal, federation
+from .journal import Client, Journal, federation
 
 SPEC = JobSpec("tiny", WorkflowSpec("fedavg"), client="app:app", model="model:initial")
 
@@ -162,6 +166,29 @@ async def test_a_round_that_has_read_a_damaged_answer_is_not_committed(files: Te
     assert [state.round for state, _ in journal.commits] == [0]
 
 
+async def test_a_round_whose_disk_failed_is_not_committed_whatever_the_workflow_makes_of_that(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = StoreFailed("making room for a tensor", "no space left on device")
+
+    def no_space(size: int) -> None:
+        raise full
+
+    class Careless(Counting):
+        async def round(self, state: State, federation: Federation) -> State:
+            with contextlib.suppress(StoreFailed):
+                federation.allocate({"w": TensorSpec("float32", (10_000,))})
+            return await super().round(state, federation)
+
+    monkeypatch.setattr(files, "scratch", no_space)
+    journal = Journal(files)
+
+    with pytest.raises(StoreFailed) as raised:
+        await driven(journal, Careless())
+    assert raised.value is full
+    assert [state.round for state, _ in journal.commits] == [0]
+
+
 async def test_a_run_that_was_over_commits_nothing_more(files: TensorFiles) -> None:
     whole = Journal(files)
     await driven(whole, Counting())
@@ -221,9 +248,57 @@ async def test_commits_carry_on_what_was_kept_but_for_the_last(files: TensorFile
 
     last = await driven(journal, Leaving())
 
-    late = [TaskKey(1, "train", 0, ClientName("b")), TaskKey(2, "train", 0, ClientName("a"))]
-    assert journal.carried == [(), (late[0],), (late[1],), ()]
+    carried = [[(key.round, key.name, key.client) for key in keys] for keys in journal.carried]
+    assert carried == [[], [(1, "train", "b")], [(2, "train", "a")], []]
     assert last.values == {"late": 2}
+
+
+class CommitLost(Exception):
+    """The run's process dies where it would commit."""
+
+
+class WithoutCommit(Journal):
+    async def commit(self, state: StateRef, **more: Any) -> None:
+        if state.round:
+            raise CommitLost
+        await super().commit(state, **more)
+
+
+async def test_a_lap_that_is_run_again_with_a_client_that_had_been_lost_takes_no_model_past_it(
+    files: TensorFiles,
+) -> None:
+    def appending(digit: int) -> Client:
+        return lambda key, given: Model({"w": given["w"] * np.float32(10) + np.float32(digit)})
+
+    clients = {"a": appending(1), "b": appending(2), "c": appending(3)}
+    journal = WithoutCommit(files, clients)
+
+    async def lap(lost: Sequence[str]) -> State:
+        return await drive(
+            Cyclic(rounds=1),
+            spec=SPEC,
+            snapshot=RunSnapshot(JobId("tiny-1"), SPEC, (), None),
+            initial=lambda: model(0),
+            link=journal,  # type: ignore[arg-type]
+            files=files,
+            federation=federation(journal, *clients, lost=lost),
+        )
+
+    journal.clients = {**clients, "b": lambda key, given: None}
+    with pytest.raises(CommitLost):
+        await lap(["b"])
+    assert [key.client for key in journal.answers] == ["a", "c"]
+    journal.clients = clients
+    journal.asked.clear()
+
+    with pytest.raises(CommitLost):
+        await lap([])
+
+    assert [key.client for key in journal.asked] == ["b", "c"], "a is not asked again"
+    last = journal.answers[journal.asked[-1]].update
+    assert last is not None
+    assert last.model is not None
+    assert load_model(last.model, files) == model(123)
 
 
 async def test_what_the_workflows_code_raises_names_workflow_and_round(files: TensorFiles) -> None:

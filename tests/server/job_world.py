@@ -100,7 +100,7 @@ class Submissions:
     def register(self, server: FederatedServer, cell: Cell) -> None:
         async def take(message: Message) -> Message:
             asked = expect(message, SubmitJob)
-            files = server.jobs.upload_files(message.headers["client"])
+            files = server.jobs.files.upload_files(message.headers["client"])
             record = await server.jobs.submit(files.path(asked.package), submitter=message.headers["client"])
             return ok(JobSubmitted(record.job_id, record.spec.name))
 

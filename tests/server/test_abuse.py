@@ -310,7 +310,7 @@ def test_an_answer_that_is_being_journalled_counts_and_holds_its_round_up(
     sending.result(20)
     record = outcome(server, job_id)
     assert record.state is JobState.COMPLETED
-    assert read_safetensors(wait(server.jobs.result_files(job_id)).path(record.result)) == w(100)
+    assert read_safetensors(wait(server.jobs.files.result_files(job_id)).path(record.result)) == w(100)
 
 
 def test_an_answer_that_comes_before_its_task_is_journalled_waits_for_that(
@@ -436,7 +436,7 @@ def test_the_same_answer_twice_at_the_same_moment_counts_once(
 
     record = outcome(server, job_id)
     assert record.state is JobState.COMPLETED
-    assert read_safetensors(wait(server.jobs.result_files(job_id)).path(record.result)) == w(1)
+    assert read_safetensors(wait(server.jobs.files.result_files(job_id)).path(record.result)) == w(1)
     kinds = [watcher.told(Channel.ADMIN, "job.event").kind]
     while kinds[-1] != "job_completed":
         kinds.append(watcher.told(Channel.ADMIN, "job.event").kind)

@@ -1,5 +1,6 @@
 """``BaseServer``, row by row: clients, liveness, the endpoint."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -262,6 +263,13 @@ def waited(server: Bare, monkeypatch: pytest.MonkeyPatch) -> float | None:
     server.client_cleanup()
     (timeout,) = condition.timeouts
     return timeout
+
+
+def test_a_timeout_without_an_end_is_waited_for_as_long_as_can_be(bare: Bare, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare.heart_beat_timeout = math.inf
+    bare.add("site-1")
+
+    assert waited(bare, monkeypatch) == threading.TIMEOUT_MAX
 
 
 def test_the_liveness_loop_waits_for_ever_where_there_is_nobody(bare: Bare, monkeypatch: pytest.MonkeyPatch) -> None:

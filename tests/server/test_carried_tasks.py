@@ -71,7 +71,7 @@ def result_of(server: FederatedServer, job_id: JobId) -> Model:
     assert record.state is JobState.COMPLETED, record.reason
 
     async def path(digest: Digest) -> Path:
-        return (await server.jobs.result_files(job_id)).path(digest)
+        return (await server.jobs.files.result_files(job_id)).path(digest)
 
     return read_safetensors(wait(path(record.result)))
 
@@ -122,7 +122,8 @@ def test_an_answer_to_a_task_that_was_not_carried_is_stale(start: Start, dialler
     late = slow.task()
     fast.send(answer(fast.task(), w(1)))
     fast.send(answer(fast.task(), w(2)))
-    assert slow.task().key == TaskKey(3, "train", 0, ClientName("site-2")), "it gets the newest model"
+    fresh = slow.task().key
+    assert (fresh.round, fresh.name, fresh.client) == (3, "train", "site-2"), "it gets the newest model"
 
     assert slow.job is not None
     assert slow.job.told(Channel.TASK, "cancelled") == TaskCancelled(late.key)
@@ -372,7 +373,7 @@ def test_an_answer_that_the_disk_has_lost_is_asked_for_again_by_the_runs_next_pr
     task, update, last = one.task(), here.upload(1), other.task()
     one.send(TaskResult(task.key, update))
     (tensor,) = (update.model or ModelRef()).tensors
-    harm(server.jobs._runs[job_id].files.path(tensor.digest))
+    harm(server.jobs.live.runs[job_id].files.path(tensor.digest))
     launcher.started[0].kill()
 
     assert one.task() == task
@@ -391,7 +392,7 @@ def test_a_commit_carries_no_task_that_there_is_not(start: Start, dialler: Diall
 
     async def commit() -> None:
         strange = TaskKey(0, "train", 0, ClientName("site-1"))
-        await server.jobs._runs[job_id].commit(CommitRound(StateRef(0, ModelRef()), carried=(strange,)))
+        await server.jobs.live.runs[job_id].commit(CommitRound(StateRef(0, ModelRef()), carried=(strange,)))
 
     with pytest.raises(ProtocolError, match=r"CommitRound\.carried is .*; expected tasks out or answered"):
         wait(commit())

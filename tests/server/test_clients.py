@@ -656,7 +656,7 @@ def test_a_clients_token_opens_no_jobs_cell(deployed: MakeServer, dialler: Diall
 
 
 def _running_any_job(server: FederatedServer, monkeypatch: pytest.MonkeyPatch) -> FederatedServer:
-    monkeypatch.setattr(server.jobs, "demand_alive", lambda job_id: None)
+    monkeypatch.setattr(server.jobs.live, "demand_alive", lambda job_id: None)
     return server
 
 

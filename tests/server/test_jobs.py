@@ -285,8 +285,9 @@ def test_tensors_too_large_to_ride_along_move_by_digest(start: StartServer, dial
     assert not list((tmp_path / "ws" / "runs" / job_id / "tensors").glob("*"))
 
 
-def test_a_result_that_a_power_failure_has_left_without_its_bytes_is_written_anew(
-    start: StartServer, dialler: Dialler, tmp_path: Path
+@pytest.mark.parametrize("is_whole", [False, True], ids=["without-its-bytes", "that-may-not-be-on-the-disk"])
+def test_a_result_that_an_earlier_process_has_left_is_written_anew(
+    start: StartServer, dialler: Dialler, tmp_path: Path, is_whole: bool
 ) -> None:
     server = start()
     site = Site(dialler, server, "site-1")
@@ -296,17 +297,21 @@ def test_a_result_that_a_power_failure_has_left_without_its_bytes_is_written_ane
     task = site.task()
     left = server.jobs.run_folder(job_id).result / digest_of(expected)
     left.parent.mkdir()
-    left.write_bytes(bytes(len(expected)))  # a process of this run had come as far, and had not synced it
+    left.write_bytes(expected if is_whole else bytes(len(expected)))  # by a process that could not sync it
+    state = left.stat()
 
     site.send(answer(task, w(2)))
 
     record = outcome(server, job_id)
     assert (record.state, record.result) == (JobState.COMPLETED, digest_of(expected))
-    assert wait(_path(server, job_id, record.result)).read_bytes() == expected
+    result = wait(_path(server, job_id, record.result))
+    assert result.read_bytes() == expected
+    assert result.stat().st_mtime_ns != state.st_mtime_ns
+    assert list(result.parent.iterdir()) == [result]
 
 
 async def _path(server: FederatedServer, job_id: JobId, digest: Digest) -> Path:
-    return (await server.jobs.result_files(job_id)).path(digest)
+    return (await server.jobs.files.result_files(job_id)).path(digest)
 
 
 # answers --------------------------------------------------------------------------------------------------------------
@@ -1183,22 +1188,22 @@ def test_a_heartbeat_at_the_moment_at_which_a_run_is_taken_up_ends_nothing(
     site = Site(dialler, server, "site-1")
     job_id = submit(server, tmp_path, min_clients=1)
     site.started()
-    jobs = server.jobs
-    runs = jobs._runs
+    live = server.jobs.live
+    runs = live.runs
 
     class TakenUpMeanwhile(dict[JobId, Any]):
         """One of the two tables, of which the other thread moves the run to the other when it has been looked at."""
 
         def items(self) -> Any:
             found = list(super().items())
-            jobs._runs = runs
-            jobs._taking_up = {}
+            live.runs = runs
+            live.taking_up = {}
             return found
 
-    monkeypatch.setattr(jobs, "_taking_up", TakenUpMeanwhile({job_id: TakingUp(frozenset({site.name}), 0.0)}))
-    monkeypatch.setattr(jobs, "_runs", TakenUpMeanwhile())
+    monkeypatch.setattr(live, "taking_up", TakenUpMeanwhile({job_id: TakingUp(frozenset({site.name}), 0.0)}))
+    monkeypatch.setattr(live, "runs", TakenUpMeanwhile())
 
-    assert jobs.heartbeat(site.name, (job_id,)) == ()
+    assert server.jobs.client_watch.heartbeat(site.name, (job_id,)) == ()
 
 
 def test_an_agent_that_comes_anew_without_its_job_is_given_it_again(
@@ -1426,7 +1431,7 @@ def test_a_process_that_met_a_damaged_tensor_has_not_died(
     job_id = submit(server, tmp_path, min_clients=1, process_tries=2)
     first = launcher.next()
 
-    wait(server.jobs._runs[job_id].ended(RunEnded(completed=False, code=TensorDamaged.code, again=True)))
+    wait(server.jobs.live.runs[job_id].ended(RunEnded(completed=False, code=TensorDamaged.code, again=True)))
     launcher.end(first, 0)
     launcher.end(launcher.next(), -9)
     launcher.next()
@@ -1570,9 +1575,14 @@ def test_a_client_whose_task_was_cancelled_is_given_it_again_when_a_runs_next_pr
 
     launcher.started[0].kill()
     back.send(answer(back.task(), w(1)))
-    other.send(answer(following, w(5)))
+    other.send(answer(following, w(5)))  # which the lap has no use for any more: it is not what follows from w(1)
+    following = other.task()
+    assert opened(following.model or ModelRef()) == w(1)
+    other.send(answer(following, w(6)))
 
-    assert outcome(server, job_id).state is JobState.COMPLETED
+    record = outcome(server, job_id)
+    assert record.state is JobState.COMPLETED
+    assert read_safetensors(wait(_path(server, job_id, record.result))) == w(6)
     assert wait(server.jobs.board.view(job_id)).history[1].answered == ("site-1", "site-2")
 
 
@@ -1696,6 +1706,55 @@ def test_a_server_started_again_goes_on_from_the_last_committed_round(
     record = outcome(second, job_id)
     assert record.state is JobState.COMPLETED, record.reason
     assert read_safetensors(wait(_path(second, job_id, record.result))) == w(5)
+
+
+def test_a_client_that_failed_stays_out_of_its_run_when_the_server_is_started_again(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.active_run.STORE_PAUSE_S", 0.0)
+    first = start()
+    sites = [Site(dialler, first, name) for name in ("site-1", "site-2")]
+    workflow = WorkflowSpec("fedavg", {"rounds": 2, "quorum": 1})
+    job_id = submit(first, tmp_path, workflow=workflow, process_tries=1)
+    task = sites[0].task()
+    sites[1].started()
+    store, noted = first.jobs.services.store, threading.Event()
+    honest, tries = store.replace_job, iter([StoreFailed("writing", "the disk is away")])
+
+    async def replace_job(epoch: int, record: JobRecord, *, was: JobState) -> None:
+        for failed in tries:
+            raise failed
+        await honest(epoch, record, was=was)
+        noted.set()
+
+    monkeypatch.setattr(store, "replace_job", replace_job)
+    sites[1].wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9, "epoch 3"))
+    assert noted.wait(20)
+    sites[0].send(answer(task, w(1)))
+    assert sites[0].task().key.round == 2
+    credentials, job_wire = [site.wire.credentials for site in sites], sites[0].job
+    assert job_wire is not None
+    assert job_wire.credentials is not None
+    (before,) = [view for view in wait(first.jobs.board.view(job_id)).clients if view.name == "site-2"]
+    first.close()
+    dialler.close()
+
+    second = start()
+    started: list[Message] = []
+    for site, known, reported in zip(sites, credentials, ((job_id,), ()), strict=True):
+        answers = {(Channel.JOB, "deploy"): started.append, (Channel.JOB, "start"): started.append}
+        agent = dialler.site(second, site.name, credentials=known, answers=answers)
+        agent.ask(Channel.SERVER, "heartbeat", Heartbeat(reported))
+    wire = dialler.job_wire(second, f"site-1.{job_id}", JobCredentials(job_wire.credentials), tls=job_wire._tls)
+    sites[0].job = dialler.dial(wire)
+    (after,) = [view for view in wait(second.jobs.board.view(job_id)).clients if view.name == "site-2"]
+    assert (after.state, after.reason) == (before.state, before.reason)
+    sites[0].send(answer(sites[0].task(), w(2)))
+
+    record = outcome(second, job_id)
+    assert record.state is JobState.COMPLETED, record.reason
+    assert [entry.answered for entry in wait(second.jobs.board.view(job_id)).history] == [(), ("site-1",), ("site-1",)]
+    assert started == []
 
 
 def test_what_befell_a_client_is_known_to_the_server_started_again(

@@ -1,7 +1,12 @@
 """What a tenure takes over of a run's tensors."""
 
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from hanse.errors import StoreFailed
 from hanse.ids import Digest
 from hanse.server.run_folder import RunFolder
 from hanse.storage.tensors import TensorFiles
@@ -34,6 +39,23 @@ async def test_a_tensor_that_the_last_tenure_has_damaged_is_taken_over_from_the_
 
     assert await now.take_over([needed]) == []
     assert TensorFiles(now.tensors).verify(needed)
+
+
+async def test_a_disk_that_does_not_tell_what_there_is_may_tell_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = TensorFiles(RunFolder(tmp_path, epoch=3).tensors).put(memoryview(b"needed"))
+    now = RunFolder(tmp_path, epoch=4)
+
+    def fail(path: Path, pattern: str) -> Iterator[Path]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "glob", fail)
+    with pytest.raises(StoreFailed, match=f"looking into {tmp_path}: Input/output error"):
+        await now.take_over([needed])
+    monkeypatch.undo()
+
+    assert await now.take_over([needed]) == []
 
 
 async def test_what_no_tenure_has_is_told(tmp_path: Path) -> None:

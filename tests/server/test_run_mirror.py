@@ -1,6 +1,7 @@
 """What a run keeps in a bucket, and what another server, or another tenure, makes of it."""
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hanse.job import JobRecord, JobSpec, WorkflowSpec
 from hanse.server import run_folder, run_mirror
 from hanse.server.run_folder import RunFolder
 from hanse.server.run_mirror import RunMirror
+from hanse.storage import packages
 from hanse.storage.packages import build_package
 from hanse.storage.tensors import TensorFiles, digest_of
 
@@ -426,19 +428,37 @@ async def test_a_package_that_is_here_alone_is_kept(objects: Objects, files: Ten
     assert objects.asked == ["sizes", "put", "sizes"]
 
 
-async def test_code_has_its_name_only_when_it_is_on_the_disk(
-    objects: Objects, files: TensorFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_package_that_has_lost_its_end_in_the_bucket_is_kept_anew(
+    objects: Objects, files: TensorFiles, others: TensorFiles
 ) -> None:
+    (package,) = made(files, "package")
+    size = files.size(package)
+    await objects.put(f"{JOB}/package/{package}", files.path(files.put(b"the")))
+
+    await RunMirror(objects, JOB, 1).have_package(files, package, size)
+
+    await RunMirror(objects, JOB, 2).have_package(others, package, size)
+    assert others.verify(package)
+
+
+async def received(objects: Objects, files: TensorFiles, tmp_path: Path) -> JobRecord:
+    """Return a job whose package another server has received, and kept in the bucket."""
     spec = JobSpec("tiny", WorkflowSpec("fedavg"), client="app:app", model="model:initial")
     (tmp_path / "job").mkdir()
     package = build_package(tmp_path / "job", spec, {"app.py": b"app = 1"})
     digest = files.put(package)
     await RunMirror(objects, JOB, 1).keep_package(files, digest)
-    record = JobRecord(JOB, spec, "ada", 0.0, digest, len(package))
+    return JobRecord(JOB, spec, "ada", 0.0, digest, len(package))
+
+
+async def test_code_has_its_name_only_when_it_is_on_the_disk(
+    objects: Objects, files: TensorFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = await received(objects, files, tmp_path)
     folder = RunFolder(tmp_path / "run", 2, RunMirror(objects, JOB, 2))
 
     def power_fails(path: Path) -> None:
-        assert (path / "code.unsynced" / "app.py").exists()
+        assert (path / "unsynced" / "code" / "app.py").exists()
         raise StoreFailed("syncing", "the power failed")
 
     with monkeypatch.context() as patched:
@@ -449,6 +469,28 @@ async def test_code_has_its_name_only_when_it_is_on_the_disk(
     await folder.have_package(record)
 
     assert (folder.code / "app.py").read_bytes() == b"app = 1"
+    assert {path.name for path in folder.path.iterdir()} == {"code", "package"}
+
+
+async def test_what_a_server_had_unpacked_when_it_was_killed_is_deleted_by_the_next_one(
+    objects: Objects, files: TensorFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = await received(objects, files, tmp_path)
+    folder = RunFolder(tmp_path / "run", 2, RunMirror(objects, JOB, 2))
+
+    def is_killed(archive: object, entry: object, into: Path) -> None:
+        (into / "app.py").write_bytes(b"app")
+        raise KeyboardInterrupt  # what is deleted on the way out is not, as when nothing runs any more
+
+    with monkeypatch.context() as patched:
+        patched.setattr(packages, "_extract", is_killed)
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            folder._have_code(files.path(Digest(record.package)))
+    assert list(folder.path.rglob("app.py"))
+
+    await RunFolder(tmp_path / "run", 3, RunMirror(objects, JOB, 3)).have_package(record)
+
     assert {path.name for path in folder.path.iterdir()} == {"code", "package"}
 
 

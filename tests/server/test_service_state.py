@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from hanse.coordination.registry import fingerprint
 from hanse.coordination.service import TABLE, RequestKind, ServiceState, message
 from hanse.errors import Conflict, HanseError, NotInService, StaleEpoch, StoreFailed
 from hanse.events import EventType
@@ -257,6 +258,18 @@ def test_a_challenge_is_answered_where_a_registration_is(stage: Stage, state: Se
 # who begins where -----------------------------------------------------------------------------------------------------
 
 
+def test_the_token_of_who_registers_while_a_server_takes_over_is_the_one_that_counts(
+    stage: Stage, dialler: Dialler
+) -> None:
+    with stage.held_in(COLD2HOT):
+        site = dialler.plain(stage.server, "site-3")
+        assert site.registered is not None
+        assert wait(stage.store.kept_tokens()) == {}  # there is no epoch yet to write it under
+
+    assert stage.server.service.state is HOT
+    assert wait(stage.store.kept_tokens()) == {"site-3": fingerprint(site.registered.token)}
+
+
 def test_a_server_with_an_overseer_begins_cold(make_server: MakeServer) -> None:
     server = make_server(overseer_agent=ScriptedOverseer())
 
@@ -311,6 +324,18 @@ def test_somebody_else_who_is_primary_makes_nobody_hot(stage: Stage) -> None:
 
     assert stage.server.service.state is COLD
     assert names(stage.server) == []
+
+
+def test_somebody_else_who_is_primary_at_an_address_that_reads_the_same_is_still_somebody_else(stage: Stage) -> None:
+    before = wait(stage.store.lease())
+    stage.overseer.appoint(Primary(target_of(stage.server), Ssid("theirs"), "standby"))
+
+    assert stage.server.service.state is COLD
+    assert wait(stage.store.lease()) == before, "it takes the lease from who has it"
+
+    stage.overseer.appoint(Primary(target_of(stage.server), Ssid("tenure-1"), stage.server.name))
+
+    assert stage.server.service.state is HOT
 
 
 @pytest.mark.parametrize(
@@ -482,7 +507,7 @@ def test_no_answer_is_refused_for_good_while_a_tenure_that_is_lost_ends(
     appoint(overseer, server, "tenure-1")
     site = Site(dialler, server)
     first = submit(server, tmp_path, min_clients=1)
-    process, life = site.started(), server.jobs._lives[first]
+    process, life = site.started(), server.jobs.live.task_of(first)
     submit(server, tmp_path, min_clients=1)
     site.started()
     on_loop(launcher.stops.clear)

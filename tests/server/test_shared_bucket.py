@@ -275,7 +275,7 @@ def test_a_result_is_had_from_the_server_that_has_not_seen_it(start: Start, dial
     first.close()
 
     second = start("two")
-    files = wait(second.jobs.result_files(job_id))
+    files = wait(second.jobs.files.result_files(job_id))
 
     assert read_safetensors(files.path(record.result)) == Model({"w": np.full(10_000, 7, np.float32)})
 
@@ -355,9 +355,9 @@ def test_a_server_serves_while_it_cannot_take_a_run_up_and_says_so(
     s3.stop()
     try:
         second = start("two")
-        assert second.jobs.takes_part(job_id, "site-1")
+        assert second.jobs.files.takes_part(job_id, "site-1")
         with pytest.raises(HanseError, match=f"it takes up job {job_id}") as coming:
-            second.jobs.run_files(job_id, "site-1", write=True)
+            second.jobs.files.run_files(job_id, "site-1", write=True)
         assert coming.value.retryable
         view = wait(second.jobs.board.view(job_id))
     finally:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from hanse.messages import Channel, Heartbeat, TaskAssignment, TaskResult
 from hanse.model import Model
 from hanse.server import FederatedServer
 from hanse.server.lifetime import holder_of
-from hanse.server.overseer import LeaseOverseer, OverseerAgent
+from hanse.server.overseer import LeaseOverseer, OverseerAgent, Primary
 from hanse.storage.memory import MemoryStore
 from hanse.storage.records import Lease, Standby
 from hanse.storage.store import SqlStore
@@ -211,6 +212,53 @@ def test_a_server_that_cannot_serve_under_its_lease_does_not_take_it_again_at_on
         assert has_served.acquire(timeout=WITHIN_S)
     finally:
         overseer.end()
+
+
+class Unsure(MemoryStore):
+    """A store that once fails to give the lease; or that gives it, and cannot say so, as when the line breaks then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failing: str | None = None
+
+    async def take_lease(self, holder: str, **more: Any) -> Lease:
+        failing, self.failing = self.failing, None
+        if failing == "before":
+            raise StoreFailed("using the database", "the connection was lost")
+        lease = await super().take_lease(holder, **more)
+        if failing == "after":
+            raise StoreFailed("using the database", "the connection was lost")
+        return lease
+
+
+@pytest.mark.parametrize("failing", ["before", "after"])
+@pytest.mark.parametrize("was_its_own", [True, False])
+def test_a_lease_that_the_store_could_not_say_it_gives_is_taken_again_at_once_and_serves_nobody_before(
+    failing: str, was_its_own: bool
+) -> None:
+    store = on_loop(Unsure)
+    wait(store.open())
+    if was_its_own:  # before it was killed, and started again
+        wait(store.take_lease("one", name="server-1", target="server-1:1", ttl_s=LEASE_S))
+    store.failing = failing
+    overseer = LeaseOverseer(
+        store, holder="one", name="server-1", target="server-1:1", ttl_s=LEASE_S, clock=lambda: 0.0
+    )
+    heard: list[Primary | None] = []
+    is_primary = threading.Event()
+
+    def hear(agent: OverseerAgent) -> None:
+        heard.append(agent.primary())
+        if heard[-1] is not None:
+            is_primary.set()
+
+    overseer.start(hear)
+    try:
+        assert is_primary.wait(WITHIN_S)
+    finally:
+        overseer.end()
+    assert heard[-1] is not None
+    assert heard[-1].held is not None, "it would serve under a lease of which it does not know until when it is good"
 
 
 def test_a_server_that_says_nothing_is_succeeded_and_serves_nobody_when_it_wakes(

@@ -1,14 +1,18 @@
 """How a job comes in, and that one which is refused leaves nothing."""
 
+import errno
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hanse.errors import JobInvalid, NoSpace
+from hanse.errors import JobInvalid, NoSpace, StaleEpoch
+from hanse.ids import Digest
 from hanse.job import WorkflowSpec
 from hanse.server import FederatedServer
+from hanse.server.run_folder import RunFolder
 from hanse.storage.tensors import TensorFiles
 
 from .job_world import Threads, submit
@@ -55,3 +59,32 @@ def test_a_job_for_whose_package_there_is_no_space_leaves_nothing(
         submit(server, tmp_path)
 
     assert list((tmp_path / "ws" / "runs").iterdir()) == []
+
+
+def test_a_job_whose_folder_does_not_get_its_name_leaves_nothing(
+    server: FederatedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def no_space(path: Path, target: Path) -> Path:
+        if path.name.startswith(".incoming-"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", no_space)
+    with pytest.raises(NoSpace):
+        submit(server, tmp_path)
+
+    assert list((tmp_path / "ws" / "runs").iterdir()) == []
+
+
+def test_a_job_whose_files_the_next_server_has_deleted_is_refused_for_its_own_reason(
+    server: FederatedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def is_succeeded(folder: RunFolder, digest: Digest) -> None:
+        shutil.rmtree(folder.path)
+        raise StaleEpoch(ours=1, current=2)
+
+    monkeypatch.setattr(RunFolder, "keep_package", is_succeeded)
+    with pytest.raises(StaleEpoch):
+        submit(server, tmp_path)

@@ -109,7 +109,7 @@ def server(
 def result_of(server: FederatedServer, job_id: JobId) -> Model:
     record = outcome(server, job_id)
     assert record.state is JobState.COMPLETED, record.reason
-    return read_safetensors(wait(server.jobs.result_files(job_id)).path(record.result))
+    return read_safetensors(wait(server.jobs.files.result_files(job_id)).path(record.result))
 
 
 PLUS_TWO = Model({"w": np.full(3, 2, np.float32), "b": np.asarray(2, np.float32)})
@@ -235,7 +235,7 @@ def test_an_answer_that_was_taken_back_is_asked_for_again(
     one.send(TaskResult(task.key, update))
     assert update.model is not None
     (tensor,) = update.model.tensors
-    server.jobs._runs[job_id].files.path(tensor.digest).unlink()
+    server.jobs.live.runs[job_id].files.path(tensor.digest).unlink()
     store.unsure = {"retract_answers"}
     found_it = TaskResult(other.task().key, fault=TaskFault(ProtocolError.code, "other bytes than the digest names"))
 
@@ -257,7 +257,7 @@ def test_a_job_that_was_aborted_is_announced_as_that_whatever_ends_it_for_the_se
 
     with pytest.raises(StoreFailed):
         wait(server.jobs.abort(job_id, reason="not needed any more"))
-    on_loop(lambda: server.jobs.failed_at(site.name, JobFailure(job_id, "exception", "it is broken")))
+    on_loop(lambda: server.jobs.client_watch.failed_at(site.name, JobFailure(job_id, "exception", "it is broken")))
 
     assert outcome(server, job_id).state is JobState.ABORTED
     assert recorder.wait_for(EventType.JOB_ABORTED).reason == "not needed any more"

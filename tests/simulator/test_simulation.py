@@ -231,7 +231,24 @@ def test_script_that_never_takes_a_task_fails_the_job(tmp_path: Path, script: st
         simulate(write_script_job(tmp_path / "job", script), clients=2, workers=1)
 
 
-def test_worker_that_dies_costs_one_task_and_is_replaced(tmp_path: Path) -> None:
+def test_task_whose_worker_dies_is_done_by_another_so_that_the_model_is_the_same(tmp_path: Path) -> None:
+    died = tmp_path / "died"
+    deadly = CLIENT.replace(
+        "rng, part = ctx",
+        "\n        from pathlib import Path\n"
+        f"        if ctx.client == 'site-2' and ctx.round == 2 and not Path({str(died)!r}).exists():\n"
+        f"            import os, signal\n            Path({str(died)!r}).touch()\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        rng, part = ctx",
+    )
+    undisturbed = simulate(write_job(tmp_path / "safe"), clients=3, workers=1)
+    result = simulate(write_job(tmp_path / "job", client=deadly), clients=3, workers=1)
+    assert died.exists()
+    assert result.digest == undisturbed.digest
+    assert all(each.answered == ("site-1", "site-2", "site-3") for each in result.history[1:])
+
+
+def test_worker_that_always_dies_costs_one_task_and_is_replaced(tmp_path: Path) -> None:
     deadly = CLIENT.replace(
         "rng, part = ctx",
         "\n        if ctx.client == 'site-2' and ctx.round == 1:\n"

@@ -282,6 +282,50 @@ async def test_servers_that_open_a_store_at_once_migrate_it_once(where: Path | s
         await store.close()
 
 
+# A store that others use meanwhile ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["a new file", "a new database in PostgreSQL"])
+def shared(request: pytest.FixtureRequest, path: Path) -> Path | str:
+    """An empty database that several servers use."""
+    return path if request.param == "a new file" else str(request.getfixturevalue("postgres_url"))
+
+
+async def test_a_store_of_this_release_is_opened_while_another_server_hangs_in_opening_it(
+    shared: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.storage.postgres.MIGRATION_TIMEOUT_S", 1.0)
+    await _open_and_close(SqlStore(shared))
+
+    with database_at(shared).migrating():
+        async with SqlStore(shared) as store:
+            assert await store.jobs() == []
+
+
+async def test_an_upgrade_ends_the_tenure_of_a_server_of_an_earlier_release_that_still_runs(
+    shared: Path | str,
+) -> None:
+    async with SqlStore(shared) as older:
+        epoch = (await older.take_lease("server:1", name="server", target="here", ttl_s=4.0)).epoch
+        _execute(shared, "DROP TABLE certificate_ends", "UPDATE alembic_version SET version_num = '0003'")
+
+        async with SqlStore(shared) as newer:
+            assert await newer.lease() == Lease(epoch + 1, "", (await older.lease()).ssid, ttl_s=4.0)
+            with pytest.raises(StaleEpoch):
+                await older.set_disabled(epoch, "site-1", True)
+
+
+async def test_a_server_that_runs_does_not_take_the_lease_of_a_store_that_a_later_release_has_upgraded(
+    shared: Path | str,
+) -> None:
+    async with SqlStore(shared) as store:
+        _execute(shared, "UPDATE alembic_version SET version_num = '9999'")
+
+        with pytest.raises(StoreFailed, match=r"taking the lease of .*: a later release .* start this server again"):
+            await store.take_lease("server:1", name="server", target="", ttl_s=4.0, force=True)
+        assert (await store.lease()).epoch == 0
+
+
 def test_only_an_upgrade_pays_for_alembic(path: Path) -> None:
     program = (
         "import asyncio, sys; from pathlib import Path; from hanse.storage.store import SqlStore\n"
@@ -294,6 +338,14 @@ def test_only_an_upgrade_pays_for_alembic(path: Path) -> None:
     ]
 
     assert shown == [b"True\n", b"False\n"]
+
+
+def _execute(where: Path | str, *statements: str) -> None:
+    connection = database_at(where).connect()
+    for statement in statements:
+        connection.cursor().execute(statement, {})
+    connection.commit()
+    connection.close()
 
 
 async def _open_and_close(store: SqlStore) -> None:

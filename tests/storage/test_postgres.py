@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from urllib.parse import quote
 
@@ -291,6 +291,35 @@ async def test_a_server_that_takes_the_connection_and_says_nothing_is_given_up(m
         store = SqlStore(f"postgresql://hanse@127.0.0.1:{silent.getsockname()[1]}/hanse")
         with pytest.raises(StoreFailed, match="timeout"):
             await store.open()
+
+
+class _Noting(logging.Filter):
+    """Keeps every line, having called *seen*."""
+
+    def __init__(self, seen: Callable[[], object]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        del record
+        self._seen()
+        return True
+
+
+async def test_a_server_that_waits_for_another_which_migrates_the_store_says_so(
+    postgres_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hanse")
+    waits, loop = asyncio.Event(), asyncio.get_running_loop()
+    store = SqlStore(postgres_url)
+
+    with caplog.filtering(_Noting(lambda: loop.call_soon_threadsafe(waits.set))), database_at(postgres_url).migrating():
+        opening = asyncio.create_task(store.open())
+        await waits.wait()
+
+    await opening
+    await store.close()
+    assert [line.message for line in caplog.records] == ["waiting for another server that migrates the store"]
 
 
 # One transaction ------------------------------------------------------------------------------------------------------

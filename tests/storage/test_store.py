@@ -910,6 +910,7 @@ async def test_a_file_is_named_by_its_path_or_by_a_url(path: Path) -> None:
         "postgres://hanse@db.example/hanse",
         "postgresql+asyncpg://hanse@db.example/hanse",
         "mysql://hanse:s3cret@db.example/hanse?password=s3cret",
+        "postgresql://hanse@db.example:s3cret/hanse",
     ],
 )
 def test_what_names_no_database_that_hanse_can_use_is_refused(url: str) -> None:

@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import gc
 import os
 import resource
@@ -74,6 +75,25 @@ def test_a_file_of_any_size_can_be_put(files: TensorFiles, tmp_path: Path) -> No
     assert files.put_file(tmp_path / "empty") == blake3(b"").hexdigest()
     with pytest.raises(StoreFailed, match="missing"):
         files.put_file(tmp_path / "missing")
+
+
+def test_a_file_that_is_moved_in_takes_the_place_of_one_that_was_there(
+    files: TensorFiles, tmp_path: Path, synced: list[str]
+) -> None:
+    files.put(CONTENT)
+    draft = tmp_path / "draft"
+    draft.write_bytes(CONTENT)
+    moved = draft.stat().st_ino
+
+    assert files.move_in(draft) == DIGEST
+
+    assert files.path(DIGEST).stat().st_ino == moved
+    assert stat.S_IMODE(files.path(DIGEST).stat().st_mode) == 0o600
+    assert names(files) == {DIGEST}
+    assert not draft.exists()
+    assert synced == [DIGEST, "tensors", tmp_path.name]
+    with pytest.raises(StoreFailed, match="missing"):
+        files.move_in(tmp_path / "missing")
 
 
 def test_a_mapped_tensor_cannot_be_written_to(files: TensorFiles) -> None:
@@ -155,6 +175,91 @@ def test_many_who_put_the_same_tensor_at_once_all_have_it(files: TensorFiles) ->
     assert bytes(files.map(DIGEST)) == CONTENT
 
 
+def test_a_damaged_tensor_that_another_has_replaced_while_it_was_looked_at_stays(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put(CONTENT)
+    with files.path(DIGEST).open("r+b") as file:
+        file.write(b"?")
+
+    def replaced_and_read(descriptor: int, buffers: list[memoryview]) -> int:
+        monkeypatch.undo()
+        other = TensorFiles(files.root)
+        assert not other.verify(DIGEST)
+        other.put(CONTENT)
+        return os.readv(descriptor, buffers)
+
+    monkeypatch.setattr(os, "readv", replaced_and_read)
+    assert files.verify(DIGEST)
+    assert names(files) == {DIGEST}
+
+
+def test_a_damaged_tensor_that_another_has_deleted_while_it_was_looked_at_is_not_there(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put(CONTENT)
+    with files.path(DIGEST).open("r+b") as file:
+        file.write(b"?")
+
+    def deleted_and_read(descriptor: int, buffers: list[memoryview]) -> int:
+        files.path(DIGEST).unlink(missing_ok=True)
+        return readv(descriptor, buffers)
+
+    readv = os.readv
+    monkeypatch.setattr(os, "readv", deleted_and_read)
+    assert not files.verify(DIGEST)
+
+
+def test_a_tensor_that_the_disk_cannot_read_is_a_sentence_and_stays(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put(CONTENT)
+    with files.begin(ABSENT, len(CONTENT)) as partial:
+        partial.write(CONTENT[:1000])
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "readv", fail)
+    with pytest.raises(StoreFailed, match=rf"reading tensor {DIGEST}: Input/output error \(in {files.root}\)"):
+        files.verify(DIGEST)
+    with pytest.raises(StoreFailed, match=rf"receiving tensor {ABSENT}: Input/output error"):
+        files.begin(ABSENT, len(CONTENT))
+    monkeypatch.undo()
+    assert files.verify(DIGEST)
+
+
+def test_a_tensor_that_came_first_is_not_replaced_by_one_that_was_about_to_get_its_name(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, scratch = files.begin(DIGEST, len(CONTENT)), files.scratch(len(CONTENT))
+    late.write(CONTENT)
+    scratch.view[:] = CONTENT
+    files.put(CONTENT)
+    files.sync([DIGEST])
+    first = files.path(DIGEST).stat()
+
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # whoever looked, did so before
+    assert (late.finish(), scratch.finish()) == (DIGEST, DIGEST)
+    monkeypatch.undo()
+
+    assert files.path(DIGEST).stat().st_ino == first.st_ino
+    assert names(files) == {DIGEST}
+
+
+def test_a_tensor_gets_its_name_also_where_a_file_can_have_only_one(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    files.put(CONTENT)
+
+    assert files.verify(DIGEST)
+    assert names(files) == {DIGEST}
+
+
 def test_a_full_disk_is_a_sentence_and_leaves_nothing_behind(
     files: TensorFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +275,27 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_behind(
     with pytest.raises(StoreFailed, match="taking 5120000 bytes"):
         files.scratch(len(CONTENT))
     assert names(files) == set()
+
+
+def test_that_the_disk_does_not_tell_of_a_tensor_does_not_mean_that_it_is_lost(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put(CONTENT)
+
+    def fail(path: Path, **_: object) -> os.stat_result:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "stat", fail)
+    for use in (
+        lambda: files.has(DIGEST),
+        lambda: files.missing([DIGEST]),
+        lambda: files.put(CONTENT),
+        lambda: files.begin(DIGEST, len(CONTENT)),
+    ):
+        with pytest.raises(StoreFailed, match=f"(looking up|receiving) tensor {DIGEST}: Input/output error"):
+            use()
+    monkeypatch.undo()
+    assert names(files) == {DIGEST}
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
@@ -292,6 +418,54 @@ def test_a_tensor_made_anew_is_synced_anew(files: TensorFiles, synced: list[str]
     files.sync([files.put(b"one")])
 
     assert len(synced) == 5
+
+
+def test_what_could_not_be_synced_is_written_anew_for_the_system_has_given_it_up(
+    files: TensorFiles, synced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put(CONTENT)
+    given_up = files.path(DIGEST).stat()
+    fsync = os.fsync
+    written: set[int] = set()
+
+    def fail_once(descriptor: int) -> None:
+        """Do as Linux does, which tells of what it could not write once."""
+        state = os.fstat(descriptor)
+        if state.st_ino == given_up.st_ino and not written:
+            written.add(state.st_ino)
+            raise OSError(errno.EIO, "Input/output error")
+        written.add(state.st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(StoreFailed, match=f"syncing tensor {DIGEST}: Input/output error"):
+        files.sync([DIGEST])
+    files.sync([DIGEST])
+
+    assert files.path(DIGEST).stat().st_ino in written - {given_up.st_ino}
+    assert files.verify(DIGEST)
+    assert names(files) == {DIGEST}
+    synced.clear()
+    files.sync([DIGEST])
+    assert synced == []
+
+
+def test_what_could_not_be_synced_waits_for_room_to_be_written_anew(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.put(CONTENT)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        for _ in range(3):
+            with pytest.raises(NoSpace):
+                files.sync([DIGEST])
+            assert names(files) == {DIGEST}
+    files.sync([DIGEST])
+    assert files.verify(DIGEST)
 
 
 # Scratches ------------------------------------------------------------------------------------------------------------

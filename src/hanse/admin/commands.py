@@ -1,8 +1,8 @@
 """What a server answers its administrators: one handler a topic.
 
-Whether a role may ask at all is decided before a handler is called, by the server's gate; here only what depends on the
-thing itself is: whose job is to be aborted. Every command that changes something is in the audit log, whether it was
-done or refused, with who asked and why it was refused.
+Whether a role may ask at all is decided before a handler is called, by the server's gate, which notes whom it refuses;
+here only what depends on the thing itself is: whose job is to be aborted. Every command that changes something is in
+the audit log, whether it was done or refused, with who asked and why it was refused.
 """
 
 import asyncio
@@ -114,7 +114,7 @@ class _Desk:
 
     async def _submit(self, message: Message) -> Message:
         request, who = expect(message, SubmitJob), _asker(message)
-        files = self._server.jobs.upload_files(who)
+        files = self._server.jobs.files.upload_files(who)
         record = await self._audited(who, "job.submit", request.package, self._submitted(request, who, files))
         return ok(record)
 
@@ -286,9 +286,17 @@ class _Desk:
         return result
 
     async def _audit(self, who: str, action: str, thing: str, outcome: str, reason: str = "") -> None:
-        services = self._server.jobs.services
+        """Add an entry to the audit log; if that fails, the server's log has it, and the answer stays what it is.
+
+        Whoever heard that a job was not submitted, because this was not written, would submit it once more.
+        """
         entry = AuditEntry(self._wall(), who, action, shortened(thing, MAX_AUDITED_CHARS), outcome, shortened(reason))
-        await services.store.audit(services.epoch, entry)
+        try:
+            services = self._server.jobs.services
+            await services.store.audit(services.epoch, entry)
+        except HanseError as failed:
+            extra = {**msgspec.structs.asdict(entry), "failed": failed.reason}
+            _log.error("a command is not in the audit log", extra=extra)
 
 
 def _fitting(views: Sequence[S], room: int) -> tuple[S, ...]:

@@ -80,6 +80,8 @@ from hanse.storage.tensors import TensorFiles
 
 PATIENCE_S: Final = 10.0
 ANSWER_TIMEOUT_S: Final = 60.0
+SUCCEEDED_WITHIN_S: Final = 60.0
+"""How long a server is waited for after the one that served has left; it takes over in seconds, or not at all."""
 MAX_WAITING_EVENTS: Final = 4096
 """What a watcher has not taken yet; beyond that it misses the oldest, never the latest."""
 INSECURE_ROLE: Final = "admin:admin"
@@ -157,8 +159,13 @@ class AdminSession:
         for may_try_again in (True, False):
             await self._ready()
             await self._moving.upload("upload", digest, memoryview(package))
+            await self._ready()
             try:
                 return await self._ask("job.submit", SubmitJob(digest, len(package)), JobSubmitted)
+            except (Unreachable, TimedOut) as error:
+                why = error.why if isinstance(error, Unreachable) else error.reason
+                doubt = "whether it has taken the job is not known: look at 'hanse job list' before you submit it again"
+                raise Unreachable(self._connector.target, f"{why}; {doubt}") from error
             except RemoteError as error:
                 # Another session of the same administrator submitted the same bytes, and took them away.
                 if not may_try_again or error.return_code is not ReturnCode.NOT_FOUND:
@@ -278,7 +285,7 @@ class AdminSession:
 
         Raises:
             RemoteError: it does not stand by.
-            Unreachable: another one serves now.
+            Unreachable: another one serves now, or none that is heard of.
         """
         self._is_down.clear()
         await self._command("server.promote", PromoteServer(name))
@@ -287,7 +294,12 @@ class AdminSession:
                 await self._is_down.wait()
         except TimeoutError:
             raise TimedOut("the server that serves", "server.promote", self._patience_s) from None
-        status = await self._persist(self.status)
+        try:
+            async with asyncio.timeout(SUCCEEDED_WITHIN_S):
+                status = await self._persist(self.status)
+        except TimeoutError:
+            nobody = f"no server has served for {SUCCEEDED_WITHIN_S:g} s since the other one left; look at both logs"
+            raise Unreachable(f"server {name}", nobody) from None
         if status.name != name:
             raise Unreachable(f"server {name}", f"it did not take over; {status.name} serves")
         return status

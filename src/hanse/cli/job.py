@@ -12,7 +12,8 @@ from hanse.cli.following import followed, show_job
 from hanse.cli.job_text import job_line
 from hanse.cli.output import TEXT, Output
 from hanse.cli.progress import JobProgress
-from hanse.errors import Conflict, EnvironmentFault
+from hanse.errors import Conflict, EnvironmentFault, ProtocolError
+from hanse.ids import JobId, is_job_id
 from hanse.messages import JobView
 
 JobName: TypeAlias = Annotated[str, Parameter(help="A job's id, or a beginning of it that only one job has.")]
@@ -102,7 +103,7 @@ def download(
     """Fetch the model that a job resulted in, as a .safetensors file."""
 
     async def work(session: AdminSession) -> tuple[JobView, Path]:
-        target = path or Path(f"{(await session.show(job)).job_id}.safetensors")
+        target = path or Path(f"{_checked((await session.show(job)).job_id)}.safetensors")
         if target.exists() and not force:
             raise Conflict(f"the file {target}", state="there already", wanted="written (--force writes over it)")
         return await session.download(job, target), target
@@ -112,3 +113,14 @@ def download(
         output.document({"job_id": view.job_id, "path": str(target.absolute()), "size_bytes": view.result_bytes})
     else:
         output.say(f"{target} ({view.result_bytes:,} bytes)")
+
+
+def _checked(job_id: JobId) -> JobId:
+    """Return *job_id*, which is to be a file's name, here.
+
+    Raises:
+        ProtocolError: it is none: a server could choose the folder by it.
+    """
+    if not is_job_id(job_id):
+        raise ProtocolError("JobView.job_id", got=job_id, expected="lower-case letters, digits and dashes")
+    return job_id

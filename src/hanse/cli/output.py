@@ -5,6 +5,7 @@ that standard output holds the result and nothing else.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from hanse.cli.terminal import printable
 _GROUP: Final = Group("Output", sort_key=100)
 _PIPE_COLUMNS: Final = 200
 """How wide a table may be where there is no terminal that would break its lines."""
+_LAST_S: Final = datetime(9999, 12, 30, tzinfo=UTC).timestamp()
+"""What is later than this may have no date in some time zone."""
 
 
 @Parameter(name="*")
@@ -75,12 +78,19 @@ def _write(*lines: str) -> None:
 
 
 def time_text(posix_s: float) -> str:
-    """Return a time for people, in the time zone of this machine; a dash where it has not come."""
-    return f"{datetime.fromtimestamp(posix_s, UTC).astimezone():%Y-%m-%d %H:%M:%S}" if posix_s else "-"
+    """Return a time for people, in the time zone of this machine; a dash where it has not come, or cannot be one."""
+    if posix_s >= _LAST_S:  # a deadline may be set so that it never comes
+        return "after the year 9999"
+    return f"{datetime.fromtimestamp(posix_s, UTC).astimezone():%Y-%m-%d %H:%M:%S}" if posix_s > 0 else "-"
 
 
 def duration_text(seconds: float) -> str:
-    """Return a duration for people: ``0.42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    """Return a duration for people: ``0.42 s``, ``3 min 05 s``, ``2 h 10 min``; a dash where it cannot be one.
+
+    As between two times of which the clock was set back.
+    """
+    if not 0 <= seconds < math.inf:
+        return "-"
     if seconds < 60:
         return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

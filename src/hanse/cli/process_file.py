@@ -7,7 +7,7 @@ never taken for a running process, and never is another process stopped that has
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -46,7 +46,7 @@ def stop(path: Path, *, what: str, timeout_s: float, force: bool = False) -> int
     It is asked with SIGTERM; with *force* it is killed when it has not ended after *timeout_s*.
 
     Raises:
-        TimedOut: it has not ended, and *force* is not set.
+        TimedOut: it has not ended, and *force* is not set or has not helped.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -61,14 +61,20 @@ def stop(path: Path, *, what: str, timeout_s: float, force: bool = False) -> int
         # Only now that the process is held on to: while it holds the lock, the number in the file is its own.
         if process is None or lock_nowait(descriptor):
             return None
-        process.send(signal.SIGTERM)
-        if not process.wait(timeout_s):
-            if not force:
+        with suppress(ProcessLookupError):  # it has ended by itself meanwhile
+            has_ended = _ends(process, signal.SIGTERM, timeout_s) or (
+                force and _ends(process, signal.SIGKILL, timeout_s)
+            )
+            if not has_ended:
                 raise TimedOut(f"{what} (process {pid})", "stop", timeout_s)
-            process.send(signal.SIGKILL)
-            process.wait(timeout_s)
         return pid
     finally:
         if process is not None:
             process.close()
         os.close(descriptor)
+
+
+def _ends(process: HeldProcess, number: signal.Signals, timeout_s: float) -> bool:
+    """Send *process* a signal, and return whether it ends within *timeout_s*."""
+    process.send(number)
+    return process.wait(timeout_s)

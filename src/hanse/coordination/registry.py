@@ -216,9 +216,12 @@ class Registry:
     def count_only(self, counting: Mapping[ClientName, str], *, now: float) -> list[Client]:
         """Have only those tokens count whose fingerprints are *counting*, for names that are there; revoke others.
 
+        What is known of names that are not there stays.
+
         Returns: The clients that were registered under a token that counts no more, which are removed.
         """
-        self._counting = {name: (of_token, now) for name, of_token in counting.items()}
+        for name, of_token in counting.items():
+            self._let_count(name, of_token, now)
         gone = [token for token, entry in self._by_token.items() if self.is_superseded(entry.client.name, token)]
         removed = []
         for token in gone:
@@ -229,9 +232,13 @@ class Registry:
                 removed.append(client)
         return removed
 
-    def disable(self, name: ClientName, reason: str) -> Client | None:
-        """Refuse *name* from now on; return its registered client, whom the caller logs out, or ``None``."""
+    def disable(self, name: ClientName, reason: str, *, now: float) -> Client | None:
+        """Refuse *name* from now on; return its registered client, whom the caller logs out, or ``None``.
+
+        No token that it had counts any more, wherever it is.
+        """
         self._disabled[name] = reason
+        self._let_count(name, "", now)
         return self.by_name(name)
 
     def enable(self, name: ClientName) -> None:

@@ -26,8 +26,10 @@ When a server takes a run up again, all clients are suspect: their processes may
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Final, Self, TypeAlias
 
+from hanse.coordination.task_keys import is_counted
 from hanse.errors import Conflict, NotFound, OutOfMemory, ProcessDied, ProcessHung, Unauthorized, UpdateRejected
 from hanse.ids import ClientName, JobId
 from hanse.messages import TaskAssignment, TaskKey, TaskResult
@@ -219,13 +221,19 @@ class Run:
         committed: int,
         tasks: Sequence[TaskAssignment],
         answers: Sequence[TaskResult],
+        failed: Mapping[ClientName, str] = MappingProxyType({}),
     ) -> Self:
-        """Return the run as the journal holds it, with all clients suspect: who does not come back is lost in time."""
+        """Return the run as the journal holds it, with all clients suspect: who does not come back is lost in time.
+
+        Those that had *failed*, and why, are out of it.
+        """
         run = cls(
             job_id, clients, process_tries=process_tries, now=now, committed=committed, tasks=tasks, answers=answers
         )
         for client in run.clients:
             run._move(client, ClientState.SUSPECT, now=now)
+        for client, reason in failed.items():
+            run.failed(client, reason, now=now)
         run._taken_up_in = run.round
         return run
 
@@ -270,6 +278,11 @@ class Run:
     def carried(self) -> tuple[TaskKey, ...]:
         """The tasks of committed rounds that live on, answered or not."""
         return tuple(key for key in (*self._tasks, *self._answers) if key.round < self.round)
+
+    @property
+    def counted(self) -> tuple[TaskKey, ...]:
+        """The tasks of the round being worked for that were asked by a release which counted them, answered or not."""
+        return tuple(key for key in (*self._tasks, *self._answers) if key.round == self.round and is_counted(key))
 
     @property
     def lost_clients(self) -> tuple[ClientName, ...]:

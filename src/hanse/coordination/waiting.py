@@ -206,25 +206,26 @@ def waiting_of_running(
 
 
 def _waiting_for_process(run: Run, process: RunProcess, posix: Callable[[float], float]) -> Waiting:
-    since, until = posix(process.since), posix(process.until) if process.until is not None else 0.0
+    what, then = _process_and_then(run, process)
+    until = posix(process.until) if process.until is not None else 0.0
+    return Waiting(f"the run's process at the server{what}", since=posix(process.since), until=until, then=then)
+
+
+def _process_and_then(run: Run, process: RunProcess) -> tuple[str, str]:
+    """Return what there is to say of a run's own *process*, and what happens then."""
     again = f"it is killed and started again, and goes on with round {run.round}"
     match process.phase:
         case Phase.PAUSING:
-            what = f"the run's process at the server, which died ({process.reason})"
             then = f"it is started again, as start {process.attempt}, and goes on with round {run.round}"
+            return f", which died ({process.reason})", then
         case Phase.HINDERED:
-            what = f"the run's process at the server, which cannot go on ({process.reason})"
-            then = HINDERED
+            return f", which cannot go on ({process.reason})", HINDERED
         case Phase.SILENT:
-            what = "the run's process at the server, which no longer says that it lives"
-            then = again
+            return ", which no longer says that it lives", again
         case Phase.STARTING:
-            what = f"the run's process at the server to begin (start {process.attempt})"
-            then = f"{again}, {UNLESS_HEARD_OF}"
-        case _:  # it works
-            what = f"the run's process at the server, which {_doing(run)}"
-            then = f"{again}, {UNLESS_HEARD_OF}"
-    return Waiting(what, since=since, until=until, then=then)
+            return f" to begin (start {process.attempt})", f"{again}, {UNLESS_HEARD_OF}"
+        case Phase.WORKING:
+            return f", which {_doing(run)}", f"{again}, {UNLESS_HEARD_OF}"
 
 
 def as_heard(process: RunProcess, *, heard_at: float, now: float, silent_s: float) -> RunProcess:

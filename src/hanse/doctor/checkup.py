@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 from hanse.cell.listener import split_target
 from hanse.cell.rpc import ClientTls
@@ -41,7 +41,7 @@ from hanse.doctor.machine import (
 from hanse.doctor.probes import Way
 from hanse.doctor.route import Trust, judge_name, judge_port, judge_proxy, judge_tls, proxy_for
 from hanse.doctor.service import ClockReading, judge_answer, judge_clock, judge_identity, judge_versions
-from hanse.errors import ConfigError, HanseError, NotInService, TimedOut
+from hanse.errors import ConfigError, EnvironmentFault, HanseError, NotInService, TimedOut
 from hanse.identity.certificates import certificate_der
 from hanse.identity.kits import CERTIFICATE_FILE, KEY_FILE, Kit
 from hanse.identity.project import AnySettings
@@ -73,6 +73,7 @@ STORE_FILE: Final = "store.db"
 """Where in its workspace a server has its store, if no other is named."""
 
 DialSettings: TypeAlias = ClientSettings | AdminSettings
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +99,11 @@ class Surroundings:
 
 async def examine(folder: Path, around: Surroundings) -> AsyncIterator[Finding]:
     """Yield what is found about the kit in *folder*, in the order of the checks."""
-    facts = await asyncio.to_thread(read_kit, folder)
+    try:
+        facts = await _looked(lambda: read_kit(folder), folder, around)
+    except EnvironmentFault as error:
+        yield fail(Check.SETTINGS, error)
+        return
     for finding in (
         judge_settings(facts),
         judge_key(facts),
@@ -114,7 +119,12 @@ async def examine(folder: Path, around: Surroundings) -> AsyncIterator[Finding]:
             yield finding
     else:
         if isinstance(settings, ClientSettings):
-            for finding in _examine_workspace((folder / settings.workspace).absolute(), around):
+            workspace = (folder / settings.workspace).absolute()
+            try:
+                found, _ = await _examine_workspace(workspace, around)
+            except EnvironmentFault as error:
+                found = [fail(Check.WORKSPACE, error)]
+            for finding in found:
                 yield finding
         ways = await asyncio.gather(*(_examine_way(facts, settings, target, around) for target in settings.servers))
         for way in with_spares(ways):
@@ -122,9 +132,34 @@ async def examine(folder: Path, around: Surroundings) -> AsyncIterator[Finding]:
                 yield finding
 
 
-def _examine_workspace(workspace: Path, around: Surroundings) -> list[Finding]:
-    found = look_at_folder(workspace, around.process_in(workspace))
-    return [judge_workspace(found), _disk_at(found.nearest, around)]
+async def _examine_workspace(workspace: Path, around: Surroundings) -> tuple[list[Finding], int | None]:
+    """Return what is found of *workspace*, and the number of the process that works there.
+
+    Raises:
+        EnvironmentFault: what is mounted there does not answer.
+    """
+
+    def look() -> tuple[list[Finding], int | None]:
+        found = look_at_folder(workspace, around.process_in(workspace))
+        return [judge_workspace(found), _disk_at(found.nearest, around)], found.process
+
+    return await _looked(look, workspace, around)
+
+
+async def _looked(look: Callable[[], T], place: Path, around: Surroundings) -> T:
+    """Return what *look* returns, which reads at *place*: a disk of another machine may never answer.
+
+    Raises:
+        EnvironmentFault: it has not in time.
+    """
+    deadline = asyncio.get_running_loop().time() + around.patience_s
+    try:
+        return await probes.answer_of(look, deadline, name=f"look at {place}")
+    except TimeoutError as error:
+        raise EnvironmentFault(
+            f"{place} could not be looked at within {around.patience_s:g} s: the disk that is mounted there does not "
+            "answer; check the machine that it comes from, or mount it anew"
+        ) from error
 
 
 def _disk_at(place: Path, around: Surroundings) -> Finding:
@@ -201,21 +236,36 @@ def _hello(name: str, project: str, around: Surroundings) -> Hello:
 
 async def _examine_server(facts: KitFacts, settings: ServerSettings, around: Surroundings) -> AsyncIterator[Finding]:
     workspace = (facts.folder / settings.workspace).absolute()
-    for finding in _examine_workspace(workspace, around):
+    try:
+        found, process = await _examine_workspace(workspace, around)
+    except EnvironmentFault as error:
+        yield fail(Check.WORKSPACE, error)
+        yield skip(Check.DISK, "'workspace' failed, and all that is left depends on it")
+        return
+    for finding in found:
         yield finding
     yield judge_descriptors(descriptor_limit(), settings)
     if settings.bucket:
         yield await _look_into_bucket(settings.bucket, around)
     elif settings.runs_folder:
-        runs = look_at_folder((facts.folder / settings.runs_folder).absolute())
-        yield judge_runs(runs)
-        yield _disk_at(runs.nearest, around)
+        for finding in await _look_at_runs((facts.folder / settings.runs_folder).absolute(), around):
+            yield finding
     async for finding in _examine_store(settings, workspace, around):
         yield finding
-    process = around.process_in(workspace)
     steps = _listening(settings, around) if process is None else _serving(facts, settings, process, around)
     for finding in await _until_failure(steps, _SERVING):
         yield finding
+
+
+async def _look_at_runs(runs: Path, around: Surroundings) -> list[Finding]:
+    def look() -> list[Finding]:
+        found = look_at_folder(runs)
+        return [judge_runs(found), _disk_at(found.nearest, around)]
+
+    try:
+        return await _looked(look, runs, around)
+    except EnvironmentFault as error:
+        return [fail(Check.RUNS, error)]
 
 
 async def _look_into_bucket(url: str, around: Surroundings) -> Finding:
@@ -232,8 +282,13 @@ async def _look_into_bucket(url: str, around: Surroundings) -> Finding:
 async def _examine_store(settings: ServerSettings, workspace: Path, around: Surroundings) -> AsyncIterator[Finding]:
     url = settings.store
     if not url or url.startswith(SQLITE):
-        path = Path(url.removeprefix(SQLITE)) if url else workspace / STORE_FILE
-        yield judge_store_file(path, first_bytes_of(path))
+        try:
+            path = _file_of(url) if url else workspace / STORE_FILE
+            yield await _looked(
+                lambda: judge_store_file(path, first_bytes_of(path), look_at_folder(path.parent)), path.parent, around
+            )
+        except (ConfigError, EnvironmentFault) as error:
+            yield fail(Check.STORE, error)
         return
 
     def ask() -> tuple[str, ClockReading]:
@@ -251,6 +306,17 @@ async def _examine_store(settings: ServerSettings, workspace: Path, around: Surr
     else:
         yield ok(Check.STORE, f"{name} answers")
         yield judge_clock(name, clock, whose="the database")
+
+
+def _file_of(url: str) -> Path:
+    """Return the file of the store at *url*, as the server takes it.
+
+    Raises:
+        ConfigError: it takes it for none.
+    """
+    from hanse.storage.store import database_at  # noqa: PLC0415 - what it imports is for servers alone
+
+    return Path(database_at(url).name)
 
 
 async def _listening(settings: ServerSettings, around: Surroundings) -> AsyncGenerator[Finding, None]:

@@ -11,7 +11,7 @@ from cryptography import x509
 
 from hanse.coordination.certificates import ENDS_SOON_S
 from hanse.doctor.findings import Check, Finding, fail, ok, skip, warn
-from hanse.errors import ConfigError, HanseError, Unauthenticated
+from hanse.errors import CertificateExpired, ConfigError, HanseError, Unauthenticated
 from hanse.identity.certificates import Subject, parse_certificate, read_key, require_valid_at
 from hanse.identity.kits import CA_FILE, CERTIFICATE_FILE, KEY_FILE, Kit, kind_of
 from hanse.identity.private_files import read_file, require_private
@@ -92,8 +92,10 @@ def judge_key(facts: KitFacts) -> Finding:
 
 
 def judge_certificate(facts: KitFacts) -> Finding:
-    """Return whether certificate, key, authority and settings belong together."""
+    """Return whether certificate, key, authority and settings belong together; without certificates, whether it may."""
     if not facts.has_certificates:
+        if isinstance(facts.kit, HanseError) and not isinstance(facts.settings, HanseError):
+            return fail(Check.CERTIFICATE, facts.kit)
         return skip(Check.CERTIFICATE, "a kit without certificates has none")
     for check, problem in ((Check.SETTINGS, facts.settings), (Check.KEY, facts.key)):
         if isinstance(problem, HanseError):
@@ -120,7 +122,8 @@ def judge_dates(facts: KitFacts, now: datetime) -> Finding:
             require_valid_at(certificate, now, holder=_subject(certificate).name)
         except Unauthenticated as error:
             by_clock = f"{error.reason} (it is {now:%Y-%m-%d %H:%M} UTC by this machine's clock)"
-            return fail(Check.DATES, Unauthenticated(by_clock))
+            told = CertificateExpired.told if isinstance(error, CertificateExpired) else Unauthenticated
+            return fail(Check.DATES, told(by_clock))
     for whose, certificate in certificates.items():
         left = certificate.not_valid_after_utc - now
         if left < EXPIRES_SOON:

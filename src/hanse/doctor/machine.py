@@ -170,8 +170,16 @@ def judge_descriptors(limit: int, settings: ServerSettings) -> Finding:
     return ok(Check.DESCRIPTORS, f"{limit} files may be open at once, {at_most} at most are needed")
 
 
-def judge_store_file(path: Path, first_bytes: bytes | OSError) -> Finding:
-    """Return whether the file at *path*, which begins with *first_bytes* or cannot be read, is a store's or will be."""
+def judge_store_file(path: Path, first_bytes: bytes | OSError, folder: FolderFacts) -> Finding:
+    """Return whether the file at *path*, in *folder*, is a store's or will be.
+
+    It begins with *first_bytes*, or cannot be read.
+    """
+    if folder.obstacle is not None:
+        return fail(Check.STORE, StoreFailed(f"opening {path}", f"{folder.obstacle} is no folder"))
+    if not folder.is_usable:
+        why = f"user {folder.user} may not write in {folder.nearest}"
+        return fail(Check.STORE, StoreFailed(f"opening {path}", why))
     if isinstance(first_bytes, FileNotFoundError):
         return ok(Check.STORE, f"{path} will be made")
     if isinstance(first_bytes, OSError):

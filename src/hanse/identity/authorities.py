@@ -39,7 +39,6 @@ from hanse.identity.private_files import (
     PUBLIC_FILE,
     keep_or_create,
     make_private_folder,
-    read_file,
     replace_file,
     require_private,
 )
@@ -171,21 +170,21 @@ class JobAuthority:
         # 64 bits more than the order has make every key about as likely: NIST FIPS 186-5, A.2.1.
         number = int.from_bytes(secret, "big") % (_P256_ORDER - 1) + 1
         key = ec.derive_private_key(number, ec.SECP256R1())
-        return cls(certificate_pem(_job_root(key, now=now, backdated=AUTHORITY_LIFETIME)), key)
+        return cls(_job_root(key, now=now), key)
 
     @classmethod
     def load_or_create(cls, folder: Path, *, now: datetime) -> "JobAuthority":
-        """Return the authority kept in *folder*, in one file with mode 0600; made on first use and when it has expired.
+        """Return the authority kept in *folder*, in one file with mode 0600, made on first use.
+
+        The key is what is kept. Its certificate is made anew each time, as by ``from_secret``: the one in the file was
+        made by a clock that may have been wrong.
 
         Raises:
             ConfigError: the file cannot be made or read, others can read it, or it is not what it should be.
         """
         path = folder / _JOB_AUTHORITY_FILE
-        authority = cls._parse(keep_or_create(path, cls._new_file(now)), path)
-        if x509.load_pem_x509_certificate(authority.certificate).not_valid_after_utc > now:
-            return authority
-        replace_file(path, cls._new_file(now))
-        return cls._parse(read_file(path), path)
+        key = cls._parse(keep_or_create(path, cls._new_file(now)), path)
+        return cls(_job_root(key, now=now), key)
 
     @property
     def key_id(self) -> str:
@@ -195,17 +194,20 @@ class JobAuthority:
     @staticmethod
     def _new_file(now: datetime) -> bytes:
         key = new_key()
-        return key_pem(key) + certificate_pem(_job_root(key, now=now))
+        return key_pem(key) + _job_root(key, now=now)
 
-    @classmethod
-    def _parse(cls, content: bytes, path: Path) -> "JobAuthority":
+    @staticmethod
+    def _parse(content: bytes, path: Path) -> PrivateKey:
         key_part, begin, certificate_part = content.partition(b"-----BEGIN CERTIFICATE-----")
         key = parse_key(key_part, path)
-        certificate = parse_certificate(begin + certificate_part, path)
-        return cls(certificate_pem(certificate), key)
+        parse_certificate(begin + certificate_part, path)
+        return key
 
     def issue(self, fqcn: Fqcn, *, now: datetime, lifetime: timedelta = CERTIFICATE_LIFETIME) -> tuple[bytes, bytes]:
-        """Return a certificate and its new key, both PEM, for the job's process whose cell is *fqcn*."""
+        """Return a certificate and its new key, both PEM, for the job's process whose cell is *fqcn*.
+
+        It is valid for *lifetime* from *now*, and for as long before: a clock that is set back does not undo it.
+        """
         key = new_key()
         certificate = _issued(
             Subject(fqcn if len(fqcn) <= _MAX_COMMON_NAME else "job", "Hanse", "job").encoded(),
@@ -216,6 +218,7 @@ class JobAuthority:
             issuer_key=self.key,
             now=now,
             lifetime=lifetime,
+            backdated=lifetime,
         )
         return certificate_pem(certificate), key_pem(key)
 
@@ -237,8 +240,9 @@ class JobAuthority:
         return fqcn
 
 
-def _job_root(key: PrivateKey, *, now: datetime, backdated: timedelta = BACKDATED) -> x509.Certificate:
-    return _self_signed("Hanse jobs", "Hanse", key, now=now, lifetime=AUTHORITY_LIFETIME, backdated=backdated)
+def _job_root(key: PrivateKey, *, now: datetime) -> bytes:
+    lifetime = AUTHORITY_LIFETIME
+    return certificate_pem(_self_signed("Hanse jobs", "Hanse", key, now=now, lifetime=lifetime, backdated=lifetime))
 
 
 def _self_signed(
@@ -279,6 +283,7 @@ def _issued(
     issuer_key: PrivateKey,
     now: datetime,
     lifetime: timedelta,
+    backdated: timedelta = BACKDATED,
 ) -> x509.Certificate:
     if issuer.not_valid_after_utc <= now:
         raise ConfigError(
@@ -293,7 +298,7 @@ def _issued(
         .issuer_name(issuer.subject)
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - BACKDATED)
+        .not_valid_before(now - backdated)
         .not_valid_after(min(now + lifetime, issuer.not_valid_after_utc))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(for_authority=False), critical=True)

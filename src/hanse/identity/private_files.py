@@ -1,9 +1,11 @@
 """Files and folders that only their owner may read, written whole or not at all.
 
 A file gets its mode when it is made, never afterwards, so there is no moment in which others can open it; and its
-content comes under a temporary name first, so a crash leaves the old file or none, never half a key.
+content comes under a temporary name first, so a crash leaves the old file or none, never half a key. What is made here
+is synced with its name: who hands out kits must not lose to a power failure the authority that made them.
 """
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -24,8 +26,11 @@ def make_private_folder(folder: Path) -> Path:
         ConfigError: it cannot be made, or is not a folder.
     """
     try:
+        new = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
+        for each in new:
+            sync_names_in(each.parent)
     except OSError as error:
         raise ConfigError("folder", got=str(folder), expected=f"a folder that can be made ({_why(error)})") from error
     return folder
@@ -44,6 +49,7 @@ def replace_file(path: Path, data: bytes, *, mode: int = PRIVATE_FILE) -> None:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+        sync_names_in(path.parent)
     except OSError as error:
         raise _not_writable(path, error) from error
 
@@ -64,6 +70,7 @@ def keep_or_create(path: Path, data: bytes) -> bytes:
             raise _not_writable(path, error) from error
         try:
             path.hardlink_to(temporary)
+            sync_names_in(path.parent)
         except FileExistsError:
             pass  # another process was first, and its content is the one that counts
         except OSError as error:
@@ -72,6 +79,18 @@ def keep_or_create(path: Path, data: bytes) -> bytes:
             temporary.unlink()
     require_private(path)
     return read_file(path)
+
+
+def sync_names_in(folder: Path) -> None:
+    """Return when the names in *folder* outlive a power failure, as far as its file system can have them do so."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def read_file(path: Path, *, what: str = "file") -> bytes:

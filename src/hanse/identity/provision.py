@@ -50,6 +50,7 @@ from hanse.identity.private_files import (
     read_file,
     replace_file,
     require_private,
+    sync_names_in,
 )
 from hanse.identity.project import AUTHORITY_FOLDER, Participant, Project
 from hanse.identity.servers_secret import SERVERS_SECRET_FILE, ServersSecret
@@ -115,6 +116,7 @@ def provision(project_file: Path, out: Path, *, now: datetime) -> list[KitReport
             secret.save(kept)
         for newcomer in newcomers:
             (staging / newcomer.name).rename(out / newcomer.name)
+        sync_names_in(out)
     return [_provisioned(one, out, authority, secret, is_new=one in newcomers) for one in participants]
 
 
@@ -218,6 +220,7 @@ def install(approved: Path, folder: Path) -> KitReport:
         Kit.load(staging, settings_kind(subject.role))
         for name in files:
             (staging / name).replace(folder / name)
+        sync_names_in(folder)
     return KitReport(
         subject.name,
         subject.role,
@@ -395,6 +398,7 @@ def _write_approved(out: Path, files: Mapping[str, bytes]) -> None:
             for name, content in files.items():
                 replace_file(made / name, content, mode=_mode(name))
         made.rename(out)
+        sync_names_in(out.parent)
 
 
 def _read_approved(approved: Path) -> dict[str, bytes]:

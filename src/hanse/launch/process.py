@@ -40,6 +40,9 @@ _TAIL_BYTES: Final = 64 * 1024
 _PYTHON_FLAGS: Final = ("-P", "-m")
 """``-P`` keeps the parent's working directory out of the child's module search path: a file that happens to lie there
 must not stand in for a module."""
+_PYTHON_ENV: Final = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "PYTHONHASHSEED": "0"}
+"""Among others, a set of names has the same order in each process: one that takes over computes what the last one did,
+also where a job's code goes through a set."""
 
 
 class Handle(Protocol):
@@ -142,7 +145,7 @@ async def start_process(
                 stdin=child_end,
                 stdout=log,
                 stderr=asyncio.subprocess.STDOUT,
-                env={**inherited, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **env},
+                env={**inherited, **_PYTHON_ENV, **env},
                 start_new_session=True,
                 pass_fds=pass_fds,
             )

@@ -24,6 +24,7 @@ from hanse.learning.workflow import (
     State,
     Task,
     Workflow,
+    check_first,
     check_next,
     check_wait,
     is_over,
@@ -147,7 +148,7 @@ class LocalFederation:
         What an earlier run's tasks were is forgotten.
         """
         self._kept.clear()
-        state = workflow.start(model)
+        state = check_first(workflow.start(model), workflow=type(workflow).__name__)
         yield state
         while not is_over(workflow, state):
             self._enter_round(state.round + 1)

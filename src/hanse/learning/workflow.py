@@ -4,8 +4,8 @@ The runner takes ``workflow.start(model)`` as the state of round 0 and commits i
 with the last committed state, checks that the state it returns is the next round's, and commits that, until
 ``is_over``. A workflow keeps nothing between rounds but its ``State``, so one that is killed anywhere goes on from the
 last commit: the round is run again, and the answers that were accepted are handed out again without asking anybody
-twice. For that to give the same bytes, a workflow takes randomness from ``federation.rng`` alone and asks in the same
-order.
+twice. For that to give the same bytes, a workflow takes randomness from ``federation.rng`` alone. In which order it
+asks does not matter: an answer is found again by what was asked.
 
 A workflow is written in a job as a short name of ``WORKFLOWS`` or as ``module:Class``, with settings: the fields of
 that class, a dataclass or ``msgspec.Struct``.
@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Final, Protocol, runtime_checkable
 
@@ -130,7 +130,10 @@ class Federation(Protocol):
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since this round began. After a crash a round begins anew, and so does its time."""
+        """Seconds since this round began, but for those in which the server took its tasks, or could not.
+
+        After a crash a round begins anew, and so does its time.
+        """
 
     def ask(
         self,
@@ -143,7 +146,7 @@ class Federation(Protocol):
     ) -> AsyncGenerator[Answer, None]:
         """Give *task* to each of *clients* and yield one answer per client, in the order of arrival.
 
-        It ends when all have answered. At the deadline, *deadline_s* seconds after the first step of the iteration, the
+        It ends when all have answered. At the deadline, *deadline_s* seconds after the server has the tasks, the
         missing ones answer with the fault ``DEADLINE``. *then* is one clause that tells people what happens at the
         deadline (``THEN`` without it). Closing the generator early cancels what is outstanding; since ``break`` alone
         does not close it, iterate within ``contextlib.aclosing``. Later answers are then stale and reach nobody.
@@ -197,18 +200,40 @@ def is_over(workflow: Workflow, state: State) -> bool:
     return state.done or state.round >= workflow.rounds
 
 
-def check_next(previous: State, state: object, *, workflow: str) -> State:
-    """Return *state*, which *workflow* returned for *previous*, if it is the state of the next round.
+def check_first(state: object, *, workflow: str) -> State:
+    """Return *state*, with which *workflow* starts, if it is that of round 0; its metrics are plain.
 
     Raises:
-        WorkflowFailed: it is not.
+        WorkflowFailed: it is not, or cannot be kept.
     """
-    expected = previous.round + 1
+    return _checked(state, 0, "start()", workflow)
+
+
+def check_next(previous: State, state: object, *, workflow: str) -> State:
+    """Return *state*, which *workflow* returned for *previous*, if it is the next round's; its metrics are plain.
+
+    Raises:
+        WorkflowFailed: it is not, or cannot be kept.
+    """
+    return _checked(state, previous.round + 1, "round()", workflow)
+
+
+def _checked(state: object, expected: int, step: str, workflow: str) -> State:
     if not isinstance(state, State):
-        raise WorkflowFailed(workflow, expected, f"round() returned {type(state).__name__}; expected a State")
+        raise WorkflowFailed(workflow, expected, f"{step} returned {type(state).__name__}; expected a State")
     if state.round != expected:
-        raise WorkflowFailed(workflow, expected, f"round() returned a state of round {state.round}")
-    return state
+        raise WorkflowFailed(workflow, expected, f"{step} returned a state of round {state.round}")
+    try:  # plain numbers in place of NumPy's, which do not travel
+        metrics = {str(name): float(value) for name, value in state.metrics.items()}
+    except (TypeError, ValueError, OverflowError) as error:
+        why = f"{step} returned metrics that are no numbers ({error})"
+        raise WorkflowFailed(workflow, expected, why) from error
+    try:
+        msgspec.msgpack.encode(dict(state.values))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        why = f"{step} returned values that are not plain, such as int(...) and .tolist() make NumPy's ({error})"
+        raise WorkflowFailed(workflow, expected, why) from error
+    return replace(state, metrics=metrics, done=bool(state.done))
 
 
 def check_wait(deadline_s: float) -> float:

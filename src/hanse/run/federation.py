@@ -1,9 +1,9 @@
 """A run's handle on its clients: what ``workflow.round`` gets as ``federation``.
 
-``ask`` names each task by its key *(round, name, sequence, client)*. A workflow that is called again for the same round
-after a crash asks the same things in the same order, so its keys are the same: it finds the answers that the server has
-accepted for them, in the order in which they were accepted, and only the rest reaches a client. The sequence counts the
-asks of one name to one client within the round.
+``ask`` names each task by its key *(round, name, sequence, client)*, of which the sequence follows from what is asked
+(``coordination.task_keys``). A workflow that is called again for the same round after a crash asks the same things, so
+its keys are the same: it finds the answers that the server has accepted for them, in the order in which they were
+accepted, and only the rest reaches a client.
 
 Tasks lie in a ``_Pool``: those of one ask, or of all asks of one name that keep theirs. What is left in the latter when
 a round is committed is ``carried`` into the next one.
@@ -17,8 +17,10 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iter
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
+import msgspec
 import numpy as np
 
+from hanse.coordination.task_keys import content_of, sequence_of
 from hanse.errors import NotFound, ProtocolError, StoreFailed, TrainingFailed
 from hanse.ids import ClientName, Digest
 from hanse.learning.workflow import (
@@ -47,8 +49,9 @@ class RunFederation:
 
     It lives for the whole run; ``enter_round`` begins a round. ``answered_clients`` and ``tensors_read`` are whose
     answers the round has got, and which tensors those were. *carried* are the tasks of earlier rounds that the last
-    commit kept. An answer that comes before its task was asked, as after a crash, waits for that; one that comes for a
-    task that nobody waits for any more is dropped.
+    commit kept, *counted* those of the present one that were asked by a release which counted them. An answer that
+    comes before its task was asked, as after a crash, waits for that; one that comes for a task that nobody waits for
+    any more is dropped.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class RunFederation:
         clients: Iterable[ClientName],
         seed: int,
         carried: Iterable[TaskKey] = (),
+        counted: Iterable[TaskKey] = (),
     ) -> None:
         self._link = link
         self._files = files
@@ -68,27 +72,30 @@ class RunFederation:
         self.answered_clients: set[ClientName] = set()
         self.tensors_read: set[Digest] = set()
         self.disk_failure: StoreFailed | None = None
-        self._began = 0.0
+        self._began = self._issuing_since = 0.0
+        self._issuing = 0
         self._unavailable: dict[ClientName, TaskFault] = {}
         self._kept: dict[str, _Pool] = {}
         self._pool_of: dict[TaskKey, _Pool] = {}
         self._arrivals = itertools.count()
         self._early: dict[TaskKey, _Arrival] = {}
         self._asked: set[TaskKey] = set()
-        self._sequence: Counter[tuple[str, ClientName]] = Counter()
+        self._counted = frozenset(counted)
+        self._asks: Counter[tuple[str, ClientName, bytes]] = Counter()
         self._stored: tuple[Model, ModelRef] | None = None
+        self._storing = asyncio.Lock()
         for key in sorted(carried, key=_order):
             self._enter(key, self._kept.setdefault(key.name, _Pool(keeps=True)))
 
     # rounds
 
     def enter_round(self, round_number: int) -> None:
-        """Begin round *round_number*: sequences and its time count from the start again."""
+        """Begin round *round_number*: its time and its asks count from the start again."""
         self.round = round_number
         self.answered_clients = set()
         self.tensors_read = set()
-        self._began = asyncio.get_running_loop().time()
-        self._sequence.clear()
+        self._began = self._issuing_since = asyncio.get_running_loop().time()
+        self._asks.clear()
         self._asked.clear()
         self._stored = None  # the commit has deleted what only the last round needed
         self._early = {key: arrival for key, arrival in self._early.items() if key.round >= round_number}
@@ -98,8 +105,8 @@ class RunFederation:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since ``enter_round``."""
-        return asyncio.get_running_loop().time() - self._began
+        """Seconds since ``enter_round``, but for those in which tasks were being issued."""
+        return (self._issuing_since if self._issuing else asyncio.get_running_loop().time()) - self._began
 
     @property
     def carried(self) -> tuple[TaskKey, ...]:
@@ -130,13 +137,17 @@ class RunFederation:
 
         Closing matters: iterate under ``contextlib.aclosing`` or to the end.
         """
-        deadline = asyncio.get_running_loop().time() + check_wait(deadline_s)
+        check_wait(deadline_s)
         pool = self._kept.setdefault(task.name, _Pool(keeps=True)) if keep else _Pool(keeps=False)
-        keys = [self._next_key(task.name, client) for client in clients]
+        model = None if task.model is None or not clients else await self._ref(task.model)
+        wanted = IssueTasks((), model, dict(task.config), task.expects_model, deadline_s=deadline_s, then=then or THEN)
+        content = content_of(model, wanted.config, expects_model=task.expects_model)
+        keys = [self._next_key(task.name, client, content) for client in clients]
         for key in keys:
             self._enter(key, pool)
         try:
-            await self._issue(task, keys, pool, deadline_s=deadline_s, then=then or THEN)
+            await self._issue(wanted, keys, pool)
+            deadline = asyncio.get_running_loop().time() + deadline_s
             async for result, is_clients_own in pool.results(deadline, deadline_s):
                 yield await self._answer(result, is_clients_own=is_clients_own)
         finally:
@@ -194,10 +205,20 @@ class RunFederation:
         """Return the keys of kept tasks *name* whose answers were not yielded, the oldest first."""
         return sorted(self._kept[name].keys, key=_order) if name in self._kept else []
 
-    def _next_key(self, name: str, client: ClientName) -> TaskKey:
-        sequence = self._sequence[name, client]
-        self._sequence[name, client] += 1
-        return TaskKey(self.round, name, sequence, client)
+    def _next_key(self, name: str, client: ClientName, content: bytes) -> TaskKey:
+        """Return the key of what is now asked of *client*: no other ask of this round has it."""
+        counted = self._following(name, client, b"")
+        if (key := TaskKey(self.round, name, counted, client)) in self._counted:
+            return key
+        while True:
+            key = TaskKey(self.round, name, sequence_of(content, self._following(name, client, content)), client)
+            if key not in self._asked:  # or two contents have the same number by chance
+                return key
+
+    def _following(self, name: str, client: ClientName, content: bytes) -> int:
+        number = self._asks[name, client, content]
+        self._asks[name, client, content] += 1
+        return number
 
     def _enter(self, key: TaskKey, pool: "_Pool") -> None:
         """Have the answer to *key* go to *pool*; at once, if it has come."""
@@ -237,16 +258,15 @@ class RunFederation:
             self._link.cut_off()
             raise
 
-    async def _issue(self, task: Task, keys: Sequence[TaskKey], pool: "_Pool", *, deadline_s: float, then: str) -> None:
+    async def _issue(self, wanted: IssueTasks, keys: Sequence[TaskKey], pool: "_Pool") -> None:
         """Have those of *keys* that have no answer yet handed out, and the server know until when they are waited for.
 
         Those of lost clients too: they may come back.
         """
         new = tuple(key for key in keys if key in self._pool_of)
         try:
-            model = None if task.model is None or not new else await self._ref(task.model)
-            config = dict(task.config)
-            await self._link.issue(IssueTasks(new, model, config, task.expects_model, deadline_s=deadline_s, then=then))
+            with self._untimed():
+                await self._link.issue(msgspec.structs.replace(wanted, keys=new, model=wanted.model if new else None))
         except BaseException:
             if pool.keeps:  # none is carried of which the server may not know
                 pool.forget(new)
@@ -254,11 +274,26 @@ class RunFederation:
         for key in new:
             self._tell_of_loss(key)
 
+    @contextmanager
+    def _untimed(self) -> Iterator[None]:
+        """Have time stand still within the block: a store that is away takes none from those who are to answer."""
+        time = asyncio.get_running_loop().time
+        if not self._issuing:
+            self._issuing_since = time()
+        self._issuing += 1
+        try:
+            yield
+        finally:
+            self._issuing -= 1
+            if not self._issuing:
+                self._began += time() - self._issuing_since
+
     async def _ref(self, model: Model) -> ModelRef:
-        if self._stored is None or self._stored[0] is not model:
-            with self._disk():
-                self._stored = (model, await asyncio.to_thread(store_model, model, self._files))
-        return self._stored[1]
+        async with self._storing:  # what asks side by side hand out is stored once, and not by two threads at a time
+            if self._stored is None or self._stored[0] is not model:
+                with self._disk():
+                    self._stored = (model, await asyncio.to_thread(store_model, model, self._files))
+            return self._stored[1]
 
     async def _answer(self, result: TaskResult, *, is_clients_own: bool) -> Answer:
         client, staleness = result.key.client, self.round - result.key.round

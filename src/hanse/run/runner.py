@@ -14,7 +14,7 @@ import msgspec
 from hanse.errors import HanseError, WorkflowFailed
 from hanse.ids import ClientName, Digest
 from hanse.job import JobSpec
-from hanse.learning.workflow import State, Workflow, check_next, is_over
+from hanse.learning.workflow import State, Workflow, check_first, check_next, is_over
 from hanse.messages import RunSnapshot, StateRef, TaskKey
 from hanse.model import Model
 from hanse.run.federation import RunFederation, loaded
@@ -43,11 +43,13 @@ async def drive(
 
     Raises:
         WorkflowFailed: the workflow's code raised, or returned something that is no next state.
+        StoreFailed: the disk did not do what the round needs, whatever the workflow's code has made of that.
         HanseError: as the workflow raised it (``TooFewClients``), or the server's refusal to commit.
     """
     if snapshot.state is None:
         began = time.monotonic()
-        state = await _guarded(spec, 0, asyncio.to_thread(lambda: workflow.start(initial())))
+        first = await _guarded(spec, 0, asyncio.to_thread(lambda: workflow.start(initial())))
+        state = check_first(first, workflow=spec.workflow.name)
         reference = await _commit(state, link, files, began=began)
     else:
         reference = snapshot.state
@@ -56,7 +58,7 @@ async def drive(
         number = state.round + 1
         federation.enter_round(number)
         began = time.monotonic()
-        following = await _guarded(spec, number, workflow.round(state, federation))
+        following = await _next(workflow, state, federation, spec)
         state = check_next(state, following, workflow=spec.workflow.name)
         carried = () if is_over(workflow, state) else federation.carried
         answered = sorted(federation.answered_clients)
@@ -118,6 +120,22 @@ def load_state(reference: StateRef, files: TensorFiles) -> State:
         metrics=reference.metrics,
         done=reference.done,
     )
+
+
+async def _next(workflow: Workflow, state: State, federation: RunFederation, spec: JobSpec) -> object:
+    """Return what *workflow* makes of *state*, if the disk does what that needs.
+
+    A workflow may take what an ask raises for a client's fault, and go on without that client's answer.
+    """
+    try:
+        following = await _guarded(spec, state.round + 1, workflow.round(state, federation))
+    except HanseError:
+        if federation.disk_failure is not None:
+            raise federation.disk_failure from None
+        raise
+    if federation.disk_failure is not None:
+        raise federation.disk_failure
+    return following
 
 
 async def _guarded(spec: JobSpec, number: int, step: Awaitable[T]) -> T:

@@ -43,7 +43,7 @@ from hanse.errors import (
 )
 from hanse.events import EventType, FLContext
 from hanse.ids import SERVER, ClientName, Digest, Fqcn, JobId, job_cell
-from hanse.job import ENDED, JobRecord, JobState, move
+from hanse.job import ENDED, FailedClient, JobRecord, JobState, move
 from hanse.launch.log_lines import FieldLogger
 from hanse.messages import (
     AbortJob,
@@ -143,6 +143,7 @@ class ActiveRun:
         self._arriving: Counter[Digest] = Counter()
         self._withheld: set[TaskKey] = set()  # out, but told to nobody before they are journalled
         self._refusals: dict[TaskKey, str] = {}
+        self._failed = {failed.client: failed for failed in record.failed_clients}
         self._clearing = asyncio.Lock()
         self._committing = asyncio.Lock()
         self._attaching = 0
@@ -209,7 +210,7 @@ class ActiveRun:
             if self.has_ended:
                 return
             record = move(
-                self.record,
+                msgspec.structs.replace(self.record, failed_clients=()),
                 to,
                 at=self._services.wall(),
                 code=shortened(code, MAX_CODE_CHARS),
@@ -304,6 +305,7 @@ class ActiveRun:
             lost_clients=self.run.lost_clients,
             carried=self.run.carried,
             failed_clients=self.run.failed_clients,
+            counted=self.run.counted,
         )
 
     async def _caught_up(self) -> RunState:
@@ -669,8 +671,33 @@ class ActiveRun:
         return True
 
     def _changed(self, client: ClientName, change: str, reason: str) -> None:
+        if change == "failed":
+            code = shortened(self.processes.trouble(client).code, MAX_CODE_CHARS)
+            self._failed[client] = FailedClient(client, shortened(reason), code)
+            self._spawn(self._note_failed(), f"note that {client} failed in {self.job_id}")
         self._tell_run("client", ClientChanged(client, change, reason))
         self._emit(JobEvent(self.job_id, f"client_{change}", self._services.wall(), client=client, text=reason))
+
+    async def _note_failed(self) -> None:
+        """Have whoever takes the run up know which clients are out of it, as soon as the store takes that."""
+        while True:
+            async with self._ending:  # which changes the record, too
+                failed = tuple(self._failed.values())
+                if self.has_ended or self.record.failed_clients == failed:
+                    return
+                record = msgspec.structs.replace(self.record, failed_clients=failed)
+                try:
+                    await self._journal.note(record)
+                except StoreFailed as error:
+                    self._log.warning("a failed client is not noted yet", extra={"reason": error.reason})
+                except HanseError as error:  # the job has ended, or is another server's
+                    self._log.info("a failed client is not noted", extra={"reason": error.reason})
+                    return
+                else:
+                    self.record = record
+                    return
+            if await is_set_within(self._over, STORE_PAUSE_S):
+                return
 
     def _context(self, *, round_number: int = 0, peer: str = "", message: Message | None = None) -> FLContext:
         return FLContext(

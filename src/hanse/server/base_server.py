@@ -131,7 +131,8 @@ class BaseServer(ABC):
                     return
                 # Only who is dead matters here; a client that beats without a stream would have the loop spin.
                 deadline = self._registry.next_deadline(timeout_s=self.heart_beat_timeout, lost_after_s=math.inf)
-                self._woken.wait(None if deadline is None else max(deadline - self.clock(), 0.001))
+                wait_s = None if deadline is None else max(deadline - self.clock(), 0.001)
+                self._woken.wait(None if wait_s is None else min(wait_s, threading.TIMEOUT_MAX))
                 if self._closing:
                     return
             try:

@@ -1,7 +1,10 @@
 """Why a job ended, of the error that ended it."""
 
+import re
+
 from hanse.cell.cell import RemoteError
 from hanse.errors import HanseError, InternalError
+from hanse.ids import ClientName
 
 
 def code_of(error: HanseError) -> str:
@@ -14,3 +17,9 @@ def cause_of(error: Exception, *, doing: str) -> HanseError:
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error if isinstance(error, HanseError) else InternalError(doing)
+
+
+def said_of(client: ClientName, reason: str) -> str:
+    """Return *reason* with *client*, the one that it is about, named in it."""
+    is_named = re.search(rf"(?<![\w-]){re.escape(client)}(?![\w-])", reason) is not None
+    return reason if is_named else f"{reason} (at {client})"

@@ -74,7 +74,7 @@ class ClientProcesses:
             answer.key.client: Trouble(answer.fault.code, answer.fault.log_tail)
             for answer in run.answers
             if answer.fault is not None
-        }
+        } | {failed.client: Trouble(failed.code) for failed in record.failed_clients}
 
     # their life
 

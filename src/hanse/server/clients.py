@@ -246,7 +246,7 @@ class Clients:
             if reason is None:
                 self._registry.enable(name)
                 return None
-            registered = self._registry.disable(name, reason)
+            registered = self._registry.disable(name, reason, now=self._clock())
             return None if registered is None else self._registry.revoke(registered.token, now=self._clock())
 
     def disable_only(self, disabled: Mapping[str, str]) -> None:

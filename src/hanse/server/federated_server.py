@@ -27,9 +27,10 @@ from hanse.cell.link import Peer
 from hanse.cell.listener import Listener
 from hanse.cell.loop import background_loop, run
 from hanse.cell.refusals import RemoteError, refuse
+from hanse.cell.transfer import Files
 from hanse.coordination.absence import Absence, disabled_text
 from hanse.coordination.certificates import EXPECTED_S, expired_text
-from hanse.coordination.policy import PeerKind
+from hanse.coordination.policy import ADMIN_RIGHTS, PeerKind, Right
 from hanse.coordination.registry import Presence, fingerprint
 from hanse.coordination.service import (
     RequestKind,
@@ -97,7 +98,7 @@ from hanse.server.run_spec import WITHHELD
 from hanse.server.tenure import HeldLease, Tenure, boot_time
 from hanse.settings import ServerSettings
 from hanse.storage.objects import Objects, objects_at
-from hanse.storage.records import Lease, Store
+from hanse.storage.records import AuditEntry, Lease, Store, store_of
 
 __all__ = ["AdminServer", "BaseServer", "CommandModule", "FederatedServer", "TaskMetaInfo"]
 
@@ -173,7 +174,12 @@ class FederatedServer(BaseServer):
         self._cmd_modules = tuple(cmd_modules or ())
         self._store = snapshot_persistor
         self._overseer = overseer_agent
-        self._primacy = Primacy(is_alone=overseer_agent is None, begin=self._begin_tenure, cell=self._own_cell)
+        self._primacy = Primacy(
+            is_alone=overseer_agent is None,
+            name=lambda: self.name,
+            begin=self._begin_tenure,
+            cell=self._own_cell,
+        )
         self._clients = Clients(
             self._registry,
             self._lock,
@@ -257,7 +263,7 @@ class FederatedServer(BaseServer):
         Outside a job, ``job_id`` is empty and ``round`` -1.
         """
         tenure = self._primacy.tenure
-        meta = tenure.jobs.current_task(ClientName(client_name)) if tenure is not None else None
+        meta = tenure.jobs.live.current_task(ClientName(client_name)) if tenure is not None else None
         job_id, round_number = meta if meta is not None else (JobId(""), -1)
         return TaskMetaInfo(self.project_name, job_id, round_number, ClientName(client_name))
 
@@ -276,7 +282,7 @@ class FederatedServer(BaseServer):
     def notify_dead_client(self, client: Client) -> None:
         """Tell every run in which *client* takes part."""
         if self._primacy.tenure is not None:
-            self._primacy.tenure.jobs.gone(client.name)
+            self._primacy.tenure.jobs.client_watch.gone(client.name)
 
     def set_disabled(self, name: ClientName, reason: str | None) -> None:
         """Refuse client *name* from now on, because of *reason*; ``None``: no longer."""
@@ -465,7 +471,7 @@ class FederatedServer(BaseServer):
         authority = self._clients.identities.job_authority
         listener = Listener(
             deployed.reception,
-            scopes=lambda peer, scope, *, write: admittance.scope(peer, scope, write, self.jobs),
+            scopes=lambda peer, scope, *, write: self._scope(admittance, peer, scope, write),
             stays=admittance.stays,
             tls=server_tls(where, authority.certificate if authority is not None else b""),
             target=where.target,
@@ -492,7 +498,7 @@ class FederatedServer(BaseServer):
 
     def _demand_alive(self, job_id: JobId) -> None:
         if self._primacy.tenure is not None:
-            self._primacy.tenure.jobs.demand_alive(job_id)
+            self._primacy.tenure.jobs.live.demand_alive(job_id)
 
     def _gate(self, admittance: Admittance, peer: Peer, topic: Topic, message: Message) -> None:
         """Let *peer*'s message pass: who it is, what it may ask, and whether this service takes a contribution now."""
@@ -501,6 +507,9 @@ class FederatedServer(BaseServer):
         except CertificateExpired as expired:
             # Nothing more is to go to it either. Over TLS it cannot come back as it is, and is not heard of again.
             self._drop_cell(peer.fqcn, expired)
+            raise
+        except Unauthorized as refused:
+            self._audit_refused(peer, topic, refused)
             raise
         if topic != (Channel.TASK, "result"):
             return
@@ -512,6 +521,31 @@ class FederatedServer(BaseServer):
             raise NotInService
         if reason is not None:
             raise Unauthenticated(reason)
+
+    async def _scope(self, admittance: Admittance, peer: Peer, scope: str, write: bool) -> Files:
+        try:
+            return await admittance.scope(peer, scope, write, self.jobs.files)
+        except Unauthorized as refused:
+            if scope == "upload":  # with which a submission begins
+                self._audit_refused(peer, (Channel.ADMIN, "job.submit"), refused)
+            raise
+
+    def _audit_refused(self, peer: Peer, topic: Topic, refused: Unauthorized) -> None:
+        """Have the audit log say who asked for a change that is not theirs to make."""
+        tenure, right = self._primacy.tenure, ADMIN_RIGHTS.get(topic)
+        if peer.kind != PeerKind.ADMIN or right in (None, Right.SEE) or tenure is None:
+            return
+        services = tenure.jobs.services
+        entry = AuditEntry(self.wall(), split_cell(peer.fqcn)[0], topic[1], "", refused.code, refused.reason)
+
+        async def write() -> None:
+            try:
+                await services.store.audit(services.epoch, entry)
+            except HanseError as failed:
+                extra = {"admin": entry.actor, "refused": refused.reason, "reason": failed.reason}
+                _log.error("a command that was refused is not in the audit log", extra=extra)
+
+        asyncio.run_coroutine_threadsafe(write(), background_loop())
 
     def _answer_on(self, cell: Cell) -> None:
         answer_not_in_service(cell)
@@ -552,6 +586,7 @@ class FederatedServer(BaseServer):
             project=self.project_name,
             epoch=held.lease.epoch,
             store=deployed.store,
+            store_id=store_of(held.lease.ssid),
             cell=deployed.cell,
             launcher=deployed.launcher,
             credentials=self._clients.job_credentials,
@@ -616,7 +651,7 @@ class FederatedServer(BaseServer):
         with self._lock:
             self._tokens.add(registered.token)
         if self._primacy.tenure is not None:
-            self._primacy.tenure.jobs.registered(ClientName(register.client))
+            self._primacy.tenure.jobs.client_watch.registered(ClientName(register.client))
         self._wake_cleanup()
         self._keep_token_soon(ClientName(register.client))
         return registered
@@ -664,7 +699,11 @@ class FederatedServer(BaseServer):
             self._note_stream(Fqcn(client.name))
         self._tell_admin_server(lambda admin_server: admin_server.client_heartbeat(client))
         tenure = self._primacy.tenure
-        abort = tenure.jobs.heartbeat(client.name, heartbeat.jobs, heartbeat.idle) if tenure is not None else ()
+        abort = (
+            tenure.jobs.client_watch.heartbeat(client.name, heartbeat.jobs, heartbeat.idle)
+            if tenure is not None
+            else ()
+        )
         return HeartbeatReply(abort, self._primacy.service.ssid)
 
     def _quit(self, request: Message) -> Payload:
@@ -748,7 +787,7 @@ class FederatedServer(BaseServer):
         participant, job_id = split_cell(Fqcn(request.get_header(Header.CLIENT) or ""))
         if job_id not in (None, failure.job_id):
             raise Unauthorized(f"{participant}.{job_id}", f"report on job {failure.job_id}", needs="to be of that job")
-        self.jobs.failed_at(self._clients.named(participant).name, failure)
+        self.jobs.client_watch.failed_at(self._clients.named(participant).name, failure)
         return None
 
     def _drop_cell(self, fqcn: Fqcn, error: HanseError) -> None:
@@ -822,14 +861,15 @@ class FederatedServer(BaseServer):
             self._note_stream(peer.fqcn)
         if (tenure := self._primacy.tenure) is not None:
             self._keep_ends_soon(tenure.jobs.services)
-            tenure.jobs.link_up(peer)
+            tenure.jobs.client_watch.link_up(peer)
 
     def _link_down(self, peer: Peer, reason: str) -> None:
         if peer.kind == PeerKind.CLIENT:
             self._clients.stream_down(peer)
             self._handlers.tell(EventType.CLIENT_DISCONNECTED, self._context(peer=peer.fqcn, reason=reason))
         if self._primacy.tenure is not None:
-            self._primacy.tenure.jobs.link_down(peer)
+            self._primacy.tenure.jobs.board.leave(peer.fqcn)
+            self._primacy.tenure.jobs.client_watch.link_down(peer)
 
     def _note_stream(self, fqcn: Fqcn) -> None:
         """Note that a client's stream is up, if it is: it may have come before the client was known."""

@@ -1,13 +1,12 @@
 """The jobs of one server: submitted, scheduled when their clients are there, run, and taken up again after a restart.
 
 One task schedules: it wakes when something changed (a job, a client, a deadline) and acts on what
-``coordination.schedule`` decides. Each running job is an ``ActiveRun`` with a task of its own. Messages about a job
-find their run here. All of it lives on the event loop; ``heartbeat`` may be called from any thread.
+``coordination.schedule`` decides. Each job that is alive has a task of its own; one that runs is an ``ActiveRun``. All
+of it lives on the event loop.
 """
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,48 +15,27 @@ from typing import Any, Final
 
 import msgspec
 
-from hanse.cell.link import Peer
-from hanse.cell.transfer import Files
-from hanse.codes import CODES
-from hanse.coordination.runs import Run, Sync, heartbeat_sync
+from hanse.coordination.runs import Run
 from hanse.coordination.schedule import NO_CLIENTS, Decision, GiveUp, Start, Wait, next_deadline, plan
-from hanse.coordination.waiting import (
-    Deployment,
-    StoreTrouble,
-    TakingUp,
-    waiting_of_fetching,
-    waiting_of_held_up,
-    waiting_of_scheduled,
-    waiting_of_submitted,
-    waiting_of_taking_up,
-)
-from hanse.errors import (
-    Conflict,
-    HanseError,
-    NotFound,
-    NotInService,
-    ProtocolError,
-    StaleEpoch,
-    StoreFailed,
-    Unauthorized,
-)
+from hanse.coordination.waiting import TakingUp
+from hanse.errors import Conflict, HanseError, NotFound, NotInService, StaleEpoch, StoreFailed
 from hanse.events import EventType, FLContext
-from hanse.ids import ClientName, JobId, job_cell, split_cell
+from hanse.ids import ClientName, JobId, job_cell
 from hanse.job import ENDED, JobRecord, JobState, move
 from hanse.launch.long_logs import LongLogs
-from hanse.messages import (
-    JobEvent,
-    JobFailure,
-    Waiting,
-)
+from hanse.messages import JobEvent, Waiting
 from hanse.server.active_run import ActiveRun
 from hanse.server.bounds import MAX_CODE_CHARS, shortened
-from hanse.server.causes import cause_of, code_of
-from hanse.server.client_processes import DEPLOY_TIMEOUT_S, deploy
+from hanse.server.causes import cause_of, code_of, said_of
+from hanse.server.client_processes import deploy
+from hanse.server.client_watch import ClientWatch
 from hanse.server.clients import Clients
 from hanse.server.job_board import JobBoard
+from hanse.server.job_files import JobFiles
+from hanse.server.job_waits import JobWaits
 from hanse.server.leftovers import Leftovers
 from hanse.server.lifetime import start_in
+from hanse.server.live_jobs import LiveJobs
 from hanse.server.run_desk import RunDesk
 from hanse.server.run_folder import RunFolder, RunFolders
 from hanse.server.run_services import RunServices
@@ -65,14 +43,20 @@ from hanse.server.run_tensors import needed_tensors, without_lost
 from hanse.server.submission import submit
 from hanse.storage.objects import Objects
 from hanse.storage.records import RunState, is_stored
-from hanse.storage.tensors import TensorFiles
 
 _log = logging.getLogger(__name__)
 
-MAX_ABORTS: Final = 1000
-"""The most jobs that one heartbeat is answered with; a client that runs more hears of the rest at its next ones."""
 POSTPONED_S: Final = 5.0
 """A job that its clients could not take just now (a full disk, a broken line) is tried again after this long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Postponed:
+    """A job is tried again at the monotonic time *until*, because of what *why* says and *code* names."""
+
+    until: float
+    why: str
+    code: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +70,8 @@ class JobLimits:
 
 class Jobs:
     """The jobs of one server during one tenure; ``serve`` is its life.
+
+    *live* has those that are alive, *files* their files; *client_watch* hears their clients; *board* shows them.
 
     What belongs to a run is in the folder *runs*, which a project's servers share; or they share *objects*, with which
     each can go on with what another has begun. *workspace* is this server's alone.
@@ -102,39 +88,37 @@ class Jobs:
         limits: JobLimits,
     ) -> None:
         self._services = services
-        self._workspace = workspace
         self._folders = RunFolders(runs, services.epoch, objects)
-        self._leftovers = Leftovers(services.store, services.cell, self._folders)
+        self._leftovers = Leftovers(services.store, services.store_id, services.cell, self._folders)
         self._clients = clients
         self._limits = limits
-        self._runs: dict[JobId, ActiveRun] = {}
         self._logs = LongLogs()
-        self._lives: dict[JobId, asyncio.Task[None]] = {}
-        self._taking: dict[JobId, JobRecord] = {}
-        self._postponed: dict[JobId, tuple[float, str, str]] = {}  # until when, why, and the code of that
-        self._waiting: dict[JobId, Wait] = {}
-        self._fetching: dict[JobId, float] = {}
-        self._deploying: dict[JobId, Deployment] = {}
-        self._held_up: dict[JobId, StoreTrouble] = {}
-        self._schedule_held_up: StoreTrouble | None = None
-        self._taking_up: dict[JobId, TakingUp] = {}
-        self._known: dict[ClientName, frozenset[JobId]] = {}
+        self._postponed: dict[JobId, Postponed] = {}
         self._ended: dict[JobId, asyncio.Event] = {}
         self._in_doubt: set[JobId] = set()  # ended perhaps, and not announced
         self._changed = asyncio.Event()
-        self._suspects = asyncio.Event()
         self._accepting = True
-        self._knows_runs = False
         self._has_left = False
         self._loop = asyncio.get_running_loop()
+        self._waits = JobWaits(wall=services.wall, absent=services.absent)
+        self.live = LiveJobs()
+        self.files = JobFiles(self.live, services.store, self._folders, workspace=workspace)
+        self.client_watch = ClientWatch(
+            self.live,
+            lost_after_s=limits.lost_after_s,
+            now=services.now,
+            spawn=self._spawn_for,
+            idle=self._end_left_at,
+            changed=self.wake,
+        )
         self.board = JobBoard(
             services.store,
             services.cell,
-            runs=self._runs,
+            runs=self.live.runs,
             waiting_of=self._waiting_of,
             folder_of=self.run_folder,
         )
-        RunDesk(services.cell, self._runs, demand_taken_up=self.demand_taken_up)
+        RunDesk(services.cell, self.live)
 
     @property
     def services(self) -> RunServices:
@@ -148,27 +132,26 @@ class Jobs:
         async with asyncio.TaskGroup() as group:
             self._group = group
             await self._take_up()
-            self._knows_runs = True
+            self.live.are_known = True
             ready.set()
-            group.create_task(self._watch_clients(), name="notice lost clients")
+            group.create_task(self.client_watch.watch(), name="notice lost clients")
             if (objects := self._folders.objects) is not None:
                 group.create_task(self._leftovers.clear_bucket(objects), name="clear the bucket")
             try:
                 await self._schedule()
             finally:
-                self._knows_runs = False
+                self.live.are_known = False
                 self._has_left = True
                 for ended in self._ended.values():  # nobody here sees the end of what others go on with
                     ended.set()
-                for life in self._lives.values():
-                    life.cancel()
+                self.live.cancel()
 
     async def _take_up(self) -> None:
         running = await self._services.store.jobs(states=(JobState.RUNNING,))
-        await self._leftovers.clear_folders({record.job_id for record in running})
+        await self._leftovers.clear_folders({record.job_id for record in running}, group=self._group)
         for record in running:
-            self._taking_up[record.job_id] = TakingUp(frozenset(record.clients), self._services.wall())
-            self._live(record, self._resume(record))
+            self.live.taking_up[record.job_id] = TakingUp(frozenset(record.clients), self._services.wall())
+            self._begin(record, self._resume(record))
 
     async def _resume(self, record: JobRecord) -> None:
         """Go on with a run of an earlier tenure, as soon as all that it needs is here."""
@@ -182,6 +165,7 @@ class Jobs:
             committed=-1 if state.state is None else state.state.round,
             tasks=state.tasks,
             answers=state.answers,
+            failed={failed.client: failed.reason for failed in record.failed_clients},
         )
         _log.info("run taken up", extra={"job": record.job_id, "round": run.round})
         await self._run(record, run, folder, resumed=True)
@@ -202,7 +186,7 @@ class Jobs:
                 return await without_lost(self._services.store, self._services.epoch, record.job_id, state, lost)
             except StoreFailed as failed:
                 _log.error("taking a run up waits", extra={"job": record.job_id, "reason": failed.reason})
-                self._taking_up[record.job_id] = replace(self._taking_up[record.job_id], reason=failed.reason)
+                self.live.taking_up[record.job_id] = replace(self.live.taking_up[record.job_id], reason=failed.reason)
             await asyncio.sleep(POSTPONED_S)  # a bucket, or a full disk, tells nobody when it is well again
 
     async def _schedule(self) -> None:
@@ -221,42 +205,40 @@ class Jobs:
         except StoreFailed as failed:
             # A full disk or a locked database must not end the jobs that run; it tells nobody when it is over.
             _log.error("the schedule waits for the store", extra={"reason": failed.reason})
-            self._schedule_held_up = self._trouble(failed, self._schedule_held_up)
+            self._waits.schedule_held_up(failed)
             return POSTPONED_S
-        self._schedule_held_up = None
+        self._waits.schedule_goes_on()
         return delay
-
-    def _trouble(self, failed: StoreFailed, before: StoreTrouble | None) -> StoreTrouble:
-        return StoreTrouble(failed.reason, self._services.wall() if before is None else before.since)
 
     async def _plan(self) -> float | None:
         """Start or give up the jobs whose time it is; return in how many seconds the next one's is."""
         await self._settle_doubts()
         now_s, now = self._services.wall(), self._services.now()
         submitted = await self._submitted()
-        self._postponed = {job_id: later for job_id, later in self._postponed.items() if later[0] > now}
+        self._postponed = {job_id: later for job_id, later in self._postponed.items() if later.until > now}
         postponed = {
-            record.job_id: Wait(later[1], record.submitted_at + record.spec.start_within_s, later[2])
+            record.job_id: Wait(later.why, record.submitted_at + record.spec.start_within_s, later.code)
             for record in submitted
             if (later := self._postponed.get(record.job_id)) is not None
         }
         submitted = [record for record in submitted if record.job_id not in postponed]
         decisions: dict[JobId, Decision] = plan(
             submitted,
-            clients=self._clients.candidates(self._jobs_at),
-            running_jobs=len(self._lives),
+            clients=self._clients.candidates(self.live.records_of),
+            running_jobs=len(self.live),
             max_running_jobs=self._limits.max_running_jobs,
             min_registered=self._limits.min_registered,
             now_s=now_s,
             absent=self._services.absent(),
         )
-        self._waiting = postponed | {job_id: wait for job_id, wait in decisions.items() if isinstance(wait, Wait)}
+        waits = {job_id: wait for job_id, wait in decisions.items() if isinstance(wait, Wait)}
+        self._waits.scheduled(postponed | waits)
         for record in submitted:
             try:
                 await self._decided(record, decisions[record.job_id])
             except Conflict as moved:  # it was aborted since it was looked up
                 _log.info("not scheduled", extra={"job": record.job_id, "reason": moved.reason})
-        delays = [at - now for at, _, _ in self._postponed.values()]
+        delays = [later.until - now for later in self._postponed.values()]
         if (give_up := next_deadline(decisions.values())) is not None:
             delays.append(give_up - now_s)
         return max(min(delays), 0.0) if delays else None
@@ -270,7 +252,7 @@ class Jobs:
         for record in await self._services.store.jobs(states=(JobState.SUBMITTED, JobState.SCHEDULED)):
             again = record
             if record.state is JobState.SCHEDULED:
-                if record.job_id in self._lives:
+                if record.job_id in self.live:
                     continue
                 again = move(record, JobState.SUBMITTED, at=self._services.wall())
                 try:
@@ -287,7 +269,7 @@ class Jobs:
                 scheduled = move(record, JobState.SCHEDULED, at=self._services.wall())
                 scheduled = msgspec.structs.replace(scheduled, clients=clients)
                 await self._services.store.replace_job(self._services.epoch, scheduled, was=record.state)
-                self._live(scheduled, self._launch(scheduled))
+                self._begin(scheduled, self._launch(scheduled))
             case GiveUp(reason=reason):
                 await self._fail(record, NO_CLIENTS, reason)
             case _:
@@ -295,23 +277,7 @@ class Jobs:
 
     async def shorten_logs(self) -> None:
         """Shorten the logs of the runs here, as far as they are too long."""
-        await self._logs.shorten([run.folder.log for run in self._runs.values()])
-
-    async def _watch_clients(self) -> None:
-        """Tell runs of clients that are lost: woken by the earliest deadline of a suspect client, or by a change."""
-        while True:
-            self._suspects.clear()
-            lost_after_s = self._limits.lost_after_s
-            for run in list(self._runs.values()):
-                run.processes.lose(lost_after_s)
-            deadlines = [run.run.next_deadline(lost_after_s) for run in self._runs.values()]
-            deadline = min((at for at in deadlines if at is not None), default=None)
-            delay = None if deadline is None else max(deadline - self._services.now(), 0.0)
-            try:
-                async with asyncio.timeout(delay):
-                    await self._suspects.wait()
-            except TimeoutError:
-                continue
+        await self._logs.shorten([run.folder.log for run in self.live.runs.values()])
 
     # a job's way
 
@@ -334,25 +300,19 @@ class Jobs:
             await self._fail(record, "launch-refused", f"the server does not launch it: {refused}")
             return
         folder = self.run_folder(record.job_id)
-        self._fetching[record.job_id] = self._services.wall()
         try:
-            await folder.have_package(record)
+            with self._waits.fetching(record.job_id):
+                await folder.have_package(record)
         except StoreFailed as failed:
             if self._is_past_its_time(record):
                 await self._fail(record, failed.code, failed.reason)
             else:
                 await self._postpone(record, failed.reason, failed.code)
             return
-        finally:
-            del self._fetching[record.job_id]
-        began = self._services.wall()
-        self._deploying[record.job_id] = Deployment(frozenset(record.clients), began, began + DEPLOY_TIMEOUT_S)
-        try:
+        with self._waits.deploying(record):
             outcomes = await asyncio.gather(
                 *(self._deploy(record, client) for client in record.clients), return_exceptions=True
             )
-        finally:
-            del self._deploying[record.job_id]
         refusals = {
             client: outcome
             for client, outcome in zip(record.clients, outcomes, strict=True)
@@ -391,18 +351,17 @@ class Jobs:
             except StoreFailed as failed:
                 _log.error("a job waits for the store", extra={"job": record.job_id, "reason": failed.reason})
                 has_failed = True
-                self._held_up[record.job_id] = self._trouble(failed, self._held_up.get(record.job_id))
+                self._waits.held_up(record.job_id, failed)
                 await asyncio.sleep(POSTPONED_S)  # a full disk tells nobody when it no longer is
             else:
-                self._held_up.pop(record.job_id, None)
+                self._waits.goes_on(record.job_id)
                 return
 
     async def _deploy(self, record: JobRecord, client: ClientName) -> None:
         try:
             await deploy(self._services.cell, record, client)
         finally:
-            waited_for = self._deploying[record.job_id]
-            self._deploying[record.job_id] = replace(waited_for, clients=waited_for.clients - {client})
+            self._waits.deployed(record.job_id, client)
 
     async def _not_deployed(self, record: JobRecord, refusals: Mapping[ClientName, HanseError]) -> None:
         """End a job that too few clients take; one that they could not take just now is scheduled again, in time."""
@@ -423,11 +382,8 @@ class Jobs:
         """Have a scheduled job scheduled again, but not at once."""
         again = move(record, JobState.SUBMITTED, at=self._services.wall())
         await self._store_move(again, was=record.state)
-        self._postponed[record.job_id] = (
-            self._services.now() + POSTPONED_S,
-            shortened(why),
-            shortened(code, MAX_CODE_CHARS),
-        )
+        until = self._services.now() + POSTPONED_S
+        self._postponed[record.job_id] = Postponed(until, shortened(why), shortened(code, MAX_CODE_CHARS))
         self.wake()
 
     async def _run(self, record: JobRecord, run: Run, folder: RunFolder, *, resumed: bool) -> None:
@@ -437,23 +393,21 @@ class Jobs:
             folder,
             self._services,
             emit=self.board.emit,
-            suspect=self._suspects.set,
+            suspect=self.client_watch.look,
         )
-        self._runs[record.job_id] = active
-        self._taking_up.pop(record.job_id, None)
-        self._suspects.set()  # all clients of a run that is taken up are, until they come
+        self.live.run(active)
+        self.client_watch.look()  # all clients of a run that is taken up are, until they come
         try:
             for client in record.clients:  # those whose process went on while the server was away
                 peer = self._services.cell.peer(job_cell(client, record.job_id))
                 if peer is not None and active.processes.stream_up(client, peer):
                     self._spawn_for(active, partial(active.send_out, client))  # which may wait, and the run lives now
-            heard = {client: record.job_id in self._known[client] for client in record.clients if client in self._known}
+            heard = self.client_watch.heard_of(record.job_id, record.clients)
             ended = await active.live(resumed=resumed, heard=heard)
             await self._leftovers.delete_tensors(folder)
             self._announce_end(ended)
         finally:
-            del self._runs[record.job_id]
-            self._lives.pop(record.job_id, None)  # whoever asks from now on finds no job that is alive
+            self.live.has_run(record.job_id)
 
     async def _fail(self, record: JobRecord, code: str, reason: str, *, client: str = "") -> None:
         await self._end_idle(record, JobState.FAILED, code=code, reason=reason, client=client)
@@ -492,7 +446,6 @@ class Jobs:
 
     def _has_ended_idle(self, record: JobRecord) -> None:
         """Tell everybody of the end of a job that did not run."""
-        self._waiting.pop(record.job_id, None)
         notice = EventType.JOB_FAILED if record.state is JobState.FAILED else EventType.JOB_ABORTED
         self._tell(notice, record.job_id, reason=record.reason)
         for client in record.clients:
@@ -506,19 +459,17 @@ class Jobs:
         self.board.close(record.job_id)
         self.wake()
 
-    def _live(self, record: JobRecord, life: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, record: JobRecord, life: Coroutine[Any, Any, None]) -> None:
         """Give a job a task of its own; whatever goes wrong there ends that job and no other."""
         job_id = record.job_id
         task = start_in(self._group, life, partial(self._guarded, job_id), name=f"job {job_id}")
         if task is not None:
-            self._lives[job_id], self._taking[job_id] = task, record
+            self.live.begin(record, task)
             task.add_done_callback(lambda _: self._has_lived(job_id))
 
     def _has_lived(self, job_id: JobId) -> None:
-        self._lives.pop(job_id, None)
-        del self._taking[job_id]
-        self._taking_up.pop(job_id, None)
-        self._held_up.pop(job_id, None)
+        self.live.end(job_id)
+        self._waits.goes_on(job_id)
         self.wake()
 
     async def _guarded(self, job_id: JobId, life: Coroutine[Any, Any, None]) -> None:
@@ -539,13 +490,13 @@ class Jobs:
                 continue
             except StoreFailed as failed:
                 _log.error("ending a job waits for the store", extra={"job": job_id, "reason": failed.reason})
-                self._held_up[job_id] = self._trouble(failed, self._held_up.get(job_id))
+                self._waits.held_up(job_id, failed)
                 await asyncio.sleep(POSTPONED_S)  # a full disk tells nobody when it no longer is
             else:
                 return
 
     async def _end_failing(self, job_id: JobId, error: HanseError) -> None:
-        if (active := self._runs.get(job_id)) is not None:
+        if (active := self.live.runs.get(job_id)) is not None:
             await active.end(JobState.FAILED, code=code_of(error), reason=error.reason)
             return
         if job_id in self._in_doubt:
@@ -566,15 +517,15 @@ class Jobs:
         """
         while True:
             # First of all: the store may have its end, and not have been able to say so.
-            if (active := self._runs.get(job_id)) is not None and not active.has_ended:
+            if (active := self.live.runs.get(job_id)) is not None and not active.has_ended:
                 await active.end(JobState.ABORTED, code="aborted", reason=reason)
                 return active.record
             record = await self._services.store.job(job_id)
             if record.state in ENDED:
                 raise Conflict(f"job {job_id}", state=record.state.value, wanted="aborted")
-            if job_id in self._runs:  # it began while the store was asked
+            if job_id in self.live.runs:  # it began while the store was asked
                 continue
-            if (life := self._lives.get(job_id)) is not None:
+            if (life := self.live.task_of(job_id)) is not None:
                 life.cancel()
                 await asyncio.gather(life, return_exceptions=True)
                 record = await self._services.store.job(job_id)
@@ -609,18 +560,16 @@ class Jobs:
                 raise NotInService
             await ended.wait()
 
-    def current_task(self, client: ClientName) -> tuple[JobId, int] | None:
-        """Return the job and round that *client* works for: of its runs, the one that began last."""
-        runs = [run for run in self._runs_of(client) if not run.has_ended]
-        return (runs[-1].job_id, runs[-1].run.round) if runs else None
-
     def hand_out_again(self) -> None:
         """Send each client again what it has to answer; from any thread."""
-        for run in list(self._runs.values()):
+        for run in list(self.live.runs.values()):
             self._loop.call_soon_threadsafe(self._spawn_for, run, run.hand_out_again)
 
     def _spawn_for(self, run: ActiveRun, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         start_in(self._group, work(), partial(self._guarded, run.job_id), name=f"work for {run.job_id}")
+
+    def _end_left_at(self, client: ClientName, idle: Collection[JobId]) -> None:
+        self._leftovers.end_at(client, idle, group=self._group)
 
     def stop_handing_out(self) -> None:
         """Start no further job; what runs goes on."""
@@ -634,157 +583,6 @@ class Jobs:
         """Have the schedule looked at again; from any thread."""
         self._loop.call_soon_threadsafe(self._changed.set)
 
-    # what clients tell
-
-    def heartbeat(
-        self, client: ClientName, reported: Collection[JobId], idle: Collection[JobId] = ()
-    ) -> tuple[JobId, ...]:
-        """Take note of the jobs that *client* reports, and return those that it should abort; from any thread.
-
-        Of those that are *idle* there it is told which have ended: their end may have come while it was away.
-        """
-        # In this order: a run that is taken up at this moment is in the one or the other, or in both.
-        expected = {job_id for job_id, coming in list(self._taking_up.items()) if client in coming.clients}
-        expected |= {job_id for job_id, run in list(self._runs.items()) if client in run.run.clients}
-        sync = heartbeat_sync(reported, expected=expected, previously=self._known.get(client, frozenset()))
-        self._known[client] = sync.known
-        self._loop.call_soon_threadsafe(self._heard, client, sync, expected, tuple(idle))
-        starting = set(self._lives) - set(self._runs)
-        return tuple(job_id for job_id in sync.abort if job_id not in starting)[:MAX_ABORTS]
-
-    def _heard(self, client: ClientName, sync: Sync, expected: Collection[JobId], idle: Collection[JobId]) -> None:
-        for job_id in expected:
-            if (run := self._runs.get(job_id)) is not None:
-                run.processes.heard(client, reported=job_id in sync.known, dead=job_id in sync.dead)
-        self._leftovers.end_at(client, [job_id for job_id in idle if job_id not in self._lives], group=self._group)
-
-    def registered(self, client: ClientName) -> None:
-        """Take note that *client*'s agent has registered (anew); from any thread."""
-        self._known.pop(client, None)
-        self._loop.call_soon_threadsafe(self._agent_is_new, client)
-
-    def _agent_is_new(self, client: ClientName) -> None:
-        for run in self._runs_of(client):
-            run.processes.agent_is_new(client)
-        self.wake()
-
-    def gone(self, client: ClientName) -> None:
-        """Take note that *client* was logged out; from any thread. Its runs see it suspect, and lost in time."""
-        self._known.pop(client, None)
-        self._loop.call_soon_threadsafe(self._agent_is_gone, client)
-
-    def _agent_is_gone(self, client: ClientName) -> None:
-        for run in self._runs_of(client):
-            run.processes.stream_down(client, None)
-        self._suspects.set()
-        self.wake()
-
-    def failed_at(self, client: ClientName, failure: JobFailure) -> None:
-        """Take *client*'s word that a job failed there for good: the run ends with that reason; from any thread.
-
-        Raises:
-            NotFound: no such job runs.
-            Unauthorized: the client takes no part in it.
-            ProtocolError: it is of no kind that there is.
-        """
-        run = self._run_of(failure.job_id)
-        if client not in run.run.clients:
-            raise Unauthorized(client, f"report on job {failure.job_id}", needs="to take part in it")
-        if not failure.code and f"client-{failure.kind}" not in CODES:
-            raise ProtocolError("JobFailure.kind", got=failure.kind, expected="'config', 'exception' or 'unsafe'")
-        self._loop.call_soon_threadsafe(self._end_failed, run, client, failure)
-
-    def _end_failed(self, run: ActiveRun, client: ClientName, failure: JobFailure) -> None:
-        code, reason = failure.code or f"client-{failure.kind}", said_of(client, shortened(failure.reason))
-        tail = failure.log_tail
-        end = partial(run.end_once_stored, JobState.FAILED, code=code, reason=reason, client=client, log_tail=tail)
-        self._spawn_for(run, end)
-
-    def link_up(self, peer: Peer) -> None:
-        """Take note that a peer can be reached."""
-        participant, job_id = split_cell(peer.fqcn)
-        if job_id is None:
-            self.wake()
-        elif (run := self._runs.get(job_id)) is not None and participant in run.run.clients:
-            self._spawn_for(run, lambda: run.cell_up(ClientName(participant), peer))
-
-    def link_down(self, peer: Peer) -> None:
-        """Take note that a peer can no longer be reached."""
-        participant, job_id = split_cell(peer.fqcn)
-        self.board.leave(peer.fqcn)
-        if job_id is not None and (run := self._runs.get(job_id)) is not None and participant in run.run.clients:
-            run.processes.stream_down(ClientName(participant), peer)
-        elif job_id is None:
-            for run in self._runs_of(ClientName(participant)):
-                run.processes.stream_down(ClientName(participant), peer)
-        self._suspects.set()
-        self.wake()
-
-    # where tensors lie
-
-    def package_files(self, job_id: JobId) -> TensorFiles:
-        """Return the files that hold the job's package."""
-        return TensorFiles(self.run_folder(job_id).package)
-
-    async def result_files(self, job_id: JobId) -> TensorFiles:
-        """Return the files that hold the job's result, if it has one.
-
-        Raises:
-            NotFound: there is no such job, or its result is lost.
-            StoreFailed: its result is not to be had now.
-        """
-        folder = self.run_folder(job_id)
-        if folder.mirror is not None:
-            await folder.have_result(await self._services.store.job(job_id))
-        elif not folder.path.is_dir():
-            raise NotFound("job", job_id)
-        return TensorFiles(folder.result)
-
-    def upload_files(self, submitter: str) -> TensorFiles:
-        """Return the files into which *submitter* uploads packages."""
-        return TensorFiles(self._workspace / "uploads" / submitter)
-
-    def run_files(self, job_id: JobId, participant: str, *, write: bool) -> Files | None:
-        """Return the tensor files of a running job in which *participant* takes part, else ``None``.
-
-        Raises:
-            NotInService: the job is to go on here, and does not yet.
-        """
-        if (run := self._runs.get(job_id)) is None:
-            self.demand_taken_up(job_id)
-        if run is None or run.has_ended or participant not in run.run.clients:
-            return None
-        return run.inbox(ClientName(participant)) if write else run.files
-
-    def demand_alive(self, job_id: JobId) -> None:
-        """Return if the job is being started or runs, or while that is not known.
-
-        Raises:
-            NotFound: it does not.
-        """
-        run = self._runs.get(job_id)
-        lives = job_id in self._lives and (run is None or not run.has_ended)
-        if self._knows_runs and not lives:
-            raise NotFound("running job", job_id)
-
-    def demand_taken_up(self, job_id: JobId) -> None:
-        """Return unless the job is, or may be, a run of this project that goes on, but not here at this moment.
-
-        Raises:
-            NotInService: it is still to be taken up here, or this server has left its jobs.
-        """
-        if job_id in self._taking_up:
-            raise NotInService(f"Server not in service: it takes up job {job_id}")
-        if not self._knows_runs:
-            raise NotInService
-
-    def takes_part(self, job_id: JobId, client: str) -> bool:
-        """Return whether *client* takes part in a running job, or is asked to."""
-        if (run := self._runs.get(job_id)) is not None:
-            return client in run.run.clients
-        record = self._taking.get(job_id)
-        return record is not None and client in record.clients
-
     # parts
 
     def run_folder(self, job_id: JobId) -> RunFolder:
@@ -793,41 +591,11 @@ class Jobs:
 
     def _waiting_of(self, record: JobRecord) -> tuple[Waiting, ...]:
         """Return what a job that has not ended waits for."""
-        if (run := self._runs.get(record.job_id)) is not None:
+        if (run := self.live.runs.get(record.job_id)) is not None:
             return run.waiting()
-        if (trouble := self._held_up.get(record.job_id)) is not None:
-            return (waiting_of_held_up(trouble),)
-        if (since := self._fetching.get(record.job_id)) is not None:
-            return (waiting_of_fetching(since),)
-        if (deployment := self._deploying.get(record.job_id)) is not None:
-            return waiting_of_scheduled(deployment)
-        if (taking_up := self._taking_up.get(record.job_id)) is not None:
-            return waiting_of_taking_up(taking_up)
-        wait, held_up = self._waiting.get(record.job_id), self._schedule_held_up
-        return (
-            *((waiting_of_held_up(held_up),) if held_up is not None else ()),
-            *(waiting_of_submitted(record, wait, absent=self._services.absent()) if wait is not None else ()),
-        )
-
-    def _run_of(self, job_id: JobId) -> ActiveRun:
-        if (run := self._runs.get(job_id)) is None:
-            self.demand_taken_up(job_id)
-            raise NotFound("running job", job_id)
-        return run
-
-    def _runs_of(self, client: ClientName) -> list[ActiveRun]:
-        return [run for run in self._runs.values() if client in run.run.clients]
-
-    def _jobs_at(self, client: ClientName) -> list[JobRecord]:
-        return [record for record in self._taking.values() if client in record.clients]
+        return self._waits.of(record, self.live.taking_up.get(record.job_id))
 
     def _tell(self, notice: EventType, job_id: JobId, *, reason: str = "") -> None:
         context = FLContext("server", project=self._services.project, job_id=job_id, reason=reason)
         self._services.handlers.tell(notice, context)
         self.board.emit(JobEvent(job_id, notice.value, self._services.wall(), text=reason))
-
-
-def said_of(client: ClientName, reason: str) -> str:
-    """Return *reason* with *client*, the one that it is about, named in it."""
-    is_named = re.search(rf"(?<![\w-]){re.escape(client)}(?![\w-])", reason) is not None
-    return reason if is_named else f"{reason} (at {client})"

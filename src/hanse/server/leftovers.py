@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Collection, Coroutine
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 from hanse.cell.cell import Cell
@@ -22,6 +23,8 @@ MAX_DOUBTFUL: Final = 20
 """The most jobs that are looked up for one heartbeat; they go as they are found to have ended, so others follow."""
 DELETED_WITHIN_S: Final = 30.0
 """How long the end of a run waits for its tensors to be deleted, by a disk or a bucket."""
+CLEARED_WITHIN_S: Final = 3.0
+"""How long a server that begins to serve waits for what it deletes first: most is deleted at once."""
 CLEARED_AGAIN_S: Final = 60.0
 """What could not be deleted from the bucket is tried again after this long."""
 
@@ -35,52 +38,81 @@ class Leftovers:
       does not delete in time is left, and all of it where the server is killed at that moment. The next tenure's
       ``clear_folders`` deletes that from the folders; ``clear_bucket``, in every tenure, from the bucket.
     - A server that is killed while it receives a job leaves files. The next tenure's ``clear_folders`` deletes them,
-      whether they have become a job's or not, if the store was never told of the job. What the bucket has of its
-      package stays: a job that the store does not know may be another project's.
+      whether they have become a job's or not, if the store was to be told of the job and was not. Other jobs that the
+      store does not know are left alone, for they may be another store's: one that this server used before, or whose
+      name was mistaken once. So is what the bucket has of a package, for it may be another project's.
     - A client still holds a job that has ended. ``abort_at`` tells it so; a client that did not hear of it says at its
       heartbeats that it holds the job, and ``end_at`` tells it again.
     """
 
-    def __init__(self, store: Store, cell: Cell, folders: RunFolders) -> None:
-        self._store = store
+    def __init__(self, store: Store, store_id: str, cell: Cell, folders: RunFolders) -> None:
+        self._store, self._store_id = store, store_id
         self._cell = cell
         self._folders = folders
         self._left_in_bucket = asyncio.Event()
 
     # files
 
-    async def clear_folders(self, running: Collection[JobId]) -> None:
+    async def clear_folders(self, running: Collection[JobId], *, group: asyncio.TaskGroup) -> None:
         """Delete what earlier tenures have left in the folders, but for jobs that are *running* and go on in this one.
 
-        What cannot be told to be left, because the store does not answer, is for the next tenure.
+        What takes longer than ``CLEARED_WITHIN_S`` goes on in a task of *group*, and holds nobody up. What cannot be
+        told to be left, or deleted, because the store or a disk does not answer, is for the next tenure.
         """
         try:
-            for job_id in await asyncio.to_thread(self._clear_files, running):
-                await self._clear_unknown(job_id)
+            # Listed now, for what is submitted from now on is no leftover.
+            job_ids = await asyncio.to_thread(self._folders.job_ids)
         except StoreFailed as failed:
-            _log.warning("submissions left behind", extra={"reason": failed.reason})
+            _tell_of_files(self._folders.path, failed)
+            return
+        clearing = group.create_task(self._clear(job_ids, running), name="clear the folders")
+        await asyncio.wait({clearing}, timeout=CLEARED_WITHIN_S)
 
-    def _clear_files(self, running: Collection[JobId]) -> list[JobId]:
-        """Delete submissions that broke off, and tensors of runs that are not *running*.
-
-        Return the jobs that have never run here: who submitted them may have been killed before the store had them.
-        """
-        self._folders.delete_earlier_incoming()
-        idle = []
-        for job_id in self._folders.job_ids():
-            if job_id not in running:
-                folder = self._folders.of(job_id)
-                folder.delete_earlier_tensors()
-                if folder.package.is_dir() and not folder.log.exists():
-                    idle.append(job_id)
-        return idle
-
-    async def _clear_unknown(self, job_id: JobId) -> None:
-        """Delete the files of a job that has never run, unless the store has it."""
+    def _left_in_folders(self, job_ids: Collection[JobId], running: Collection[JobId]) -> list[JobId]:
+        """Return those of *job_ids* with something left, having deleted submissions that broke off before."""
         try:
-            await self._store.job(job_id)
-        except NotFound:
-            await asyncio.to_thread(shutil.rmtree, self._folders.of(job_id).path, ignore_errors=True)
+            self._folders.delete_earlier_incoming()
+        except StoreFailed as failed:
+            _tell_of_files(self._folders.path, failed)
+        return [job_id for job_id in sorted(job_ids) if self._has_leftovers(job_id, running)]
+
+    def _has_leftovers(self, job_id: JobId, running: Collection[JobId]) -> bool:
+        folder = self._folders.of(job_id)
+        try:
+            is_untold = folder.untold_to() == self._store_id
+            return is_untold or (job_id not in running and folder.has_earlier_tensors())
+        except StoreFailed as failed:
+            _tell_of_files(folder.path, failed)
+            return False
+
+    async def _clear(self, job_ids: Collection[JobId], running: Collection[JobId]) -> None:
+        for job_id in await asyncio.to_thread(self._left_in_folders, job_ids, running):
+            try:
+                await self._store.job(job_id)
+            except NotFound:
+                await asyncio.to_thread(self._clear_unknown, self._folders.of(job_id))
+            except StoreFailed as failed:
+                _log.warning("what is left of jobs stays", extra={"reason": failed.reason})
+                return
+            else:
+                await asyncio.to_thread(self._clear_known, self._folders.of(job_id), running)
+
+    def _clear_unknown(self, folder: RunFolder) -> None:
+        """Delete the files of a job that this store was to be told of, and was not; others may be another store's."""
+        try:
+            if folder.untold_to() == self._store_id:
+                shutil.rmtree(folder.path, ignore_errors=True)
+        except StoreFailed as failed:
+            _tell_of_files(folder.path, failed)
+
+    def _clear_known(self, folder: RunFolder, running: Collection[JobId]) -> None:
+        """Delete the tensors of a job that the store has, unless it is running."""
+        folder.forget_untold()
+        try:
+            if folder.path.name not in running:
+                folder.delete_earlier_tensors()
+        except StoreFailed as failed:
+            _tell_of_files(folder.path, failed)
 
     async def delete_tensors(self, folder: RunFolder) -> None:
         """Delete the tensors of a run that has ended; what cannot be deleted now does not keep it from that."""
@@ -142,6 +174,10 @@ class Leftovers:
             self._cell.tell(Fqcn(client), Channel.JOB, "abort", AbortJob(job_id, reason))
         except HanseError as error:
             _log.debug("not told", extra={"destination": client, "reason": error.reason})
+
+
+def _tell_of_files(folder: Path, failed: StoreFailed) -> None:
+    _log.warning("files left behind", extra={"folder": str(folder), "reason": failed.reason})
 
 
 async def _if_it_can(work: Coroutine[Any, Any, None]) -> None:

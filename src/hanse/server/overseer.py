@@ -207,7 +207,9 @@ class LeaseOverseer:
     def _note(self, lease: Lease) -> None:
         is_anybodys = lease.holder == "" and lease.successor in ("", self._name)
         ttl_s = 0.0 if is_anybodys else lease.ttl_s
-        if lease.holder == self._holder:  # this server could not keep it, so let another one come first
+        if lease.holder == self._holder and (self._held is None or lease.epoch != self._held.lease.epoch):
+            ttl_s = 0.0  # from before this server was started again, or given to it by a store that could not say so
+        elif lease.holder == self._holder:  # this server could not keep it, so let another one come first
             ttl_s *= 2
         elif is_anybodys and self._held is not None and lease.epoch == self._held.lease.epoch + 1:
             ttl_s = lease.ttl_s / 4  # nor serve under it, which it need not try again and again

@@ -44,15 +44,16 @@ _log = logging.getLogger(__name__)
 class Primacy:
     """One server's service state, and its tenure while it is primary.
 
-    *is_alone* is for a server without an overseer: it is hot from the start. *begin* makes a tenure of the lease that
-    the overseer has taken, if it has, and is given what to call when that is lost; *cell* is the deployed server's,
-    ``None`` before.
+    *is_alone* is for a server without an overseer: it is hot from the start. *name* is the server's. *begin* makes a
+    tenure of the lease that the overseer has taken, if it has, and is given what to call when that is lost; *cell* is
+    the deployed server's, ``None`` before.
     """
 
     def __init__(
         self,
         *,
         is_alone: bool,
+        name: Callable[[], str],
         begin: Callable[[HeldFor | None, Callable[[], None]], Awaitable[Tenure]],
         cell: Callable[[], Cell | None],
     ) -> None:
@@ -60,6 +61,7 @@ class Primacy:
         self.tenure: Tenure | None = None
         self._primary: Primary | None = None
         self._turn: asyncio.Event | None = None
+        self._name = name
         self._begin = begin
         self._cell = cell
         self._observing = threading.Lock()
@@ -150,9 +152,9 @@ class Primacy:
     def _observe(self, agent: OverseerAgent) -> None:
         primary, cell = agent.primary(), self._cell()
         self._primary = primary
-        is_me = primary is not None and (
-            primary.held is not None or (cell is not None and primary.target == cell.target)
-        )
+        # Behind proxies, servers on several machines may listen at addresses that read the same.
+        is_here = primary is not None and cell is not None and primary.target == cell.target
+        is_me = primary is not None and (primary.held is not None or (is_here and primary.name in ("", self._name())))
         after = observe(self.service, primary_ssid=primary.ssid if primary else None, is_me=is_me)
         if primary is not None and not is_me:
             run(self._end_waiting())

@@ -1,10 +1,9 @@
 """What runs' processes and clients' processes send, handed to the run that it is about."""
 
-from collections.abc import Callable, Mapping
 from typing import Final
 
 from hanse.cell.cell import Cell
-from hanse.errors import NotFound, NotInService, ProtocolError, StaleEpoch
+from hanse.errors import NotInService, ProtocolError, StaleEpoch
 from hanse.ids import ClientName, Fqcn, JobId, split_cell
 from hanse.messages import (
     CancelTasks,
@@ -22,6 +21,7 @@ from hanse.messages import (
 )
 from hanse.server.active_run import ActiveRun
 from hanse.server.bounds import MAX_STARTS
+from hanse.server.live_jobs import LiveJobs
 from hanse.server.payloads import expect
 
 TOPICS: Final[tuple[Topic, ...]] = (
@@ -39,15 +39,10 @@ TOPICS: Final[tuple[Topic, ...]] = (
 
 
 class RunDesk:
-    """Answers on *cell* what is about one of *runs*, which the sender's own address names.
+    """Answers on *cell* what is about the run of one of the *live* jobs, which the sender's own address names."""
 
-    *demand_taken_up* raises ``NotInService`` for a job whose run may go on, but not here at this moment.
-    """
-
-    def __init__(
-        self, cell: Cell, runs: Mapping[JobId, ActiveRun], *, demand_taken_up: Callable[[JobId], None]
-    ) -> None:
-        self._runs, self._demand_taken_up = runs, demand_taken_up
+    def __init__(self, cell: Cell, live: LiveJobs) -> None:
+        self._live = live
         handlers = (
             self._on_attach,
             self._on_issue,
@@ -97,18 +92,15 @@ class RunDesk:
             expected = f"a number of a start, up to {MAX_STARTS}"
             raise ProtocolError("JobEnded.attempt", got=end.attempt, expected=expected)
         client = ClientName(message.headers.get(Header.ORIGIN, ""))
-        if (run := self._runs.get(end.job_id)) is None:
-            self._demand_taken_up(end.job_id)
+        if (run := self._live.runs.get(end.job_id)) is None:
+            self._live.demand_taken_up(end.job_id)
         elif client in run.run.clients:
             run.processes.ended(client, end)
 
     def _sender_run(self, message: Message) -> tuple[ActiveRun, ClientName]:
         """Return the run that the sender's cell belongs to, and its participant's name."""
         participant, job_id = split_cell(Fqcn(message.headers.get(Header.ORIGIN, "")))
-        if job_id is None or (run := self._runs.get(job_id)) is None:
-            self._demand_taken_up(JobId(job_id or ""))
-            raise NotFound("running job", job_id or "")
-        return run, ClientName(participant)
+        return self._live.run_of(job_id or JobId("")), ClientName(participant)
 
 
 def answer_not_in_service(cell: Cell) -> None:

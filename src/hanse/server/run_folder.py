@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hanse.errors import StoreFailed
 from hanse.ids import Digest, JobId
 from hanse.job import JobRecord
 from hanse.server.run_mirror import RunMirror
-from hanse.storage.disk import sync_tree
+from hanse.storage.disk import on_disk, sync_tree
 from hanse.storage.objects import Objects
 from hanse.storage.packages import unpack_package
 from hanse.storage.tensors import TensorFiles
@@ -29,7 +28,9 @@ from hanse.storage.tensors import TensorFiles
 _TENSORS: Final = "tensors-"
 _FIRST_TENSORS: Final = "tensors"
 """Where release 0.1.0 kept a run's tensors, in all of its tenures."""
-_UNSYNCED: Final = "code.unsynced"
+_UNSYNCED: Final = "unsynced"
+_UNTOLD: Final = "untold"
+"""In the folder of a job that is being submitted: names the store that has still to be told of it."""
 _INCOMING: Final = ".incoming-"
 """What the folder of a job is called that is being submitted; the epoch follows, so that leftovers can be told."""
 
@@ -97,8 +98,7 @@ class RunFolder:
             return
         files = await asyncio.to_thread(TensorFiles, self.package)
         await self.mirror.have_package(files, record.package, record.package_bytes)
-        if not await asyncio.to_thread(self.code.is_dir):
-            await asyncio.to_thread(self._unpack, files.path(record.package))
+        await asyncio.to_thread(self._have_code, files.path(record.package))
 
     async def have_result(self, record: JobRecord) -> None:
         """Return when the job's result is here, which another server may have seen the run reach.
@@ -168,18 +168,59 @@ class RunFolder:
         if self.mirror is not None:
             await self.mirror.delete_package(record.package)
 
+    def note_untold(self, store_id: str) -> None:
+        """Note down that the store *store_id* has still to be told of the job: nothing else says whose it is.
+
+        Raises:
+            StoreFailed: the disk does not take it.
+        """
+        with on_disk(f"writing to {self.path}", self.path):
+            (self.path / _UNTOLD).write_text(store_id)
+
+    def untold_to(self) -> str:
+        """Return which store has perhaps not been told of the job; ``""`` when it has.
+
+        Raises:
+            StoreFailed: the disk does not tell.
+        """
+        with on_disk(f"looking into {self.path}", self.path), suppress(FileNotFoundError):
+            return (self.path / _UNTOLD).read_bytes().decode(errors="replace")
+        return ""
+
+    def forget_untold(self) -> None:
+        """Take note that the store has the job; where the disk does not take that, the next tenure asks the store."""
+        with suppress(OSError):
+            (self.path / _UNTOLD).unlink(missing_ok=True)
+
+    def has_earlier_tensors(self) -> bool:
+        """Return whether there are tensor files of earlier tenures.
+
+        Raises:
+            StoreFailed: the disk does not tell.
+        """
+        return bool(self._earlier())
+
     def delete_earlier_tensors(self) -> None:
-        """Delete the tensor files of earlier tenures, whatever of them can be deleted."""
+        """Delete the tensor files of earlier tenures, whatever of them can be deleted.
+
+        Raises:
+            StoreFailed: the disk does not tell what there is.
+        """
         for folder in self._earlier():
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _unpack(self, package: Path) -> None:
+    def _have_code(self, package: Path) -> None:
         """Have the code here: it is on the disk when it gets its name, for that is all that is looked at later."""
-        draft = self.path / _UNSYNCED
-        unpack_package(package, draft)
-        sync_tree(self.path)
-        draft.rename(self.code)
-        sync_tree(self.path)
+        with on_disk(f"unpacking a job into {self.code}", self.path):
+            if self.code.is_dir():
+                return
+            unsynced = self.path / _UNSYNCED
+            shutil.rmtree(unsynced, ignore_errors=True)  # with what a server that was killed has begun to unpack
+            unpack_package(package, unsynced / "code")
+            sync_tree(self.path)
+            (unsynced / "code").rename(self.code)
+            unsynced.rmdir()
+            sync_tree(self.path)
 
     def _take_over_files(self, files: TensorFiles, needed: Collection[Digest]) -> list[Digest]:
         earlier = [*reversed(self._earlier())]
@@ -190,17 +231,17 @@ class RunFolder:
 
     def _delete_files(self) -> None:
         for folder in [*self._earlier(), self.tensors]:
-            with suppress(FileNotFoundError):
-                _delete(folder)
+            _delete(folder)
 
     def _earlier(self) -> list[Path]:
         found = []
-        for folder in self.path.glob(f"{_TENSORS}*"):
-            number = folder.name.removeprefix(_TENSORS)
-            if number.isdigit() and int(number) < self.epoch:
-                found.append((int(number), folder))
-        first = self.path / _FIRST_TENSORS
-        return [*([first] if first.is_dir() else []), *(folder for _, folder in sorted(found))]
+        with on_disk(f"looking into {self.path}", self.path):
+            for folder in self.path.glob(f"{_TENSORS}*"):
+                number = folder.name.removeprefix(_TENSORS)
+                if number.isdigit() and int(number) < self.epoch:
+                    found.append((int(number), folder))
+            first = self.path / _FIRST_TENSORS
+            return [*([first] if first.is_dir() else []), *(folder for _, folder in sorted(found))]
 
 
 def _take_over_file(files: TensorFiles, digest: Digest, earlier: Sequence[Path]) -> bool:
@@ -230,25 +271,32 @@ class RunFolders:
         return RunFolder(self.path / job_id, self.epoch, mirror)
 
     def job_ids(self) -> list[JobId]:
-        """Return the jobs that have a folder here."""
-        return [JobId(path.name) for path in self.path.glob("*/") if not path.name.startswith(_INCOMING)]
+        """Return the jobs that have a folder here.
+
+        Raises:
+            StoreFailed: the disk does not tell.
+        """
+        with on_disk(f"looking into {self.path}", self.path):
+            return [JobId(path.name) for path in self.path.glob("*/") if not path.name.startswith(_INCOMING)]
 
     def new_incoming(self) -> RunFolder:
         """Return where a job that is being submitted keeps its things, until it has a name."""
         return RunFolder(self.path / f"{_INCOMING}{self.epoch}-{secrets.token_hex(8)}")
 
     def delete_earlier_incoming(self) -> None:
-        """Delete what was being submitted in earlier tenures, whatever of it can be deleted."""
-        for path in self.path.glob(f"{_INCOMING}*"):
+        """Delete what was being submitted in earlier tenures, whatever of it can be deleted.
+
+        Raises:
+            StoreFailed: the disk does not tell what there is.
+        """
+        with on_disk(f"looking into {self.path}", self.path):
+            incoming = [*self.path.glob(f"{_INCOMING}*")]
+        for path in incoming:
             number = path.name.removeprefix(_INCOMING).partition("-")[0]
             if number.isdigit() and int(number) < self.epoch:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def _delete(folder: Path) -> None:
-    try:
+    with on_disk(f"deleting {folder}", folder), suppress(FileNotFoundError):  # another may have deleted it
         shutil.rmtree(folder)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StoreFailed(f"deleting {folder}", error.strerror or str(error)) from error

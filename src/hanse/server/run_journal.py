@@ -134,6 +134,11 @@ class RunJournal:
         self._named = state_digests(state)
         self._unwritten = {key: answer for key, answer in self._unwritten.items() if key in carried}
 
+    async def note(self, record: JobRecord) -> None:
+        """Write *record* down, the job's own in the state that it is in."""
+        with self._storing():
+            await self._store.replace_job(self._epoch, record, was=record.state)
+
     async def end(self, record: JobRecord, *, was: JobState) -> JobRecord:
         """Write the job's end down, and return it: *record*, or the end that the store took without telling so."""
         try:

@@ -171,6 +171,7 @@ class LocalRun:
             clients=snapshot.clients,
             seed=self._spec.seed,
             carried=snapshot.carried,
+            counted=snapshot.counted,
         )
         federation.attached(snapshot)
         self._link.listen(federation)
@@ -187,10 +188,6 @@ class LocalRun:
                 federation=federation,
                 is_stopping=lambda: self._is_last_round,
             )
-        except HanseError:
-            if federation.disk_failure is not None:  # whatever the workflow's code has made of it
-                raise federation.disk_failure from None
-            raise
         finally:
             keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)
@@ -215,10 +212,5 @@ def _write_result(state: State, folder: RunFolder) -> tuple[Digest, int]:
     draft = folder.tensors / RESULT_FILE  # this tenure's own: another may be writing the same result
     write_safetensors(state.model, draft)
     results = TensorFiles(folder.result)
-    results.drop_unfinished()  # of a process that was killed at this very moment
-    digest = results.put_file(draft)
-    if not results.verify(digest):  # it was there, of a process that had not synced it when the power failed
-        results.put_file(draft)
-    results.sync([digest])
-    draft.unlink()
+    digest = results.move_in(draft)  # in place of an earlier process's, of which nobody knows whether it is on the disk
     return digest, results.size(digest)

@@ -144,7 +144,7 @@ class RunMirror:
         """
         if not await asyncio.to_thread(files.verify, digest):  # what was fetched before may not have been synced
             await self._fetch(self._key("package", digest), files, digest, size)
-        elif self._key("package", digest) not in await self._objects.sizes(self._key("package")):
+        elif (await self._objects.sizes(self._key("package"))).get(self._key("package", digest)) != size:
             await self.keep_package(files, digest)
 
     async def delete_package(self, digest: Digest) -> None:

@@ -16,13 +16,14 @@ from hanse.storage.records import Store
 class RunServices:
     """What a run uses of its server.
 
-    ``credentials`` makes those of one job's cell; ``absent`` tells of clients that are not there why, as far as it is
-    known.
+    ``epoch`` is that of the lease of ``store``, which ``store_id`` distinguishes from other stores. ``credentials``
+    makes those of one job's cell; ``absent`` tells of clients that are not there why, as far as it is known.
     """
 
     project: str
     epoch: int
     store: Store
+    store_id: str
     cell: Cell
     launcher: Launcher
     credentials: Callable[[Fqcn, JobId], JobCredentials]

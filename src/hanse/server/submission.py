@@ -17,6 +17,7 @@ from hanse.job import JobRecord
 from hanse.learning.workflow import WORKFLOWS, load_workflow
 from hanse.server.run_folder import RunFolder, RunFolders
 from hanse.server.run_services import RunServices
+from hanse.storage.disk import on_disk
 from hanse.storage.packages import unpack_package
 from hanse.storage.records import is_stored
 from hanse.storage.tensors import TensorFiles
@@ -47,25 +48,28 @@ async def submit(package: Path, *, submitter: str, services: RunServices, folder
         if not (isinstance(error, StoreFailed) and await is_stored(services.store, record)):
             await _discard(job_folder, record)
             raise
+    await asyncio.to_thread(job_folder.forget_untold)
     _log.info("job submitted", extra={"job": record.job_id, "submitter": submitter, "folder": str(job_folder.path)})
     return record
 
 
 def _received(package: Path, submitter: str, services: RunServices, folders: RunFolders) -> tuple[RunFolder, JobRecord]:
-    data = package.read_bytes()
     incoming = folders.new_incoming()
     try:
-        spec = unpack_package(data, incoming.code)
-        if spec.workflow.name in WORKFLOWS:
-            load_workflow(spec.workflow, _no_import)
-        digest = TensorFiles(incoming.package).put(memoryview(data))
+        with on_disk("receiving a job", incoming.path):
+            data = package.read_bytes()
+            spec = unpack_package(data, incoming.code)
+            if spec.workflow.name in WORKFLOWS:
+                load_workflow(spec.workflow, _no_import)
+            digest = TensorFiles(incoming.package).put(memoryview(data))
+            incoming.note_untold(services.store_id)
+            slug = _NOT_IN_ID.sub("-", spec.name.lower())[:MAX_SLUG_CHARS].strip("-") or "job"
+            job_id = JobId(f"{slug}-{secrets.token_hex(4)}")
+            folder = folders.of(job_id)
+            incoming.path.rename(folder.path)
     except HanseError:
         shutil.rmtree(incoming.path, ignore_errors=True)
         raise
-    slug = _NOT_IN_ID.sub("-", spec.name.lower())[:MAX_SLUG_CHARS].strip("-") or "job"
-    job_id = JobId(f"{slug}-{secrets.token_hex(4)}")
-    folder = folders.of(job_id)
-    incoming.path.rename(folder.path)
     record = JobRecord(
         job_id=job_id,
         spec=spec,

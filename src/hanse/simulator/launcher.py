@@ -24,12 +24,14 @@ from hanse.client.process_spec import PROCESS_MODULE as CLIENT_MODULE
 from hanse.client.process_spec import JobProcessSpec
 from hanse.client.task import TaskContext
 from hanse.client.trainer import START
+from hanse.coordination.runs import GiveUp, after_death
 from hanse.errors import (
     HanseError,
     ImportFailed,
     InternalError,
     JobInvalid,
     MissingDependency,
+    ProcessDied,
     SiteError,
     TrainingFailed,
 )
@@ -295,7 +297,7 @@ class CrewTrainer:
     async def run(self, model: Model, ctx: TaskContext) -> Update:
         """Return the code's answer to the task; see ``Trainer.run``."""
         reference = await _aside(len(model), store_model, model, self._files)
-        answer = await self._ask(
+        answer = await self._ask_again(
             lambda number: Work(
                 number,
                 self._spec.code,
@@ -326,6 +328,19 @@ class CrewTrainer:
 
     def _load(self, number: int) -> Load:
         return Load(number, self._spec.code, self._spec.spec.client, self._spec.client)
+
+    async def _ask_again(self, request: Callable[[int], Request], ctx: TaskContext) -> Answer:
+        """Return the answer to *request*, asked again of another worker as often as a deployed process is started."""
+        attempt, tries = 1, self._spec.spec.process_tries
+        while True:
+            try:
+                return await self._ask(request, ctx)
+            except ProcessDied as died:
+                verdict = after_death(self._client, attempt=attempt, tries=tries, status=died.status)
+                if isinstance(verdict, GiveUp):
+                    raise
+                _log.warning("a worker died", extra={"client": self._client, "reason": died.reason})
+                attempt = verdict.attempt
 
     async def _ask(self, request: Callable[[int], Request], ctx: TaskContext | None = None) -> Answer:
         on_log = ctx.log_metrics if ctx is not None else (lambda step, metrics: None)

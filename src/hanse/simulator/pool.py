@@ -4,7 +4,7 @@ A ``Crew`` for functions has as many workers as may be busy at once, each servin
 worker for each client, started with the client's first task, of which so many are busy at once. Either way a request
 takes its place (waiting for it can be given up), is handed over, and keeps the place until it is answered, also when
 nobody wants the answer any more: training code cannot be interrupted without losing the process. A worker that dies
-costs the one request it was at, and the next one in its place finds a new worker.
+takes with it the one request that it was at, and the next one in its place finds a new worker.
 """
 
 import asyncio

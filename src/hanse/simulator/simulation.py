@@ -259,7 +259,7 @@ class Simulation:
 
 
 def _package_files(server: FederatedServer, scope: str) -> Files:
-    return server.jobs.package_files(JobId(scope.partition("/")[2]))
+    return server.jobs.files.package_files(JobId(scope.partition("/")[2]))
 
 
 def _packed(job: Job | Path | str, seed: int | None) -> tuple[JobSpec, bytes]:

@@ -47,6 +47,8 @@ NO_BUCKET: Final = "NoSuchBucket"
 
 _CODE: Final = re.compile(r"<Code>(\w+)</Code>|\(code: (\w+)\)")
 _STATUS: Final = re.compile(r"status code: (\d{3}[A-Za-z ]*)")
+_NO_MORE: Final = re.compile(r"status code: 416|Requested range was invalid")
+"""How S3, and a folder, say that an object ends before what is asked for begins."""
 _SYSTEM: Final = re.compile(r'(?:message|error): "([^"]+)"')
 
 
@@ -94,12 +96,18 @@ class Bucket:
         """See ``Objects``."""
         async with self._place_for(into.missing_bytes):
             while into.missing_bytes:
+                too_short = ProtocolError(f"{self.url}/{key}", got=f"{into.offset} bytes", expected=f"{into.size}")
                 with self._using("reading", key):
-                    part = await obstore.get_range_async(
-                        self._store, key, start=into.offset, length=min(PART_BYTES, into.missing_bytes)
-                    )
+                    try:
+                        part = await obstore.get_range_async(
+                            self._store, key, start=into.offset, length=min(PART_BYTES, into.missing_bytes)
+                        )
+                    except BaseError as error:
+                        if _NO_MORE.search(str(error)) is None:
+                            raise
+                        raise too_short from error
                 if not len(part):
-                    raise ProtocolError(f"{self.url}/{key}", got=f"{into.offset} bytes", expected=f"{into.size}")
+                    raise too_short
                 await _in_thread(into.write, memoryview(part))
             await _in_thread(into.finish)
 

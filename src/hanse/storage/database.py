@@ -59,6 +59,10 @@ class Database(Protocol):
         """Return whether nothing more can come over *connection*."""
         ...
 
+    def looking(self) -> AbstractContextManager[Connection]:
+        """Return a connection in a transaction that only reads, and waits for nobody who writes or migrates."""
+        ...
+
     def migrating(self) -> AbstractContextManager[Connection]:
         """Return a connection in a transaction, which may take its time; one process at a time gets there."""
         ...

@@ -6,6 +6,8 @@ And what it takes to have the disk keep what was written.
 import errno
 import os
 import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +16,17 @@ from hanse.errors import NoSpace, NotStarted, StoreFailed
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _DISK_FULL: Final = "53100"
 """What PostgreSQL calls it."""
+
+
+@contextmanager
+def on_disk(doing: str, folder: Path, on_trouble: Callable[[StoreFailed], None] = lambda _: None) -> Iterator[None]:
+    """Have what the disk with *folder* refuses in the block raise ``StoreFailed``; *on_trouble* hears of it first."""
+    try:
+        yield
+    except OSError as error:
+        failed = disk_failure(doing, error, folder)
+        on_trouble(failed)
+        raise failed from error
 
 
 def disk_failure(doing: str, error: OSError, folder: Path) -> StoreFailed:

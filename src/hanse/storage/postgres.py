@@ -11,11 +11,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, TypeVar, cast
 
 import psycopg
-from sqlalchemy import URL, Connection, NullPool, create_engine, text
+from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, text
 
 from hanse.errors import StoreFailed
 from hanse.storage.transaction import DriverConnection, Statement, Transaction
@@ -49,7 +49,9 @@ _DEFAULTS: Final[dict[str, Any]] = {
 """What the URL's query may say otherwise."""
 _CHANNEL: Final = "hanse_lease"
 _ANNOUNCE: Final = Statement(text(f"NOTIFY {_CHANNEL}"))
-_MIGRATION_LOCK: Final = int.from_bytes(b"hanse", "big")
+_LOCK: Final = int.from_bytes(b"hanse", "big")
+_TRY_MIGRATION_LOCK: Final = text(f"SELECT pg_try_advisory_xact_lock({_LOCK})")
+_MIGRATION_LOCK: Final = text(f"SELECT pg_advisory_xact_lock({_LOCK})")
 
 
 class PostgresDatabase:
@@ -74,6 +76,10 @@ class PostgresDatabase:
         assert isinstance(connection, _Connection)  # noqa: S101 - connect, above, made it
         return connection.closed or connection.broken
 
+    def looking(self) -> AbstractContextManager[Connection]:
+        """See ``Database``."""
+        return _engine(self.connect).begin()
+
     @contextmanager
     def migrating(self) -> Iterator[Connection]:
         """See ``Database``."""
@@ -83,9 +89,10 @@ class PostgresDatabase:
             connection.answer_within_s = MIGRATION_TIMEOUT_S
             return _as_any_drivers(connection)
 
-        engine = create_engine("postgresql+psycopg://", creator=connect, poolclass=NullPool, use_native_hstore=False)
-        with engine.begin() as connection:
-            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
+        with _engine(connect).begin() as connection:
+            if not connection.scalar(_TRY_MIGRATION_LOCK):
+                _log.info("waiting for another server that migrates the store", extra={"store": self.name})
+                connection.execute(_MIGRATION_LOCK)
             yield connection
 
     def announce(self, transaction: Transaction) -> None:
@@ -126,6 +133,10 @@ class PostgresDatabase:
             await connection.close()
             raise
         return connection
+
+
+def _engine(connect: Callable[[], DriverConnection]) -> Engine:
+    return create_engine("postgresql+psycopg://", creator=connect, poolclass=NullPool, use_native_hstore=False)
 
 
 def _as_any_drivers(connection: "_Connection") -> DriverConnection:

@@ -312,6 +312,11 @@ def session_id(store_id: str, epoch: int) -> Ssid:
     return Ssid(f"{store_id}-{epoch}")
 
 
+def store_of(ssid: Ssid) -> str:
+    """Return the id of the store of which *ssid* names a tenure."""
+    return ssid.rpartition("-")[0]
+
+
 def pack(value: msgspec.Struct) -> bytes:
     """Return *value* as msgpack, having made sure that it reads back as its type.
 

@@ -8,7 +8,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -61,17 +61,13 @@ class SqliteDatabase:
         """See ``Database``."""
         return False
 
-    @contextmanager
-    def migrating(self) -> Iterator[Connection]:
+    def looking(self) -> AbstractContextManager[Connection]:
         """See ``Database``."""
-        engine = create_engine("sqlite://", creator=self.connect, poolclass=NullPool)
+        return self._connected("BEGIN")
 
-        @event.listens_for(engine, "begin")
-        def begin(connection: Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-        with engine.begin() as connection:
-            yield connection
+    def migrating(self) -> AbstractContextManager[Connection]:
+        """See ``Database``."""
+        return self._connected("BEGIN IMMEDIATE")
 
     def announce(self, transaction: Transaction) -> None:
         """See ``Database``."""
@@ -80,6 +76,17 @@ class SqliteDatabase:
     def listener(self, heard: Callable[[], None]) -> PipeListener:
         """See ``Database``."""
         return PipeListener(self._folder, heard, name=self.name)
+
+    @contextmanager
+    def _connected(self, begin_by: str) -> Iterator[Connection]:
+        engine = create_engine("sqlite://", creator=self.connect, poolclass=NullPool)
+
+        @event.listens_for(engine, "begin")
+        def begin(connection: Connection) -> None:
+            connection.exec_driver_sql(begin_by)
+
+        with engine.begin() as connection:
+            yield connection
 
     def _make(self) -> None:
         """Make the file if there is none.

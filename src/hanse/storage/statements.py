@@ -47,6 +47,8 @@ STORE_ID: Final = select(meta.c.value).where(meta.c.key == "store_id")
 ADD_STORE_ID: Final = insert(meta)
 """These two are run once, before there is a ``Transaction``."""
 
+SCHEMA: Final = Statement(text("SELECT version_num FROM alembic_version"))
+
 # Rows are locked where the database can: nobody takes the lease, or moves the job, between the look and the commit. It
 # is the strongest lock also where only the epoch is compared, for two transactions that both want more could not have
 # it.

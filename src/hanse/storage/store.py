@@ -145,6 +145,9 @@ class SqlStore:
 
         def take(transaction: Transaction) -> Lease:
             lease = self._lease(transaction, sql.LEASE_TO_CHANGE)
+            if transaction.value(sql.SCHEMA) != SCHEMA_VERSION:
+                why = "a later release of Hanse has upgraded it meanwhile; start this server again with that release"
+                raise StoreFailed(f"taking the lease of {self._name}", why)
             check_taking(lease, holder, name=name, seen=seen, force=force)
             transaction.run(sql.DELETE_STANDBY, {"of_name": name})
             return self._set_lease(transaction, taken, epoch=lease.epoch + 1)
@@ -423,6 +426,10 @@ class SqlStore:
     def _prepare(self) -> str:
         """Make the database's schema this release's, and return the store's id."""
         try:
+            # Who only begins to use a store must not wait for one who hangs while he does the same.
+            with self._database.looking() as connection:
+                if schema_version(connection) == SCHEMA_VERSION and (found := connection.scalar(sql.STORE_ID)):
+                    return str(found)
             with self._database.migrating() as connection:
                 if (version := schema_version(connection)) != SCHEMA_VERSION:
                     # What it tells at each start, from its import on, is of no use to an operator.
@@ -470,7 +477,7 @@ def database_at(where: Path | str) -> Database:
         return SqliteDatabase(where)
     try:
         url = make_url(where)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter of a port that is no number, and says what stands there
         url = URL.create("no URL")
     path = Path(url.database or "")
     if url.drivername == "sqlite" and path.is_absolute() and not (url.host or url.query):

@@ -5,7 +5,7 @@ the making: ``<digest>.part``, an upload that can be resumed, and ``<random>.tmp
 (``flock``, which ends with the process that holds it, however it ends), so that several processes can share a folder
 and ``keep_only`` can tell work in progress from what a crash left behind. Bytes are hashed once, when they come in, and
 never pass through Python objects of their own: they are written from the caller's buffer, or already lie in the file
-(``Scratch``), and are read by mapping.
+(``Scratch``), and are used by mapping.
 
 Everything here blocks; an event loop calls it through ``asyncio.to_thread``. There is no NumPy here: ``models`` turns
 buffers into arrays.
@@ -29,12 +29,13 @@ from blake3 import blake3
 
 from hanse.errors import NotFound, ProtocolError, StoreFailed, TensorDamaged
 from hanse.ids import Digest, is_digest
-from hanse.storage.disk import disk_failure
+from hanse.storage.disk import on_disk
 
 T = TypeVar("T")
 
 MAX_TENSOR_BYTES: Final = 2**48
 _WRITE_BYTES: Final = 1024 * 1024  # into preallocated blocks, as fast as larger writes and kinder to the page cache
+_READ_BYTES: Final = 4 * 1024 * 1024  # enough for several threads to hash
 _PART: Final = ".part"
 _TEMPORARY: Final = ".tmp"
 
@@ -66,8 +67,9 @@ class TensorFiles:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._synced: dict[Digest, tuple[int, int]] = {}
+        self._unsynced: dict[Digest, tuple[int, int]] = {}
         self._is_named = False
-        with _disk("making the folder for tensors", root):
+        with on_disk("making the folder for tensors", root):
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def path(self, digest: Digest) -> Path:
@@ -78,7 +80,9 @@ class TensorFiles:
 
     def has(self, digest: Digest) -> bool:
         """Return whether the tensor *digest* is here, complete."""
-        return self.path(digest).exists()
+        path = self.path(digest)
+        with on_disk(f"looking up tensor {digest}", self.root):
+            return path.exists()
 
     def size(self, digest: Digest) -> int:
         """Return the bytes of the tensor *digest*.
@@ -97,13 +101,22 @@ class TensorFiles:
 
         For after a power failure, which can leave a file under its name without all its bytes if it was not synced.
         """
-        if not self.has(digest):
+        while True:
+            try:
+                with self._opened(digest) as descriptor:
+                    looked_at = _identity(os.fstat(descriptor))
+                    hasher = _hasher()
+                    _read_into(hasher, descriptor)
+                if hasher.hexdigest() == digest:
+                    return True
+                # Another who found that out before may have had it replaced by now, by one that is needed.
+                if _identity(self._stat(digest)) != looked_at:
+                    continue
+            except NotFound:
+                return False
+            with on_disk(f"deleting tensor {digest}", self.root):
+                self.path(digest).unlink(missing_ok=True)
             return False
-        if digest_of(self.map(digest)) == digest:
-            return True
-        with _disk(f"deleting tensor {digest}", self.root):
-            self.path(digest).unlink(missing_ok=True)
-        return False
 
     def check(self, digests: Iterable[Digest]) -> None:
         """Return if each of *digests* is here and holds what its name says.
@@ -121,7 +134,7 @@ class TensorFiles:
         digest = digest_of(view)
         if self.has(digest):
             return digest
-        with _disk("writing a tensor", self.root):
+        with on_disk("writing a tensor", self.root):
             descriptor, path = self._new_temporary()
             try:
                 _reserve(descriptor, len(view))
@@ -134,10 +147,25 @@ class TensorFiles:
 
     def put_file(self, path: Path) -> Digest:
         """Return the digest of what the file at *path* holds, having copied that to its tensor file."""
-        with _disk(f"reading {path}", self.root), path.open("rb") as file:
+        with on_disk(f"reading {path}", self.root), path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 return self.put(b"")
             return self.put(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+
+    def move_in(self, path: Path) -> Digest:
+        """Return the digest of what the file at *path* holds, which is its tensor file now, also where there was one.
+
+        The file is on the same file system, and its bytes are on the disk already.
+        """
+        with on_disk(f"moving in {path}", self.root):
+            hasher = _hasher()
+            with path.open("rb") as file:
+                _read_into(hasher, file.fileno())
+                os.fchmod(file.fileno(), 0o600)
+            digest = Digest(hasher.hexdigest())
+            path.replace(self.path(digest))
+        self.sync([digest])
+        return digest
 
     def take_in(self, path: Path) -> bool:
         """Have the tensor file at *path*, of another folder, here too; return whether there was one to be had.
@@ -145,7 +173,7 @@ class TensorFiles:
         It is one file with two names where the file system can do that, and else a copy.
         """
         final = self.path(Digest(path.name))
-        with _disk(f"taking over {path}", self.root):
+        with on_disk(f"taking over {path}", self.root):
             try:
                 final.hardlink_to(path)
             except FileExistsError:
@@ -164,14 +192,10 @@ class TensorFiles:
         Raises:
             NotFound: it is not here.
         """
-        if self._stat(digest).st_size == 0:
-            return memoryview(b"")
-        with _disk(f"reading tensor {digest}", self.root):
-            descriptor = _opened(self.path(digest), os.O_RDONLY)
-            try:
-                mapping = _with_descriptors(lambda: TensorMap(descriptor, 0, access=mmap.ACCESS_READ))
-            finally:
-                os.close(descriptor)
+        with self._opened(digest) as descriptor:
+            if os.fstat(descriptor).st_size == 0:
+                return memoryview(b"")
+            mapping = _with_descriptors(lambda: TensorMap(descriptor, 0, access=mmap.ACCESS_READ))
         mapping.files, mapping.path, mapping.digest = self, self.path(digest), digest
         return memoryview(mapping)
 
@@ -181,7 +205,7 @@ class TensorFiles:
         The disk space is taken at once, because a mapped file that cannot grow kills the process that writes to it.
         """
         _check_size(size)
-        with _disk(f"taking {size} bytes for a tensor", self.root):
+        with on_disk(f"taking {size} bytes for a tensor", self.root):
             descriptor, path = self._new_temporary()
             try:
                 _reserve(descriptor, max(size, 1))
@@ -203,11 +227,10 @@ class TensorFiles:
         If somebody else is at it, from the start and on one's own: who is first to finish, provides it. *on_trouble*
         hears, before whoever asked, of what the disk does not take, now or later.
         """
-        path = self.path(digest)
         _check_size(size)
-        if path.exists():
-            return self._complete(digest, size)
-        with _disk(f"receiving tensor {digest}", self.root, on_trouble):
+        with on_disk(f"receiving tensor {digest}", self.root, on_trouble):
+            if self.path(digest).exists():
+                return self._complete(digest, size)
             part = self.root / f"{digest}{_PART}"
             descriptor = _lock_resumable(part)
             if descriptor is None:
@@ -224,7 +247,7 @@ class TensorFiles:
     def sync(self, digests: Iterable[Digest]) -> None:
         """Return when these tensors and their names are on the disk, to survive a power failure.
 
-        What was synced before, and is still the same file, costs a look only.
+        What was synced before, and is still the same file, costs a look only. What could not be is written anew.
 
         Raises:
             NotFound: one is not here.
@@ -233,11 +256,9 @@ class TensorFiles:
         for digest in dict.fromkeys(digests):
             state = _identity(self._stat(digest))
             if self._synced.get(digest) != state:
-                with _disk(f"syncing tensor {digest}", self.root):
-                    _fsync(self.path(digest))
-                fresh[digest] = state
+                fresh[digest] = self._sync_file(digest, state)
         if fresh:
-            with _disk("syncing the folder of tensors", self.root):
+            with on_disk("syncing the folder of tensors", self.root):
                 _fsync(self.root)
                 if not self._is_named:  # it may be new itself
                     _fsync(self.root.parent)
@@ -250,7 +271,7 @@ class TensorFiles:
         The caller makes sure that nobody relies meanwhile on a tensor that *digests* lacks.
         """
         keep = set(digests)
-        with _disk("deleting tensors", self.root):
+        with on_disk("deleting tensors", self.root):
             with os.scandir(self.root) as entries:
                 names = [entry.name for entry in entries]
             deleted = [name for name in names if self._delete_unless_kept(name, keep)]
@@ -261,7 +282,7 @@ class TensorFiles:
 
         What somebody works on stays; an upload that would have been resumed begins again.
         """
-        with _disk("deleting unfinished tensors", self.root):
+        with on_disk("deleting unfinished tensors", self.root):
             with os.scandir(self.root) as entries:
                 unfinished = [entry.name for entry in entries if entry.name.endswith((_PART, _TEMPORARY))]
             return sum(_unlink_if_idle(self.root / name) for name in unfinished)
@@ -273,7 +294,7 @@ class TensorFiles:
         (``delete_files``). Files that were never deleted because of a crash are ``keep_only``'s to find.
         """
         kept, doomed = set(keep), []
-        with _disk("setting tensors aside", self.root):
+        with on_disk("setting tensors aside", self.root):
             with os.scandir(self.root) as entries:
                 names = [entry.name for entry in entries]
             for name in names:
@@ -286,18 +307,30 @@ class TensorFiles:
 
     def delete_files(self, paths: Iterable[Path]) -> None:
         """Delete the files that ``set_aside`` has returned."""
-        with _disk("deleting tensors", self.root):
+        with on_disk("deleting tensors", self.root):
             for path in paths:
                 path.unlink(missing_ok=True)
 
     def delete_all(self) -> None:
         """Delete the folder with everything in it; views that are mapped stay readable."""
         self._synced.clear()
-        with _disk("deleting tensors", self.root), suppress(FileNotFoundError):
+        with on_disk("deleting tensors", self.root), suppress(FileNotFoundError):
             shutil.rmtree(self.root)
 
+    @contextmanager
+    def _opened(self, digest: Digest) -> Iterator[int]:
+        with on_disk(f"reading tensor {digest}", self.root):
+            try:
+                descriptor = _opened(self.path(digest), os.O_RDONLY)
+            except FileNotFoundError:
+                raise NotFound("tensor", digest) from None
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
+
     def _stat(self, digest: Digest) -> os.stat_result:
-        with _disk(f"looking up tensor {digest}", self.root):
+        with on_disk(f"looking up tensor {digest}", self.root):
             try:
                 return self.path(digest).stat()
             except FileNotFoundError:
@@ -317,6 +350,40 @@ class TensorFiles:
             return False
         return _unlink_if_idle(path)
 
+    def _sync_file(self, digest: Digest, state: tuple[int, int]) -> tuple[int, int]:
+        """Return the state of the tensor's file, which is on the disk now and was in *state*."""
+        if self._unsynced.get(digest) == state:
+            return self._write_anew(digest)
+        try:
+            with on_disk(f"syncing tensor {digest}", self.root):
+                _fsync(self.path(digest))
+        except StoreFailed:
+            self._unsynced[digest] = state
+            raise
+        return state
+
+    def _write_anew(self, digest: Digest) -> tuple[int, int]:
+        """Put a new file, which is on the disk, in place of the tensor's, and return its state.
+
+        What a system could not write of the old one it has given up: asked again, it says that there is nothing to
+        write, and what it still has in memory goes at any time.
+        """
+        self.check([digest])
+        with on_disk(f"writing tensor {digest} anew", self.root):
+            descriptor, path = self._new_temporary()
+            try:
+                view = self.map(digest)
+                _reserve(descriptor, len(view))
+                _write_all(descriptor, view, at=0)
+                os.fsync(descriptor)
+                path.rename(self.path(digest))
+                state = _identity(os.fstat(descriptor))
+            finally:
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+        self._unsynced.pop(digest, None)
+        return state
+
     def _complete(self, digest: Digest, size: int) -> "Partial":
         if (got := self.size(digest)) != size:
             raise ProtocolError(f"size of tensor {digest}", got=size, expected=f"{got}, which is what it has")
@@ -333,12 +400,19 @@ class TensorFiles:
             os.close(descriptor)
 
     def _publish(self, path: Path, digest: Digest) -> None:
-        """Give the finished file at *path* its name; where that exists, leave it: it may be synced, this one is not."""
+        """Give the finished file at *path* its name; where that exists, leave it: it may be synced, this one is not.
+
+        To look first and rename then would replace one that came, and was synced, in between.
+        """
         final = self.path(digest)
-        if final.exists():
-            path.unlink(missing_ok=True)
-        else:
+        try:
+            final.hardlink_to(path)
+        except FileExistsError:
+            pass
+        except OSError:  # of a file system without hard links
             path.rename(final)
+            return
+        path.unlink(missing_ok=True)
 
 
 class Scratch:
@@ -361,7 +435,7 @@ class Scratch:
         mapping = self._mapping
         if mapping.digest is None:
             digest = digest_of(self.view)
-            with _disk(f"finishing tensor {digest}", mapping.files.root):
+            with on_disk(f"finishing tensor {digest}", mapping.files.root):
                 if not self.size:
                     os.truncate(mapping.path, 0)
                 mapping.files._publish(mapping.path, digest)
@@ -435,7 +509,7 @@ class Partial:
         if not view:
             return
         descriptor, hasher = self._in_use()
-        with _disk(f"receiving tensor {self.digest}", self._files.root, self._on_trouble):
+        with on_disk(f"receiving tensor {self.digest}", self._files.root, self._on_trouble):
             _write_all(descriptor, view, at=self.offset)
         hasher.update(view)
         self.offset += len(view)
@@ -456,7 +530,7 @@ class Partial:
         if got != self.digest:
             self._delete()
             raise ProtocolError("digest of the received tensor", got=got, expected=self.digest)
-        with _disk(f"finishing tensor {self.digest}", self._files.root, self._on_trouble):
+        with on_disk(f"finishing tensor {self.digest}", self._files.root, self._on_trouble):
             self._files._publish(self._path, self.digest)
         self._path = self._files.path(self.digest)
         self._release()
@@ -486,16 +560,6 @@ def _let_go(descriptor: int, path: Path) -> None:
     if path.suffix == _TEMPORARY:
         _unlink(path)
     os.close(descriptor)
-
-
-@contextmanager
-def _disk(doing: str, root: Path, on_trouble: Callable[[StoreFailed], None] = lambda _: None) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        failed = disk_failure(doing, error, root)
-        on_trouble(failed)
-        raise failed from error
 
 
 def _hasher(buffer: bytes | memoryview = b"") -> blake3:
@@ -574,10 +638,15 @@ def _resume(descriptor: int, size: int) -> tuple[blake3, int]:
         os.ftruncate(descriptor, 0)
         offset = 0
     hasher = _hasher()
-    if offset:
-        with mmap.mmap(descriptor, offset, access=mmap.ACCESS_READ) as mapping:
-            hasher.update(mapping)
+    _read_into(hasher, descriptor)
     return hasher, offset
+
+
+def _read_into(hasher: blake3, descriptor: int) -> None:
+    """Have *hasher* see the file from its beginning. Not mapped: of a mapping, what a disk cannot read kills."""
+    buffer = memoryview(bytearray(min(os.fstat(descriptor).st_size + 1, _READ_BYTES)))
+    while got := os.readv(descriptor, [buffer]):
+        hasher.update(buffer[:got])
 
 
 def _unlink_if_idle(path: Path) -> bool:
