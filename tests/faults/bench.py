@@ -148,11 +148,19 @@ class Bench:
                 f"job {told.job_id} has not ended within {within_s:g} s; the last that was heard of it is {progress}"
             ) from None
 
-    def check(self, view: JobView, *, may_be_asked_again: bool = False, may_be_answered_again: bool = False) -> None:
+    def check(
+        self,
+        view: JobView,
+        *,
+        may_be_asked_again: bool = False,
+        may_be_answered_again: bool = False,
+        may_be_unwritten: bool = False,
+    ) -> None:
         """Assert that the job of *view* has ended as one without trouble, and has left nothing behind.
 
         With *may_be_asked_again* a client may have been given more than one task in a round; with
-        *may_be_answered_again* an answer may have been taken back, and the task answered once more.
+        *may_be_answered_again* an answer may have been taken back, and the task answered once more; with
+        *may_be_unwritten* the database may have broken off the write of an answer that its round's commit has.
         """
         assert (view.state, view.code, view.reason) == ("completed", "", "")
         assert view.result == self.undisturbed, "the model has other bytes than that of an undisturbed run"
@@ -166,6 +174,7 @@ class Bench:
             rounds=ROUNDS,
             may_be_asked_again=may_be_asked_again,
             may_be_answered_again=may_be_answered_again,
+            may_be_unwritten=may_be_unwritten,
         )
         self.check_left_nothing(view.job_id)
 
