@@ -1,11 +1,13 @@
 """A workflow as a user might write it in a job's folder, with a memory and chance of its own.
 
-Each round one client, drawn by how well it has done so far, trains the model; the others measure what it made, and
-chance decides whether a worse one is taken all the same. What it remembers is a Python object, which it makes of the
-state's values and writes back there; the best model so far lies beside the model.
+Each round one client, drawn by how well it has done so far, trains the model; the others measure, side by side, what it
+was and what it became, and chance decides whether a worse one is taken all the same. What it remembers is a Python
+object, which it makes of the state's values and writes back there; the best model so far lies beside the model.
 """
 
+import asyncio
 import math
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 
@@ -44,18 +46,14 @@ class Wandering:
     async def round(self, state: State, federation: Federation) -> State:
         memory = Memory(**state.values)
         client = self._drawn(memory, federation)
-        candidate, loss = state.model, math.inf
+        candidate = state.model
         async with aclosing(federation.ask(Task("train", state.model), [client])) as answers:
             async for answer in answers:
                 candidate = answer.update.model
         others = [other for other in federation.clients if other != client]
-        measured: dict[str, float] = {}
-        for model in (state.model, candidate):  # the same question twice: two tasks of one name to each
-            task = Task("evaluate", model, expects_model=False)
-            async with aclosing(federation.ask(task, others)) as answers:
-                async for answer in answers:
-                    measured[answer.client] = answer.update.metrics["loss"]
-        loss = float(np.mean([measured[other] for other in others]))
+        before, loss = await asyncio.gather(  # asks that run side by side
+            *(self._measured(model, others, federation) for model in (state.model, candidate))
+        )
         worse = max(loss - memory.loss, 0.0)
         taken = federation.rng("take a worse one").random() < math.exp(-worse / self.temperature)
         is_best = taken and loss < memory.best_loss
@@ -66,8 +64,15 @@ class Wandering:
             model=candidate if taken else state.model,
             extra={"best": candidate if is_best else state.extra["best"]},
             values=asdict(memory),
-            metrics={"loss": loss, "steps": float(len(memory.path))},
+            metrics={"loss": loss, "gain": before - loss, "steps": float(len(memory.path))},
         )
+
+    async def _measured(self, model: Model, clients: Sequence[str], federation: Federation) -> float:
+        losses: dict[str, float] = {}
+        async with aclosing(federation.ask(Task("evaluate", model, expects_model=False), clients)) as answers:
+            async for answer in answers:
+                losses[answer.client] = answer.update.metrics["loss"]
+        return float(np.mean([losses[client] for client in sorted(losses)]))
 
     def _drawn(self, memory: Memory, federation: Federation) -> str:
         luck = np.array([memory.luck.get(client, 1.0) for client in federation.clients])
