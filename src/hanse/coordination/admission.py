@@ -75,10 +75,6 @@ class Admission:
             raise Unauthenticated("no registration session: it was used, has expired, or there was no challenge")
         return self._sessions.pop(origin)[0]
 
-    def drop(self, origin: str) -> None:
-        """Forget *origin*'s session, if there is one: its connection has ended."""
-        self._sessions.pop(origin, None)
-
     def _evict(self, now: float) -> None:
         while self._sessions:
             origin, (_, expires_at) = next(iter(self._sessions.items()))
