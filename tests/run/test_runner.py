@@ -1,9 +1,10 @@
 """Driving a workflow from its last committed state to its end."""
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from hanse.ids import JobId
 from hanse.job import JobSpec, WorkflowSpec
 from hanse.learning.cyclic import Cyclic
 from hanse.learning.fedavg import FedAvg
+from hanse.learning.local import LocalFederation
 from hanse.learning.workflow import Federation, State, Task
 from hanse.messages import RunSnapshot, StateRef
 from hanse.model import Model, TensorSpec
@@ -120,6 +122,37 @@ async def test_a_round_sees_the_values_of_the_last_one_as_it_does_after_a_crash(
 
     _, undisturbed, after_a_crash = seen
     assert undisturbed == after_a_crash == ({"bounds": [1, 2]}, [float])
+
+
+@dataclass
+class Remembering(Counting):
+    """Keeps on itself, too, in how many rounds it was, and in which."""
+
+    def __post_init__(self) -> None:
+        self.calls, self.rounds_seen = 0, list[int]()
+
+    async def round(self, state: State, federation: Federation) -> State:
+        self.calls += 1
+        self.rounds_seen.append(state.round + 1)
+        following = await super().round(state, federation)
+        return replace(following, values={**following.values, "kept": [self.calls, *self.rounds_seen]})
+
+
+async def test_what_a_round_keeps_on_the_workflow_is_gone_in_the_next_one_as_after_a_crash(files: TensorFiles) -> None:
+    journal, workflow = Journal(files), Remembering()
+    undisturbed = await driven(journal, workflow)
+    after_a_crash = await driven(Journal(files), Remembering(), journal.commits[1][0])
+    on_one_machine = await LocalFederation({}).run(workflow, model(5))
+
+    assert undisturbed.values["kept"] == after_a_crash.values["kept"] == on_one_machine.values["kept"] == [1, 3]
+    assert (workflow.calls, workflow.rounds_seen) == (0, [])
+
+
+async def test_a_workflow_that_cannot_be_copied_fails_with_what_it_holds(files: TensorFiles) -> None:
+    workflow = Counting(returns=threading.Lock())
+
+    with pytest.raises(WorkflowFailed, match=r"in round 0: it cannot be copied, as it is for each round \(.*lock"):
+        await driven(Journal(files), workflow)
 
 
 async def test_a_round_that_has_read_a_damaged_state_is_not_committed(files: TensorFiles) -> None:
@@ -318,8 +351,12 @@ async def test_what_makes_the_initial_model_fails_in_round_0(files: TensorFiles)
 
 
 async def test_the_workflows_own_refusals_pass_as_they_are(files: TensorFiles) -> None:
+    class Lonely(Counting):
+        async def round(self, state: State, federation: Federation) -> State:
+            raise TooFewClients(got=1, needed=2, why="site-1 was lost")
+
     with pytest.raises(TooFewClients):
-        await driven(Journal(files), Counting(raises=TooFewClients(got=1, needed=2, why="site-1 was lost")))
+        await driven(Journal(files), Lonely())
 
 
 @pytest.mark.parametrize("returned", ["no state", State(model(1), 0), State(model(1), 7)])

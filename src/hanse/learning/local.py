@@ -24,6 +24,7 @@ from hanse.learning.workflow import (
     State,
     Task,
     Workflow,
+    afresh,
     check_first,
     check_next,
     check_wait,
@@ -145,19 +146,21 @@ class LocalFederation:
     async def states(self, workflow: Workflow, model: Model) -> AsyncIterator[State]:
         """Run *workflow* from *model* and yield each round's state, that of round 0 first.
 
-        What an earlier run's tasks were is forgotten.
+        What an earlier run's tasks were is forgotten. *workflow* itself stays as it is: each step is a copy's.
         """
         self._kept.clear()
-        state = check_first(workflow.start(model), workflow=type(workflow).__name__)
+        state = check_first(afresh(workflow, 0).start(model), workflow=type(workflow).__name__)
         yield state
         while not is_over(workflow, state):
-            self._enter_round(state.round + 1)
-            state = check_next(state, await workflow.round(state, self), workflow=type(workflow).__name__)
+            number = state.round + 1
+            self._enter_round(number)
+            following = await afresh(workflow, number).round(state, self)
+            state = check_next(state, following, workflow=type(workflow).__name__)
             yield state
 
     async def run(self, workflow: Workflow, model: Model) -> State:
         """Run *workflow* from *model* and return the last round's state."""
-        last = workflow.start(model)
+        last = State(model)
         async for state in self.states(workflow, model):
             last = state
         return last

@@ -2,15 +2,16 @@
 
 The runner takes ``workflow.start(model)`` as the state of round 0 and commits it; then it awaits ``workflow.round``
 with the last committed state, checks that the state it returns is the next round's, and commits that, until
-``is_over``. A workflow keeps nothing between rounds but its ``State``, so one that is killed anywhere goes on from the
-last commit: the round is run again, and the answers that were accepted are handed out again without asking anybody
-twice. For that to give the same bytes, a workflow takes randomness from ``federation.rng`` alone. In which order it
-asks does not matter: an answer is found again by what was asked.
+``is_over``. A workflow keeps nothing between rounds but its ``State``: each step is one of a copy of it (``afresh``).
+So one that is killed anywhere goes on from the last commit: the round is run again, and the answers that were accepted
+are handed out again without asking anybody twice. For that to give the same bytes, a workflow takes randomness from
+``federation.rng`` alone. In which order it asks does not matter: an answer is found again by what was asked.
 
 A workflow is written in a job as a short name of ``WORKFLOWS`` or as ``module:Class``, with settings: the fields of
 that class, a dataclass or ``msgspec.Struct``.
 """
 
+import copy
 import dataclasses
 import hashlib
 import math
@@ -193,6 +194,21 @@ class Workflow(Protocol):
 
         What it raises fails the run; a run that is to survive something handles it here.
         """
+
+
+def afresh(workflow: Workflow, number: int) -> Workflow:
+    """Return *workflow* for the step that leads to round *number*, as it was before its first one.
+
+    What a step keeps on the workflow itself is gone at the next, so that nobody relies on what a crash would take.
+
+    Raises:
+        WorkflowFailed: it holds what cannot be copied.
+    """
+    try:
+        return copy.deepcopy(workflow)
+    except Exception as error:
+        name, why = type(workflow).__name__, f"it cannot be copied, as it is for each round ({error})"
+        raise WorkflowFailed(name, number, why) from error
 
 
 def is_over(workflow: Workflow, state: State) -> bool:

@@ -14,7 +14,7 @@ import msgspec
 from hanse.errors import HanseError, WorkflowFailed
 from hanse.ids import ClientName, Digest
 from hanse.job import JobSpec
-from hanse.learning.workflow import State, Workflow, check_first, check_next, is_over
+from hanse.learning.workflow import State, Workflow, afresh, check_first, check_next, is_over
 from hanse.messages import RunSnapshot, StateRef, TaskKey
 from hanse.model import Model
 from hanse.run.federation import RunFederation, loaded
@@ -48,7 +48,7 @@ async def drive(
     """
     if snapshot.state is None:
         began = time.monotonic()
-        first = await _guarded(spec, 0, asyncio.to_thread(lambda: workflow.start(initial())))
+        first = await _guarded(spec, 0, asyncio.to_thread(lambda: afresh(workflow, 0).start(initial())))
         state = check_first(first, workflow=spec.workflow.name)
         reference = await _commit(state, link, files, began=began)
     else:
@@ -128,7 +128,8 @@ async def _next(workflow: Workflow, state: State, federation: RunFederation, spe
     A workflow may take what an ask raises for a client's fault, and go on without that client's answer.
     """
     try:
-        following = await _guarded(spec, state.round + 1, workflow.round(state, federation))
+        number = state.round + 1
+        following = await _guarded(spec, number, afresh(workflow, number).round(state, federation))
     except HanseError:
         if federation.disk_failure is not None:
             raise federation.disk_failure from None
