@@ -129,7 +129,7 @@ def test_who_comes_to_a_server_that_stands_by_is_told_who_serves(two: tuple[Pair
 def test_a_server_that_stands_by_is_listed_from_its_start_on(two: tuple[Pair, Pair]) -> None:
     first, _ = two
 
-    assert [each.name for each in wait(first.store.standbys())] == ["server-2"]
+    assert [each.name for each in wait(first.store.standbys(within_s=60))] == ["server-2"]
 
 
 class Noting(MemoryStore):

@@ -84,6 +84,6 @@ async def standby(store: SqlStore) -> "asyncio.Task[Lease]":
     await store._listener.listen()
     waiting = asyncio.create_task(store.lease_moved(seen, within_s=3600.0), name="standby")
     await asyncio.sleep(0)  # its look has been asked for
-    await store.standbys()
+    await store.standbys(within_s=60)
     assert not waiting.done()
     return waiting

@@ -220,7 +220,7 @@ def test_text_that_not_every_database_can_hold_is_refused_by_field(wrong: str) -
         ("reason", lambda: check_disabling("site-1", wrong)),
         ("AuditEntry", lambda: check_audit(changed(entry, reason=wrong))),
         ("TaskKey.name", lambda: check_key(changed(key(), name=wrong))),
-        ("Standby", lambda: check_standby(Standby("a:1", "a", wrong, 5.0))),
+        ("Standby", lambda: check_standby(Standby("a:1", "a", wrong))),
         ("Lease", lambda: check_lease(Lease(1, "a:1", Ssid("s"), ttl_s=4.0, name="a", target=wrong))),
         ("Lease", lambda: check_lease(Lease(1, wrong, Ssid("s"), ttl_s=4.0, name="a", target=""))),
         ("successor", lambda: check_successor(wrong)),

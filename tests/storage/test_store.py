@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -229,34 +230,50 @@ async def test_who_waits_for_a_lease_that_stands_still_learns_that_in_the_end(st
 
 
 async def test_servers_that_stand_by_are_listed_by_name_with_their_latest_word(store: Store) -> None:
-    await store.note_standby(Standby("b:1", "b", "b.example:8102", 5.0))
-    await store.note_standby(Standby("a:1", "a", "a.example:8102", 6.0))
-    await store.note_standby(Standby("b:2", "b", "b.example:8103", 7.0))
+    began = time.time()
+    await store.note_standby(Standby("b:1", "b", "b.example:8102"))
+    await store.note_standby(Standby("a:1", "a", "a.example:8102"))
+    await store.note_standby(Standby("b:2", "b", "b.example:8103"))
 
-    assert await store.standbys() == [
-        Standby("a:1", "a", "a.example:8102", 6.0),
-        Standby("b:2", "b", "b.example:8103", 7.0),
+    found = await store.standbys(within_s=60)
+    assert [changed(each, seen_at=0.0) for each in found] == [
+        Standby("a:1", "a", "a.example:8102"),
+        Standby("b:2", "b", "b.example:8103"),
     ]
+    assert all(began - 1 <= each.seen_at <= time.time() for each in found)  # a database may count whole seconds
+
+
+async def test_when_a_server_stood_by_is_told_by_the_stores_clock_and_not_by_its_own(store: Store) -> None:
+    for ahead_s in (-86400, 86400):
+        await store.note_standby(Standby("a:1", "a", "a.example:8102", seen_at=time.time() + ahead_s))
+
+        assert [each.name for each in await store.standbys(within_s=60)] == ["a"]
+
+
+async def test_a_server_that_has_not_said_so_of_late_stands_by_no_longer(store: Store) -> None:
+    await store.note_standby(Standby("a:1", "a", "a.example:8102"))
+
+    assert await store.standbys(within_s=-2) == []
 
 
 async def test_a_server_that_takes_the_lease_stands_by_no_longer(store: Store) -> None:
-    await store.note_standby(Standby("a:1", "server-2", "a.example:8102", 5.0))
-    await store.note_standby(Standby("b:1", "server-3", "b.example:8102", 5.0))
+    await store.note_standby(Standby("a:1", "server-2", "a.example:8102"))
+    await store.note_standby(Standby("b:1", "server-3", "b.example:8102"))
     with pytest.raises(Conflict):
         await take(store, "server-2")
-    assert len(await store.standbys()) == 2
+    assert len(await store.standbys(within_s=60)) == 2
 
     await take(store, "server-2", force=True)
 
-    assert [standby.name for standby in await store.standbys()] == ["server-3"]
+    assert [standby.name for standby in await store.standbys(within_s=60)] == ["server-3"]
 
 
 async def test_a_standby_that_cannot_be_is_refused(store: Store) -> None:
-    standby = Standby("a:1", "a", "a.example:8102", 5.0)
+    standby = Standby("a:1", "a", "a.example:8102")
     for wrong in (changed(standby, name="../a"), changed(standby, seen_at="now")):
         with pytest.raises(ProtocolError, match="Standby"):
             await store.note_standby(wrong)
-    assert await store.standbys() == []
+    assert await store.standbys(within_s=60) == []
 
 
 async def test_no_write_of_an_ended_epoch_changes_anything(running: Store) -> None:
@@ -960,7 +977,7 @@ async def test_who_waits_for_the_lease_hears_of_what_another_server_does_to_it(w
         seen = await take(one, "server-1")
         for move in (one.renew_lease, one.release_lease):
             waiting = asyncio.ensure_future(other.lease_moved(seen, within_s=3600.0))
-            await other.standbys()
+            await other.standbys(within_s=60)
             await move(seen.epoch)
 
             seen = await waiting

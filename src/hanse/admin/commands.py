@@ -267,9 +267,9 @@ class _Desk:
 
     async def _standbys(self) -> list[Standby]:
         """Return the other servers that have said within the last minute that they stand by."""
-        found = await looked_up(self._server.jobs.services.store.standbys(), what="servers that stand by")
-        now = self._wall()
-        return [each for each in found if each.name != self._server.name and each.seen_at > now - STANDBY_HEARD_S]
+        store = self._server.jobs.services.store
+        found = await looked_up(store.standbys(within_s=STANDBY_HEARD_S), what="servers that stand by")
+        return [each for each in found if each.name != self._server.name]
 
     # audit
 

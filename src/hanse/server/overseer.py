@@ -9,7 +9,6 @@ no agent.
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -201,7 +200,7 @@ class LeaseOverseer:
         now = self._clock()
         if self._is_held() or (self._noted_at is not None and now < self._noted_at + self._ttl_s):
             return
-        await self._store.note_standby(Standby(self._holder, self._name, self._target, time.time()))
+        await self._store.note_standby(Standby(self._holder, self._name, self._target))
         self._noted_at = now
 
     def _note(self, lease: Lease) -> None:

@@ -6,6 +6,7 @@ changes happen in one step of the event loop.
 """
 
 import asyncio
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -151,12 +152,14 @@ class MemoryStore:
         """See ``Store``."""
         check_standby(standby)
         self._check_open()
-        self._standbys[standby.name] = standby
+        self._standbys[standby.name] = msgspec.structs.replace(standby, seen_at=time.time())
 
-    async def standbys(self) -> list[Standby]:
+    async def standbys(self, *, within_s: float) -> list[Standby]:
         """See ``Store``."""
         self._check_open()
-        return [self._standbys[name] for name in sorted(self._standbys)]
+        now = time.time()
+        found = [standby for standby in self._standbys.values() if abs(standby.seen_at - now) <= within_s]
+        return sorted(found, key=lambda standby: standby.name)
 
     async def add_job(self, epoch: int, record: JobRecord) -> None:
         """See ``Store``."""

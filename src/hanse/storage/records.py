@@ -65,12 +65,15 @@ class Lease(msgspec.Struct, frozen=True):
 
 
 class Standby(msgspec.Struct, frozen=True):
-    """A server that stands by, for people to see; ``seen_at``, POSIX seconds, is when it last said so."""
+    """A server that stands by, for people to see; ``seen_at`` is when it last said so.
+
+    That is in POSIX seconds by the store's own clock, which sets it: servers' clocks may differ by any amount.
+    """
 
     holder: str
     name: str
     target: str
-    seen_at: float
+    seen_at: float = 0.0
 
 
 class RunState(msgspec.Struct, frozen=True):
@@ -163,8 +166,11 @@ class Store(Protocol):
         """Remember that *standby* stands by, in place of what its name said before; this needs no epoch."""
         ...
 
-    async def standbys(self) -> list[Standby]:
-        """Return who has said that it stands by, and has not taken the lease since, by name."""
+    async def standbys(self, *, within_s: float) -> list[Standby]:
+        """Return who has said within the last *within_s* that it stands by, and has not taken the lease since, by name.
+
+        What was said at a time that is as far ahead, because the store's clock was set back, is forgotten too.
+        """
         ...
 
     async def add_job(self, epoch: int, record: JobRecord) -> None:

@@ -7,7 +7,23 @@ parameters called as the columns.
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import Column, ColumnElement, Table, bindparam, delete, insert, null, or_, select, text, update
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Double,
+    Table,
+    bindparam,
+    cast,
+    delete,
+    extract,
+    func,
+    insert,
+    null,
+    or_,
+    select,
+    text,
+    update,
+)
 
 from hanse.job import JobState
 from hanse.messages import TaskKey
@@ -58,8 +74,14 @@ LEASE: Final = Statement(_LEASE)
 LEASE_TO_CHANGE: Final = Statement(_LEASE.with_for_update())
 SET_LEASE: Final = Statement(update(lease).values(_row(*_but(lease, lease.c.id))))
 
-STANDBYS: Final = Statement(select(*(standbys.c[name] for name in Standby.__struct_fields__)))
-ADD_STANDBY: Final = Statement(insert(standbys).values(_row(*standbys.c)))
+_NOW = cast(extract("epoch", func.now()), Double)
+_WITHIN_S = bindparam("within_s", type_=Double)
+STANDBYS: Final = Statement(
+    select(*(standbys.c[name] for name in Standby.__struct_fields__)).where(
+        standbys.c.seen_at.between(_NOW - _WITHIN_S, _NOW + _WITHIN_S)
+    )
+)
+ADD_STANDBY: Final = Statement(insert(standbys).values(_row(*_but(standbys, standbys.c.seen_at)) | {"seen_at": _NOW}))
 DELETE_STANDBY: Final = Statement(delete(standbys).where(_given(standbys.c.name)))
 
 _AT_JOB: Final = _given(jobs.c.job_id)

@@ -180,15 +180,17 @@ class SqlStore:
 
         def note(transaction: Transaction) -> None:
             transaction.run(sql.DELETE_STANDBY, {"of_name": standby.name})
-            transaction.run(sql.ADD_STANDBY, msgspec.structs.asdict(standby))
+            row = {"holder": standby.holder, "name": standby.name, "target": standby.target}
+            transaction.run(sql.ADD_STANDBY, row)
 
         await self._write(note)
 
-    async def standbys(self) -> list[Standby]:
+    async def standbys(self, *, within_s: float) -> list[Standby]:
         """See ``Store``."""
 
         def read(transaction: Transaction) -> list[Standby]:
-            return sorted((Standby(*row) for row in transaction.rows(sql.STANDBYS)), key=lambda standby: standby.name)
+            found = [Standby(*row) for row in transaction.rows(sql.STANDBYS, {"within_s": within_s})]
+            return sorted(found, key=lambda standby: standby.name)
 
         return await self._read(read)
 
