@@ -1,6 +1,7 @@
 """What a tenure takes over of a run's tensors."""
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,3 +62,24 @@ async def test_a_disk_that_does_not_tell_what_there_is_may_tell_later(
 async def test_what_no_tenure_has_is_told(tmp_path: Path) -> None:
     lost = Digest("ab" * 32)
     assert await RunFolder(tmp_path, epoch=2).take_over([lost]) == [lost]
+
+
+async def test_tensors_are_deleted_while_another_deletes_some_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "job", 2)
+    for number in range(5):
+        TensorFiles(folder.tensors).put(memoryview(bytes([number])))
+    unlink, seen = os.unlink, list[str]()
+
+    def deleted_twice(name: str, *, dir_fd: int | None = None) -> None:
+        unlink(name, dir_fd=dir_fd)
+        if not seen:
+            seen.append(name)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+
+    monkeypatch.setattr(os, "unlink", deleted_twice)
+    await folder.delete_tensors()
+
+    assert seen
+    assert not folder.tensors.exists()

@@ -20,7 +20,7 @@ from typing import Final
 from hanse.ids import Digest, JobId
 from hanse.job import JobRecord
 from hanse.server.run_mirror import RunMirror
-from hanse.storage.disk import on_disk, sync_tree
+from hanse.storage.disk import delete_tree, on_disk, sync_tree
 from hanse.storage.objects import Objects
 from hanse.storage.packages import unpack_package
 from hanse.storage.tensors import TensorFiles
@@ -298,5 +298,5 @@ class RunFolders:
 
 
 def _delete(folder: Path) -> None:
-    with on_disk(f"deleting {folder}", folder), suppress(FileNotFoundError):  # another may have deleted it
-        shutil.rmtree(folder)
+    with on_disk(f"deleting {folder}", folder):
+        delete_tree(folder)

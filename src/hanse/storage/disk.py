@@ -5,9 +5,10 @@ And what it takes to have the disk keep what was written.
 
 import errno
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -52,6 +53,13 @@ def database_failure(error: BaseException, name: str, *, doing: str = "using") -
     if getattr(error, "sqlstate", "") == _DISK_FULL:
         return NoSpace(f"{doing} {name}", disk="the database's server", folder=name, why=why)
     return StoreFailed(f"{doing} {name}", why)
+
+
+def delete_tree(folder: Path) -> None:
+    """Delete *folder* with all that is in it, also while another deletes some of that."""
+    while folder.exists():
+        with suppress(FileNotFoundError):  # of what another was faster with; the rest is still there
+            shutil.rmtree(folder)
 
 
 def sync_tree(folder: Path) -> None:

@@ -17,7 +17,6 @@ import mmap
 import os
 import resource
 import secrets
-import shutil
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +28,7 @@ from blake3 import blake3
 
 from hanse.errors import NotFound, ProtocolError, StoreFailed, TensorDamaged
 from hanse.ids import Digest, is_digest
-from hanse.storage.disk import on_disk
+from hanse.storage.disk import delete_tree, on_disk
 
 T = TypeVar("T")
 
@@ -314,8 +313,8 @@ class TensorFiles:
     def delete_all(self) -> None:
         """Delete the folder with everything in it; views that are mapped stay readable."""
         self._synced.clear()
-        with on_disk("deleting tensors", self.root), suppress(FileNotFoundError):
-            shutil.rmtree(self.root)
+        with on_disk("deleting tensors", self.root):
+            delete_tree(self.root)
 
     @contextmanager
     def _opened(self, digest: Digest) -> Iterator[int]:
