@@ -68,14 +68,12 @@ def sync_tree(folder: Path) -> None:
     Raises:
         StoreFailed: the disk does not take it.
     """
-    try:
+    with on_disk(f"syncing {folder}", folder):
         for path, _, names in os.walk(folder, topdown=False):
             for name in names:
                 fsync(Path(path, name))
             fsync(Path(path))
         fsync(folder.parent)
-    except OSError as error:
-        raise disk_failure(f"syncing {folder}", error, folder) from error
 
 
 def mount_point(path: Path) -> Path:
