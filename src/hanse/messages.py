@@ -453,10 +453,10 @@ class IssueTasks(msgspec.Struct, frozen=True):
 
     keys: tuple[TaskKey, ...]
     model: ModelRef | None
+    deadline_s: float
+    then: str
     config: Config = {}
     expects_model: bool = True
-    deadline_s: float = 0.0
-    then: str = ""
 
 
 class CancelTasks(msgspec.Struct, frozen=True):
@@ -567,15 +567,15 @@ class Waiting(msgspec.Struct, frozen=True):
     """Something that a job waits for, for people.
 
     *what* it is, and from *whom* it is to come: the clients, each as it stands, or nobody in particular. *since* and
-    *until* are POSIX seconds, 0 where there is no such time, and *then* says what happens when it has not come by
-    *until*.
+    *until* are POSIX seconds, and *then* says what happens when it has not come by *until*. Nothing is waited for
+    without an end; release 0.1.0 told of some waits that had none, with an *until* of 0.
     """
 
     what: str
+    since: float
+    until: float
+    then: str
     whom: tuple[ClientView, ...] = ()
-    since: float = 0.0
-    until: float = 0.0
-    then: str = ""
 
 
 class JobView(msgspec.Struct, frozen=True):

@@ -26,6 +26,8 @@ _PASSWORD: Final = re.compile(r"postgresql://[^:/]*:[^@]*@")
 a slash."""
 LONGEST_S: Final = 1e9
 """The longest time that a setting may give, some thirty years: it becomes a timer, and clients take no longer one."""
+MEND_WITHIN_S: Final = 7 * 24 * 3600.0
+"""How long what a server cannot do for a run is tried again where nobody says otherwise: a week, and so a weekend."""
 BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9._-]*)*/?")
 """The URL of a bucket, and of what in it begins with a prefix."""
 T = TypeVar("T", bound=msgspec.Struct)
@@ -99,6 +101,10 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     lost_after_s: float = 0.0
     """A client without a stream for this long is lost to its runs; 0 means three heartbeats."""
 
+    mend_within_s: float = MEND_WITHIN_S
+    """What a running job needs and this server cannot do, because its disk is full, its store or its bucket fails, or
+    its machine starts no process, is tried again for this long, a week; then the job fails, for that reason."""
+
     heart_beat_timeout_s: float = 600.0
     """A client not heard of for this long is removed from the registry."""
 
@@ -125,8 +131,16 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             f"1 to max_num_clients ({self.max_num_clients})",
         )
         _expect(self.max_running_jobs >= 1, "max_running_jobs", self.max_running_jobs, "1 or more")
-        for field in ("heartbeat_s", "heart_beat_timeout_s", "shutdown_period_s", "token_lifetime_s", "lease_s"):
-            value, expected = getattr(self, field), f"more than 0 seconds, and at most {LONGEST_S:g}"
+        expected = f"more than 0 seconds, and at most {LONGEST_S:g}"
+        for field in (
+            "heartbeat_s",
+            "heart_beat_timeout_s",
+            "mend_within_s",
+            "shutdown_period_s",
+            "token_lifetime_s",
+            "lease_s",
+        ):
+            value = getattr(self, field)
             _expect(0 < value <= LONGEST_S, field, value, expected)
         expected = f"0 to {LONGEST_S:g} seconds"
         _expect(0 <= self.lost_after_s <= LONGEST_S, "lost_after_s", self.lost_after_s, expected)

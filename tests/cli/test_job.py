@@ -138,7 +138,7 @@ def test_nothing_that_a_client_says_reaches_the_terminal_as_a_command(
         state="failed",
         reason=f"site-1 says: {HOSTILE}",
         clients=(ClientView("site-1", "failed", HOSTILE),),
-        waiting=(Waiting(HOSTILE, (ClientView("site-1", "suspect", HOSTILE),), then=HOSTILE),),
+        waiting=(Waiting(HOSTILE, 0.0, 0.0, HOSTILE, (ClientView("site-1", "suspect", HOSTILE),)),),
         log_tail=HOSTILE,
     )
 

@@ -28,7 +28,7 @@ def drawn(progress: JobProgress) -> str:
 def test_what_a_client_says_reaches_no_terminal_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     said = "\x1b[2J\x9bone\r\ntwo"
     with JobProgress() as progress:
-        progress.add(view(waiting=(Waiting(said),)))
+        progress.add(view(waiting=(Waiting(said, 0.0, 0.0, said),)))
         progress.add(event("client_lost", client="site-1", text=said))
         assert "\x1b" not in drawn(progress)
         assert "\x9b" not in drawn(progress)
@@ -39,7 +39,7 @@ def test_what_a_client_says_reaches_no_terminal_as_a_command(capsys: pytest.Capt
 
 def test_where_there_is_no_terminal_each_fact_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with JobProgress() as progress:
-        progress.add(view("submitted", waiting=(Waiting("2 more clients", until=1_700_000_100.0),)))
+        progress.add(view("submitted", waiting=(Waiting("2 more clients", 0.0, 1_700_000_100.0, "it is given up"),)))
         progress.add(event("job_started"))
         progress.add(event("round_done", round=0))
         progress.add(event("task_sent", round=1, client="site-1"))
@@ -123,19 +123,21 @@ def test_a_running_job_shows_each_client_that_it_waits_for_as_it_stands() -> Non
         ClientView("site-3", "lost", "not connected for 15 s", since),
         *(ClientView(f"site-{number}", "suspect") for number in range(4, 30)),
     )
-    waiting = (Waiting("the store"), Waiting("answers to 'train' of round 2 from 29 of 30 clients", whom, since))
+    until = since + 60.0
+    answers = "answers to 'train' of round 2 from 29 of 30 clients"
+    waiting = (Waiting("the store", since, until, "it fails"), Waiting(answers, since, until, "it goes on", whom))
     lines = list(job_lines(view("running", waiting=waiting)))
 
     begin = lines.index("waits for  the store")
-    assert lines[begin + 1] == "           for as long as it takes"
+    assert lines[begin + 1] == f"           since {time_text(since)}, until {time_text(until)}; then it fails"
     assert lines[begin + 2] == "waits for  answers to 'train' of round 2 from 29 of 30 clients"
-    assert lines[begin + 3] == f"           since {time_text(since)}, for as long as it takes"
+    assert lines[begin + 3] == f"           since {time_text(since)}, until {time_text(until)}; then it goes on"
     assert lines[begin + 4] == f"           site-1: connected and working, since {time_text(since)}"
     assert lines[begin + 5] == f"           site-2: its process is being started, start 2, since {time_text(since)}"
     assert lines[begin + 6].endswith(f"since {time_text(since)}: not connected for 15 s")
     assert lines[begin + 7] == "           site-4: suspect, for it is not connected"
     assert "           and 9 more" in lines
-    assert job_line(view("running", waiting=waiting[:1]))[-1] == "the store"
+    assert job_line(view("running", waiting=waiting[:1]))[-1] == f"the store, until {time_text(until)}"
 
 
 def test_advice_names_the_code_that_it_is_for_where_the_cause_is_of_the_jobs_own_making() -> None:
@@ -184,9 +186,9 @@ def test_metrics_are_in_the_order_of_their_names() -> None:
 
 
 def test_a_time_that_is_no_date_is_told_all_the_same() -> None:
-    waiting = Waiting("2 more clients", until=1.7e9 + 1e12)  # a deadline that is meant never to come
+    waiting = Waiting("2 more clients", 0.0, 1.7e9 + 1e12, "it is given up")  # a deadline that is meant never to come
 
     assert job_line(view(waiting=(waiting,)))[-1] == "2 more clients, until after the year 9999"
-    assert "           until after the year 9999" in job_lines(view(waiting=(waiting,)))
+    assert "           since -, until after the year 9999; then it is given up" in job_lines(view(waiting=(waiting,)))
     assert time_text(float("inf")) == "after the year 9999"
     assert [time_text(posix_s) for posix_s in (0.0, float("nan"), -1e300)] == ["-"] * 3

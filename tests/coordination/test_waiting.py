@@ -9,7 +9,9 @@ from hanse.coordination.runs import Run
 from hanse.coordination.schedule import Wait
 from hanse.coordination.waiting import (
     GIVEN_UP,
+    HINDERED,
     NOT_DEPLOYED,
+    NOT_TOLD_YET,
     Ask,
     Deployment,
     Phase,
@@ -40,7 +42,7 @@ ONE, TWO, THREE = (ClientName(f"site-{number}") for number in (1, 2, 3))
 JOB = JobId("j1")
 NOW, WALL = 100.0, 1_700_000_100.0
 """So monotonic second 40 is POSIX second 1,700,000,040."""
-WORKING = RunProcess(Phase.WORKING, since=90.0)
+WORKING = RunProcess(Phase.WORKING, since=90.0, until=700.0)
 THEN = "the round goes on with the answers that have come"
 
 
@@ -58,9 +60,9 @@ def run_in_round_1(*clients: ClientName) -> Run:
     return run
 
 
-def issued(run: Run, *keys: TaskKey, at: float = 40.0, deadline_s: float = 0.0, then: str = "") -> tuple[Ask, ...]:
+def issued(run: Run, *keys: TaskKey, at: float = 40.0, deadline_s: float = 300.0, then: str = THEN) -> tuple[Ask, ...]:
     run.issue([TaskAssignment(each, ModelRef()) for each in keys])
-    return with_issue((), IssueTasks(keys, None, deadline_s=deadline_s, then=then), run=run, now=at)
+    return with_issue((), IssueTasks(keys, None, deadline_s, then), run=run, now=at)
 
 
 def answer(run: Run, to: TaskKey) -> None:
@@ -112,18 +114,18 @@ def test_a_round_waits_for_those_that_have_not_answered_each_as_it_stands() -> N
     assert told(run, *asks) == [
         Waiting(
             "answers to 'train' of round 1 from 2 of 3 clients",
-            (
-                ClientView(ONE, "starting", since=posix(10), attempt=1),
-                ClientView(TWO, "suspect", since=posix(95)),
-            ),
             since=posix(40),
             until=posix(340),
             then=THEN,
+            whom=(
+                ClientView(ONE, "starting", since=posix(10), attempt=1),
+                ClientView(TWO, "suspect", since=posix(95)),
+            ),
         )
     ]
 
 
-def test_a_lost_client_is_told_with_the_reason_and_a_round_without_a_deadline_has_no_end() -> None:
+def test_a_lost_client_is_told_with_the_reason() -> None:
     run = run_in_round_1(ONE, TWO)
     for client in (ONE, TWO):
         run.stream_up(client, now=20.0)
@@ -133,7 +135,6 @@ def test_a_lost_client_is_told_with_the_reason_and_a_round_without_a_deadline_ha
 
     (waiting,) = told(run, *asks)
 
-    assert (waiting.until, waiting.then) == (0.0, "")
     assert waiting.whom[1] == ClientView(TWO, "lost", "not connected for 15 s", posix(65))
 
 
@@ -174,7 +175,7 @@ def test_a_cancelled_task_is_not_waited_for() -> None:
 
 def test_a_process_that_cannot_go_on_is_told_with_the_reason_and_until_when_it_is_tried() -> None:
     run = run_in_round_1(ONE)
-    process = RunProcess(Phase.HINDERED, 80.0, 1, until=5000.0, reason="the disk is full")
+    process = RunProcess(Phase.HINDERED, 80.0, until=5000.0, reason="the disk is full")
 
     (hindered,) = told(run, process=process)
 
@@ -189,7 +190,7 @@ def test_a_process_that_cannot_go_on_is_told_with_the_reason_and_until_when_it_i
 def test_a_process_that_died_is_told_beside_the_clients_that_work_on() -> None:
     run = run_in_round_1(ONE)
     asks = issued(run, key(ONE))
-    process = RunProcess(Phase.PAUSING, 80.0, 2, until=101.0, reason="the job's process at server ended with status 1")
+    process = RunProcess(Phase.PAUSING, 80.0, 101.0, 2, "the job's process at server ended with status 1")
 
     paused, clients = told(run, *asks, process=process)
 
@@ -203,7 +204,7 @@ def test_a_process_that_died_is_told_beside_the_clients_that_work_on() -> None:
 
 
 def test_a_process_that_is_being_started_is_waited_for() -> None:
-    starting = as_heard(RunProcess(Phase.STARTING, 80.0, 3), heard_at=80.0, now=100.0, silent_s=600.0)
+    starting = as_heard(RunProcess(Phase.STARTING, 80.0, 680.0, 3), heard_at=80.0, now=100.0, silent_s=600.0)
 
     (waiting,) = told(run_in_round_1(ONE), process=starting)
 
@@ -232,7 +233,7 @@ def test_a_process_that_says_nothing_is_told_beside_the_clients_that_work_on_and
 
 
 def test_a_process_is_as_it_was_while_it_is_heard_of_or_is_not_there() -> None:
-    paused = RunProcess(Phase.PAUSING, 80.0, 2, until=101.0, reason="it died")
+    paused = RunProcess(Phase.PAUSING, 80.0, 101.0, 2, "it died")
 
     assert as_heard(WORKING, heard_at=98.0, now=100.0, silent_s=600.0) == replace(WORKING, until=698.0)
     assert as_heard(paused, heard_at=0.0, now=100.0, silent_s=600.0) is paused
@@ -242,11 +243,10 @@ def test_a_store_that_fails_comes_first() -> None:
     run = run_in_round_1(ONE)
     asks = issued(run, key(ONE))
 
-    store, clients = told(run, *asks, store=StoreTrouble("the store failed while using x: no route", 30.0))
+    store, clients = told(run, *asks, store=StoreTrouble("the store failed while using x: no route", 30.0, 5000.0))
 
     assert store.what == "the server's store, which fails (the store failed while using x: no route)"
-    assert (store.since, store.until) == (posix(30), 0.0)
-    assert "goes on" in store.then
+    assert (store.since, store.until, store.then) == (posix(30), posix(5000), HINDERED)
     assert clients.what.startswith("answers to 'train'")
 
 
@@ -255,7 +255,7 @@ def test_tasks_asked_one_by_one_are_told_together_and_different_ones_apart() -> 
     asks: tuple[Ask, ...] = ()
     for at, each in ((40.0, key(ONE)), (50.0, key(TWO)), (60.0, key(THREE, "evaluate"))):
         run.issue([TaskAssignment(each, ModelRef())])
-        asks = with_issue(asks, IssueTasks((each,), None, deadline_s=100.0, then=THEN), run=run, now=at)
+        asks = with_issue(asks, IssueTasks((each,), None, 100.0, THEN), run=run, now=at)
 
     evaluating, training = told(run, *asks)
 
@@ -269,10 +269,10 @@ def test_what_is_issued_again_is_waited_for_since_it_was_issued_first() -> None:
     (first,) = issued(run, key(ONE), key(TWO), deadline_s=10.0)
     answer(run, key(TWO))
 
-    (again,) = with_issue((first,), IssueTasks((key(ONE),), None, deadline_s=10.0), run=run, now=70.0)
+    (again,) = with_issue((first,), IssueTasks((key(ONE),), None, 10.0, THEN), run=run, now=70.0)
 
     assert (again.keys, again.since, again.until) == (first.keys, first.since, 80.0)
-    assert with_issue((again,), IssueTasks((), None), run=run, now=75.0) == (again,)
+    assert with_issue((again,), IssueTasks((), None, 10.0, THEN), run=run, now=75.0) == (again,)
 
 
 @pytest.mark.parametrize("how", ["answered", "committed"])
@@ -285,7 +285,7 @@ def test_what_nobody_waits_for_any_more_is_forgotten_with_the_next_issue(how: st
         run.committed(1)
     run.issue([TaskAssignment(following, ModelRef())])
 
-    asks = with_issue(asks, IssueTasks((following,), None), run=run, now=70.0)
+    asks = with_issue(asks, IssueTasks((following,), None, 10.0, THEN), run=run, now=70.0)
 
     assert [ask.keys for ask in asks] == [(following,)]
 
@@ -297,7 +297,7 @@ def test_what_an_earlier_round_left_is_waited_for_as_long_as_the_present_one(new
     run.committed(1, carried=[key(ONE)])
     run.issue([TaskAssignment(each, ModelRef()) for each in new])
 
-    asks = with_issue(asks, IssueTasks(new, None, deadline_s=50.0, then=THEN), run=run, now=70.0)
+    asks = with_issue(asks, IssueTasks(new, None, 50.0, THEN), run=run, now=70.0)
 
     left, *fresh = told(run, *asks)
     assert left.what == "answers to 'train' of round 1 from 1 of 1 client"
@@ -314,7 +314,7 @@ def test_a_run_that_was_taken_up_waits_for_what_the_journal_has_out() -> None:
 
     assert evaluating.what == "answers to 'evaluate' of round 1 from 1 of 1 client"
     assert [(view.name, view.state) for view in training.whom] == [(ONE, "suspect"), (TWO, "suspect")]
-    assert (training.since, training.until) == (posix(90), 0.0)
+    assert (training.since, training.until, training.then) == (posix(90), posix(WORKING.until), NOT_TOLD_YET)
 
 
 def test_a_run_that_has_ended_waits_for_nothing() -> None:
@@ -322,7 +322,7 @@ def test_a_run_that_has_ended_waits_for_nothing() -> None:
     asks = issued(run, key(ONE))
     run.end(now=50.0)
 
-    assert told(run, *asks, store=StoreTrouble("away", 1.0)) == []
+    assert told(run, *asks, store=StoreTrouble("away", 1.0, 2.0)) == []
 
 
 def test_clients_are_shown_as_they_stand_since_when() -> None:

@@ -13,6 +13,7 @@ from hanse.cell.link import Peer, memory_link_pair
 from hanse.errors import Conflict, StoreFailed, Unreachable
 from hanse.ids import SERVER, ClientName, Fqcn, JobId
 from hanse.job import JobSpec, WorkflowSpec
+from hanse.learning.workflow import THEN
 from hanse.messages import (
     AbortRun,
     Channel,
@@ -98,7 +99,7 @@ async def test_what_a_run_decides_goes_up_as_it_is() -> None:
         server.on(Channel.RUN, "attach", lambda _: ok(SNAPSHOT))
 
         assert await link.attach() == SNAPSHOT
-        await link.issue(IssueTasks((KEY,), None))
+        await link.issue(IssueTasks((KEY,), None, 60.0, THEN))
         await link.cancel([KEY])
         await link.commit(StateRef(0, ModelRef()), took_s=0.5, answered=[ClientName("site-1")], carried=[KEY])
         await link.ended(RunEnded(completed=True))
@@ -112,7 +113,7 @@ async def test_the_servers_refusal_is_raised() -> None:
     async with linked(Heard()) as (server, link):
         server.on(Channel.RUN, "issue", _refusing)
         with pytest.raises(RemoteError, match="run tiny-1 is over"):
-            await link.issue(IssueTasks((KEY,), None))
+            await link.issue(IssueTasks((KEY,), None, 60.0, THEN))
 
 
 async def test_events_that_come_before_the_listener_are_kept_in_order() -> None:

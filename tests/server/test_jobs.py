@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hanse.codes import CODES
-from hanse.coordination.waiting import TakingUp
+from hanse.coordination.waiting import END_TRIED_AGAIN, GIVEN_UP, HINDERED, SCHEDULED_AGAIN, TakingUp
 from hanse.errors import (
     Conflict,
     HanseError,
@@ -72,6 +72,7 @@ from hanse.server.federated_server import TaskMetaInfo
 from hanse.server.payloads import expect
 from hanse.server.run_folder import RunFolder
 from hanse.server.run_journal import RunJournal
+from hanse.server.take_up import FETCH_WITHIN_S
 from hanse.storage.memory import MemoryStore
 from hanse.storage.models import allocate, read_safetensors, write_safetensors
 from hanse.storage.tensors import TensorFiles, digest_of
@@ -673,6 +674,57 @@ def test_a_job_that_runs_is_shown_while_the_store_is_away(
     assert [waiting.what[:10] for waiting in wait(server.jobs.board.view(job_id)).waiting] == ["answers to"]
 
 
+def test_a_run_whose_rounds_the_store_does_not_take_for_too_long_fails_for_that_reason(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(mend_within_s=0.2)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task = site.task()
+
+    async def away(*_: object, **__: object) -> None:
+        raise StoreFailed("committing a round", "no route to host")
+
+    monkeypatch.setattr(server.jobs.services.store, "commit_round", away)
+    site.send(answer(task, w(1)))
+
+    record = outcome(server, job_id)
+    assert (record.state, record.code) == (JobState.FAILED, "store-failed")
+    assert "no route to host" in record.reason
+
+
+def test_an_end_that_the_store_does_not_take_is_told_of_and_when_it_is_asked_again(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.active_run.STORE_PAUSE_S", 0.1)
+    server = start()
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+    store, refused = server.jobs.services.store, threading.Semaphore(0)
+    end_run, is_away = store.end_run, threading.Event()
+    is_away.set()
+
+    async def ended(*arguments: Any, **more: Any) -> None:
+        if is_away.is_set():
+            refused.release()
+            raise StoreFailed("ending a run", "no route to host")
+        await end_run(*arguments, **more)
+
+    monkeypatch.setattr(store, "end_run", ended)
+    site.wire.ask(Channel.SERVER, "job_failure", JobFailure(job_id, "exception", "boom"))
+    for _ in range(2):  # at its second refusal all is done that follows the first
+        assert refused.acquire(timeout=20)
+
+    waiting, *_ = wait(server.jobs.board.view(job_id)).waiting
+    is_away.clear()
+
+    assert "no route to host" in waiting.what
+    assert waiting.since < waiting.until < waiting.since + 20
+    assert waiting.then == END_TRIED_AGAIN
+    assert outcome(server, job_id).reason == "boom (at site-1)"
+
+
 @pytest.mark.parametrize("state", [JobState.SCHEDULED, JobState.RUNNING])
 def test_a_job_that_the_store_does_not_let_begin_says_so_and_begins_as_soon_as_it_does(
     state: JobState, start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -691,7 +743,7 @@ def test_a_job_that_the_store_does_not_let_begin_says_so_and_begins_as_soon_as_i
 
     monkeypatch.setattr(store, "replace_job", replaced)
     site = Site(dialler, server, "site-1")
-    job_id = submit(server, tmp_path, min_clients=1)
+    job_id = submit(server, tmp_path, min_clients=1, start_within_s=1000.0)
     for _ in range(2):  # at its second refusal all is done that follows the first
         assert refused.acquire(timeout=20)
 
@@ -701,7 +753,11 @@ def test_a_job_that_the_store_does_not_let_begin_says_so_and_begins_as_soon_as_i
     (waiting,) = view.waiting
     assert "No space left on device" in waiting.what
     assert view.submitted_at <= waiting.since <= server.jobs.services.wall()
-    assert waiting.then == "the job goes on, or ends, as soon as the store takes note of it"
+    if state is JobState.SCHEDULED:
+        assert waiting.until == view.submitted_at + 1000.0
+        assert waiting.then == f"{GIVEN_UP}, as soon as the store takes note of that"
+    else:
+        assert (waiting.until, waiting.then) == (waiting.since + server.jobs.services.mend_within_s, HINDERED)
     is_full.clear()
     site.task()
     assert [each.what for each in wait(server.jobs.board.view(job_id)).waiting] == [
@@ -732,6 +788,7 @@ def test_a_job_whose_package_cannot_be_had_is_given_up_in_time_and_says_so_befor
     assert view.state == "scheduled"
     (waiting,) = view.waiting
     assert waiting.what == "the server to have the job's package"
+    assert (waiting.until - waiting.since, waiting.then) == (FETCH_WITHIN_S, SCHEDULED_AGAIN)
     assert waiting.since >= view.submitted_at
     record = outcome(server, job_id)
     assert (record.state, record.code) == (JobState.FAILED, "store-failed")
@@ -1200,7 +1257,7 @@ def test_a_heartbeat_at_the_moment_at_which_a_run_is_taken_up_ends_nothing(
             live.taking_up = {}
             return found
 
-    monkeypatch.setattr(live, "taking_up", TakenUpMeanwhile({job_id: TakingUp(frozenset({site.name}), 0.0)}))
+    monkeypatch.setattr(live, "taking_up", TakenUpMeanwhile({job_id: TakingUp(frozenset({site.name}), 0.0, 60.0)}))
     monkeypatch.setattr(live, "runs", TakenUpMeanwhile())
 
     assert server.jobs.client_watch.heartbeat(site.name, (job_id,)) == ()
@@ -1405,13 +1462,12 @@ def test_a_run_that_stays_without_space_ends_with_that_reason(
     start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hanse.server.run_process.HINDERED_PAUSE_S", 0.05)
-    monkeypatch.setattr("hanse.server.run_process.LONGEST_WAIT_S", 0.1)
 
     def no_space(*arguments: Any) -> Model:
         raise NO_SPACE
 
     monkeypatch.setattr("hanse.run.federation.allocate", no_space)
-    server = start()
+    server = start(mend_within_s=0.1)
     Site(dialler, server, "site-1", train=plus(1))
 
     job_id = submit(server, tmp_path, min_clients=1)
@@ -1444,13 +1500,12 @@ def test_a_run_whose_disk_goes_on_losing_tensors_is_waited_for_and_ends_with_tha
 ) -> None:
     monkeypatch.setattr(RunJournal, "mend", always_mended)
     monkeypatch.setattr("hanse.server.run_process.HINDERED_PAUSE_S", 0.05)
-    monkeypatch.setattr("hanse.server.run_process.LONGEST_WAIT_S", 0.1)
 
     def damaged(*arguments: Any) -> Model:
         raise TensorDamaged("ab12", folder="/disk")
 
     monkeypatch.setattr("hanse.run.federation.allocate", damaged)
-    server = start()
+    server = start(mend_within_s=0.1)
     Site(dialler, server, "site-1", train=plus(1))
 
     job_id = submit(server, tmp_path, min_clients=1)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hanse.cell.cell import RemoteError
+from hanse.coordination.waiting import HINDERED
 from hanse.errors import HanseError, StaleEpoch, StoreFailed
 from hanse.ids import Digest, JobId
 from hanse.job import JobRecord, JobState, WorkflowSpec
@@ -24,7 +25,7 @@ from hanse.messages import (
     UpdateRef,
 )
 from hanse.model import Model
-from hanse.server import FederatedServer, jobs, leftovers
+from hanse.server import FederatedServer, jobs, leftovers, take_up
 from hanse.storage.models import read_safetensors
 from hanse.storage.objects import objects_at
 from hanse.storage.store import SqlStore
@@ -52,9 +53,9 @@ def start(make_server: Callable[..., FederatedServer], project: Project, bucket_
     secret.touch(0o600)
     secret.write_text("5e" * 32)
 
-    def starting(name: str, launcher: Any = None) -> FederatedServer:
+    def starting(name: str, launcher: Any = None, **changed: Any) -> FederatedServer:
         server = make_server(snapshot_persistor=SqlStore(tmp_path / "store.db"))
-        arguments = args(tmp_path / name, launcher=launcher or Threads(), settings=settings(runs=bucket_url))
+        arguments = args(tmp_path / name, launcher=launcher or Threads(), settings=settings(runs=bucket_url, **changed))
         server.deploy(arguments, project.grpc_args(servers_secret=secret), secure_train=True)
         return server
 
@@ -98,6 +99,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have nobody wait for a bucket that is away."""
     monkeypatch.setattr(bucket, "MAX_RETRIES", 0)
     monkeypatch.setattr(jobs, "POSTPONED_S", 0.01)
+    monkeypatch.setattr(take_up, "RETRY_PAUSE_S", 0.01)
     monkeypatch.setattr(leftovers, "CLEARED_AGAIN_S", 0.01)
 
 
@@ -364,7 +366,7 @@ def test_a_server_serves_while_it_cannot_take_a_run_up_and_says_so(
         s3.start()
 
     (waiting,) = view.waiting
-    assert waiting.then == "the run goes on from its last committed round"
+    assert (waiting.until, waiting.then) == (waiting.since + second.jobs.services.mend_within_s, HINDERED)
     back = back_at(dialler, second, "site-1")
     for value in (1, 2):
         again = back.task()
@@ -372,6 +374,29 @@ def test_a_server_serves_while_it_cannot_take_a_run_up_and_says_so(
         back.send(trained(again, value))
     assert task.key.round == 1
     assert outcome(second, job_id).state is JobState.COMPLETED
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_run_that_cannot_be_taken_up_for_too_long_fails_for_that_reason(
+    start: Start, dialler: Dialler, s3: S3, tmp_path: Path
+) -> None:
+    first = start("one")
+    site = Site(dialler, first, "site-1")
+    job_id = submit(first, tmp_path, **LARGE)
+    site.task()
+    first.close()
+    dialler.close()
+    s3.stop()
+    try:
+        second = start("two", mend_within_s=0.2)
+        back = Site(dialler, second, "site-1", starts=False)
+        record = outcome(second, job_id)
+    finally:
+        s3.start()
+
+    assert (record.state, record.code) == (JobState.FAILED, "store-failed")
+    assert "it cannot be reached" in record.reason
+    back.wire.told(Channel.JOB, "abort")
 
 
 @pytest.mark.usefixtures("impatient")

@@ -85,9 +85,7 @@ def rounds_text(view: JobView) -> str:
 
 def waiting_text(view: JobView) -> str:
     """Return what a job waits for and until when, in one line; empty when it does not wait."""
-    return "; ".join(
-        f"{each.what}, until {time_text(each.until)}" if each.until else each.what for each in view.waiting
-    )
+    return "; ".join(f"{each.what}, until {time_text(each.until)}" for each in view.waiting)
 
 
 def standing_text(client: ClientView) -> str:
@@ -110,10 +108,7 @@ def _failure_lines(view: JobView) -> Iterator[str]:
 
 def _waiting_lines(waiting: Waiting) -> Iterator[str]:
     yield f"waits for  {waiting.what}"
-    times = [f"since {time_text(waiting.since)}"] if waiting.since else []
-    times.append(f"until {time_text(waiting.until)}" if waiting.until else "for as long as it takes")
-    then = f"; then {waiting.then}" if waiting.then else ""
-    yield f"           {', '.join(times)}{then}"
+    yield f"           since {time_text(waiting.since)}, until {time_text(waiting.until)}; then {waiting.then}"
     for client in waiting.whom[:SHOWN_CLIENTS]:
         yield f"           {client.name}: {standing_text(client)}"
     if len(waiting.whom) > SHOWN_CLIENTS:

@@ -19,6 +19,9 @@ from hanse.messages import ClientView, IssueTasks, TaskKey, Waiting
 
 GIVEN_UP: Final = "the job is given up"
 HINDERED: Final = "the job fails, unless that was mended; it is tried again every few seconds"
+END_TRIED_AGAIN: Final = "it is asked again, every few seconds, to take note that the job has ended"
+SCHEDULED_AGAIN: Final = "it is scheduled again, or is given up if it should have begun by then"
+NOT_TOLD_YET: Final = "the run's process, which is being started, has said how long answers are waited for"
 UNLESS_HEARD_OF: Final = "unless it says before then that it lives"
 TOLD_AFTER: Final = 0.05
 """A silence of this part of what is waited for is told of: 30 seconds of ten minutes, ten beats."""
@@ -27,7 +30,7 @@ NOT_DEPLOYED: Final = "it goes on without those that have not, or is scheduled a
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Tasks that a run issued together: when, until when (``None``: as long as it takes), and what happens then."""
+    """Tasks that a run issued together: when, until when (``None``: that is not known yet), and what happens then."""
 
     keys: tuple[TaskKey, ...]
     since: float
@@ -57,20 +60,22 @@ class RunProcess:
 
     phase: Phase
     since: float
+    until: float
     attempt: int = 1
-    until: float | None = None
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreTrouble:
-    """The store has not done what was asked of it since *since*, because of *reason*.
+    """The store has not done what was asked of it since *since*, because of *reason*; at *until*, *then* happens.
 
     That is monotonic time for a run, and POSIX time for a job that does not run.
     """
 
     reason: str
     since: float
+    until: float
+    then: str = HINDERED
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +89,14 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True)
 class TakingUp:
-    """A run of an earlier tenure, with *clients*, is being taken up since POSIX time *since*.
+    """A run of an earlier tenure, with *clients*, is being taken up since *since*, until *until* (POSIX seconds).
 
     That fails because of *reason*, if there is one.
     """
 
     clients: frozenset[ClientName]
     since: float
+    until: float
     reason: str = ""
 
 
@@ -100,7 +106,7 @@ def with_issue(asks: Iterable[Ask], issue: IssueTasks, *, run: Run, now: float) 
     What a run's process that was started again issues again is waited for since it was issued first. What earlier
     rounds left is waited for, from now on, as long as what is issued now; an issue may also have nothing new.
     """
-    until = now + issue.deadline_s if issue.deadline_s > 0 else None
+    until = now + issue.deadline_s
     asks = [
         replace(ask, until=until, then=issue.then) if ask.keys[0].round < run.round else ask
         for ask in asks
@@ -120,7 +126,7 @@ def asks_taken_up(run: Run, *, now: float) -> tuple[Ask, ...]:
     groups: dict[tuple[int, str], list[TaskKey]] = {}
     for task in run.tasks:
         groups.setdefault((task.key.round, task.key.name), []).append(task.key)
-    return tuple(Ask(tuple(keys), now, None) for keys in groups.values())
+    return tuple(Ask(tuple(keys), now, until=None, then=NOT_TOLD_YET) for keys in groups.values())
 
 
 def waiting_of_submitted(
@@ -131,18 +137,23 @@ def waiting_of_submitted(
     Clients that are *absent*, and might take it, are named, each with what is known of why.
     """
     whom = tuple(ClientView(name, "absent", absent[name].why) for name in sorted(absent) if is_meant(name, job.spec))
-    return (Waiting(wait.reason, whom, since=job.submitted_at, until=wait.until, then=f"{GIVEN_UP} ({wait.code})"),)
+    return (Waiting(wait.reason, job.submitted_at, wait.until, f"{GIVEN_UP} ({wait.code})", whom),)
 
 
 def waiting_of_held_up(trouble: StoreTrouble) -> Waiting:
     """Return what a job waits for that does not run, and of which the store does not take what becomes of it."""
-    what = f"the server's store, which fails ({trouble.reason})"
-    return Waiting(what, since=trouble.since, then="the job goes on, or ends, as soon as the store takes note of it")
+    return _waiting_of_trouble(trouble, trouble.since, trouble.until)
 
 
-def waiting_of_fetching(since: float) -> Waiting:
-    """Return what a scheduled job waits for whose package its server fetches since POSIX time *since*."""
-    return Waiting("the server to have the job's package", since=since, then="its clients are asked to take the job")
+def waiting_of_schedule_held_up(job: JobRecord, reason: str, since: float) -> Waiting:
+    """Return what a submitted *job* waits for while the store keeps the schedule from its work."""
+    until = job.submitted_at + job.spec.start_within_s
+    return Waiting(_failing_store(reason), since, until, f"{GIVEN_UP}, as soon as the store takes note of that")
+
+
+def waiting_of_fetching(since: float, until: float) -> Waiting:
+    """Return what a scheduled job waits for whose package its server fetches since *since*, until *until* (POSIX)."""
+    return Waiting("the server to have the job's package", since, until, SCHEDULED_AGAIN)
 
 
 def waiting_of_scheduled(deployment: Deployment) -> tuple[Waiting, ...]:
@@ -151,15 +162,15 @@ def waiting_of_scheduled(deployment: Deployment) -> tuple[Waiting, ...]:
         return ()
     whom = tuple(ClientView(name, "deploying", since=deployment.since) for name in sorted(deployment.clients))
     what = "clients to fetch the job and to check it against their policies"
-    return (Waiting(what, whom, deployment.since, deployment.until, NOT_DEPLOYED),)
+    return (Waiting(what, deployment.since, deployment.until, NOT_DEPLOYED, whom),)
 
 
 def waiting_of_taking_up(taking_up: TakingUp) -> tuple[Waiting, ...]:
     """Return what a run waits for that another server, or this one before, has begun: to be gone on with here."""
     what = "this server to take the run up: its code, its last state, and the answers since"
     if taking_up.reason:
-        what = f"the server's store, which fails ({taking_up.reason})"
-    return (Waiting(what, since=taking_up.since, then="the run goes on from its last committed round"),)
+        what = _failing_store(taking_up.reason)
+    return (Waiting(what, taking_up.since, taking_up.until, HINDERED),)
 
 
 def views_of(
@@ -197,18 +208,25 @@ def waiting_of_running(
 
     found = []
     if store is not None:
-        what = f"the server's store, which fails ({store.reason})"
-        found.append(Waiting(what, since=posix(store.since), then="the run goes on as soon as the store does"))
-    tasks = _waiting_for_answers(run, asks, absent, posix)
+        found.append(_waiting_of_trouble(store, posix(store.since), posix(store.until)))
+    tasks = _waiting_for_answers(run, asks, process, absent, posix)
     if process.phase is not Phase.WORKING or not tasks:
         found.append(_waiting_for_process(run, process, posix))
     return (*found, *tasks)
 
 
+def _failing_store(reason: str) -> str:
+    return f"the server's store, which fails ({reason})"
+
+
+def _waiting_of_trouble(trouble: StoreTrouble, since: float, until: float) -> Waiting:
+    return Waiting(_failing_store(trouble.reason), since, until, trouble.then)
+
+
 def _waiting_for_process(run: Run, process: RunProcess, posix: Callable[[float], float]) -> Waiting:
     what, then = _process_and_then(run, process)
-    until = posix(process.until) if process.until is not None else 0.0
-    return Waiting(f"the run's process at the server{what}", since=posix(process.since), until=until, then=then)
+    what = f"the run's process at the server{what}"
+    return Waiting(what, posix(process.since), posix(process.until), then)
 
 
 def _process_and_then(run: Run, process: RunProcess) -> tuple[str, str]:
@@ -235,7 +253,7 @@ def as_heard(process: RunProcess, *, heard_at: float, now: float, silent_s: floa
     until = heard_at + silent_s
     if now - heard_at < silent_s * TOLD_AFTER:
         return replace(process, until=until)
-    return RunProcess(Phase.SILENT, heard_at, process.attempt, until=until)
+    return RunProcess(Phase.SILENT, heard_at, until, process.attempt)
 
 
 def _doing(run: Run) -> str:
@@ -246,17 +264,25 @@ def _doing(run: Run) -> str:
 
 
 def _waiting_for_answers(
-    run: Run, asks: Sequence[Ask], absent: Mapping[ClientName, Absence], posix: Callable[[float], float]
+    run: Run,
+    asks: Iterable[Ask],
+    process: RunProcess,
+    absent: Mapping[ClientName, Absence],
+    posix: Callable[[float], float],
 ) -> tuple[Waiting, ...]:
     groups: dict[tuple[int, str, str], list[Ask]] = {}
     for ask in asks:
         if open_keys := _open_keys(ask, run):
             groups.setdefault((open_keys[0].round, open_keys[0].name, ask.then), []).append(ask)
-    return tuple(_waiting_for_tasks(run, group, absent, posix) for _, group in sorted(groups.items()))
+    return tuple(_waiting_for_tasks(run, group, process, absent, posix) for _, group in sorted(groups.items()))
 
 
 def _waiting_for_tasks(
-    run: Run, group: Collection[Ask], absent: Mapping[ClientName, Absence], posix: Callable[[float], float]
+    run: Run,
+    group: Collection[Ask],
+    process: RunProcess,
+    absent: Mapping[ClientName, Absence],
+    posix: Callable[[float], float],
 ) -> Waiting:
     asked = {key.client for ask in group for key in ask.keys}
     missing = sorted({key.client for ask in group for key in _open_keys(ask, run)})
@@ -265,10 +291,10 @@ def _waiting_for_tasks(
     clients = f"{len(missing)} of {len(asked)} client{'s' if len(asked) > 1 else ''}"
     return Waiting(
         what=f"answers to {key.name!r} of round {key.round} from {clients}",
-        whom=tuple(_view(run, client, absent, posix) for client in missing),
         since=posix(first.since),
-        until=min((posix(ask.until) for ask in group if ask.until is not None), default=0.0),
+        until=posix(min(process.until if ask.until is None else ask.until for ask in group)),
         then=first.then,
+        whom=tuple(_view(run, client, absent, posix) for client in missing),
     )
 
 

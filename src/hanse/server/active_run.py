@@ -24,7 +24,9 @@ import msgspec
 from hanse.cell.link import Peer
 from hanse.coordination.runs import Accepted, Duplicate, Early, Run, Stale
 from hanse.coordination.waiting import (
+    END_TRIED_AGAIN,
     Ask,
+    StoreTrouble,
     asks_taken_up,
     views_of,
     waiting_of_running,
@@ -73,6 +75,7 @@ from hanse.server.causes import cause_of, code_of
 from hanse.server.client_processes import ClientProcesses
 from hanse.server.inbox import Inbox
 from hanse.server.lifetime import start_in
+from hanse.server.mending import Mending
 from hanse.server.run_folder import RunFolder
 from hanse.server.run_journal import RunJournal
 from hanse.server.run_process import OwnProcess, is_set_within
@@ -120,12 +123,14 @@ class ActiveRun:
         self.run = run
         self.folder = folder
         self.files = TensorFiles(folder.tensors)
-        self._journal = RunJournal(record.job_id, folder, self.files, services)
+        self._mending = Mending(within_s=services.mend_within_s, now=services.now, give_up=self._give_up)
+        self._journal = RunJournal(record.job_id, folder, self.files, services, self._mending)
         self._services = services
         self._emit = emit
         self._log = FieldLogger(_log, {"job": record.job_id})
         self._over = asyncio.Event()
         self._ending = asyncio.Lock()
+        self._end_held_up: StoreTrouble | None = None
         self._group: asyncio.TaskGroup | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._process = OwnProcess(record, folder, services, over=self._over, mend=self._mend)
@@ -186,6 +191,7 @@ class ActiveRun:
                 for task in self._work:
                     task.cancel()
         finally:
+            self._mending.mended()
             if self.folder.mirror is not None:
                 await self.folder.mirror.close()
         async with self._ending:  # whoever ended it has told everybody
@@ -235,12 +241,15 @@ class ActiveRun:
         self, to: JobState, *, code: str, reason: str, client: str = "", log_tail: str = ""
     ) -> None:
         """End the job as ``end`` does, as soon as the store takes that: nobody else will end it for this reason."""
+        began = self._services.now()
         while True:
             try:
                 await self.end(to, code=code, reason=reason, client=client, log_tail=log_tail)
                 return
             except StoreFailed as failed:
                 self._log.error("the end waits for the store", extra={"code": code, "reason": failed.reason})
+                again_at = self._services.now() + STORE_PAUSE_S
+                self._end_held_up = StoreTrouble(failed.reason, began, again_at, END_TRIED_AGAIN)
             if await is_set_within(self._over, STORE_PAUSE_S):
                 return
 
@@ -253,6 +262,11 @@ class ActiveRun:
                 self.store_failed(failed)
             if await is_set_within(self._over, STORE_PAUSE_S):
                 return True
+
+    def _give_up(self, failed: StoreFailed) -> None:
+        """End the job because of what *failed* and was not mended in time."""
+        ending = self.end_once_stored(JobState.FAILED, code=failed.code, reason=failed.reason)
+        self._spawn(ending, f"give up {self.job_id}")
 
     async def _ask_for_lost(self, told_by: TaskKey | None = None) -> bool:
         """Have the run go on without the tensors that are lost here; return whether any were.
@@ -634,7 +648,7 @@ class ActiveRun:
             self.run,
             asks=self._asks,
             process=self._process.standing,
-            store=self._journal.trouble,
+            store=self._end_held_up or self._mending.trouble,
             absent=self._services.absent(),
             now=self._services.now(),
             wall=self._services.wall(),
@@ -647,7 +661,7 @@ class ActiveRun:
 
     def store_failed(self, failed: StoreFailed) -> None:
         """Take note that the store, or the disk with the tensors, did not do what this run needs; from any thread."""
-        self._journal.store_failed(failed)
+        self._mending.failed(failed)
 
     # telling
 

@@ -596,6 +596,7 @@ class FederatedServer(BaseServer):
             wall=lambda: self.wall(),
             run_url=f"unix:{deployed.socket}",
             check_frequency_s=self.check_engine_frequency,
+            mend_within_s=self._settings.mend_within_s,
         )
         limits = JobLimits(self._settings.max_running_jobs, self.min_num_clients, self._settings.lost_after)
         jobs = Jobs(

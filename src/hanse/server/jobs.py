@@ -39,10 +39,10 @@ from hanse.server.live_jobs import LiveJobs
 from hanse.server.run_desk import RunDesk
 from hanse.server.run_folder import RunFolder, RunFolders
 from hanse.server.run_services import RunServices
-from hanse.server.run_tensors import needed_tensors, without_lost
 from hanse.server.submission import submit
+from hanse.server.take_up import FETCH_WITHIN_S, fetch, take_over
 from hanse.storage.objects import Objects
-from hanse.storage.records import RunState, is_stored
+from hanse.storage.records import is_stored
 
 _log = logging.getLogger(__name__)
 
@@ -150,13 +150,15 @@ class Jobs:
         running = await self._services.store.jobs(states=(JobState.RUNNING,))
         await self._leftovers.clear_folders({record.job_id for record in running}, group=self._group)
         for record in running:
-            self.live.taking_up[record.job_id] = TakingUp(frozenset(record.clients), self._services.wall())
+            began = self._services.wall()
+            until = began + self._services.mend_within_s
+            self.live.taking_up[record.job_id] = TakingUp(frozenset(record.clients), began, until)
             self._begin(record, self._resume(record))
 
     async def _resume(self, record: JobRecord) -> None:
         """Go on with a run of an earlier tenure, as soon as all that it needs is here."""
         folder = self.run_folder(record.job_id)
-        state = await self._taken_over(record, folder)
+        state = await take_over(record, folder, self._services, failed=partial(self._not_taken_up, record.job_id))
         run = Run.resumed(
             record.job_id,
             record.clients,
@@ -170,24 +172,8 @@ class Jobs:
         _log.info("run taken up", extra={"job": record.job_id, "round": run.round})
         await self._run(record, run, folder, resumed=True)
 
-    async def _taken_over(self, record: JobRecord, folder: RunFolder) -> RunState:
-        """Return where the run stands, when its code and all tensors that this takes are here.
-
-        Raises:
-            TensorsLost: they are nowhere any more.
-        """
-        while True:
-            try:
-                await folder.have_package(record)
-                state = await self._services.store.snapshot(record.job_id)
-                lost = await folder.take_over(needed_tensors(state))
-                if not lost:
-                    return state
-                return await without_lost(self._services.store, self._services.epoch, record.job_id, state, lost)
-            except StoreFailed as failed:
-                _log.error("taking a run up waits", extra={"job": record.job_id, "reason": failed.reason})
-                self.live.taking_up[record.job_id] = replace(self.live.taking_up[record.job_id], reason=failed.reason)
-            await asyncio.sleep(POSTPONED_S)  # a bucket, or a full disk, tells nobody when it is well again
+    def _not_taken_up(self, job_id: JobId, failed: StoreFailed) -> None:
+        self.live.taking_up[job_id] = replace(self.live.taking_up[job_id], reason=failed.reason)
 
     async def _schedule(self) -> None:
         while True:
@@ -301,8 +287,8 @@ class Jobs:
             return
         folder = self.run_folder(record.job_id)
         try:
-            with self._waits.fetching(record.job_id):
-                await folder.have_package(record)
+            with self._waits.fetching(record.job_id, within_s=FETCH_WITHIN_S):
+                await fetch(record, folder)
         except StoreFailed as failed:
             if self._is_past_its_time(record):
                 await self._fail(record, failed.code, failed.reason)
@@ -339,8 +325,13 @@ class Jobs:
         await self._run(running, run, folder, resumed=False)
 
     async def _store_move(self, record: JobRecord, *, was: JobState) -> None:
-        """Store *record* in place of the job's, which is in state *was*, as soon as the store takes that."""
+        """Store *record* in place of the job's, which is in state *was*, as soon as the store takes that.
+
+        Raises:
+            StoreFailed: it has not taken that for so long that the job is given up.
+        """
         has_failed = False
+        give_up_at = self._services.now() + self._services.mend_within_s
         while True:
             try:
                 await self._services.store.replace_job(self._services.epoch, record, was=was)
@@ -350,8 +341,10 @@ class Jobs:
                 raise
             except StoreFailed as failed:
                 _log.error("a job waits for the store", extra={"job": record.job_id, "reason": failed.reason})
+                if self._services.now() > give_up_at:
+                    raise
                 has_failed = True
-                self._waits.held_up(record.job_id, failed)
+                self._waits.held_up(record.job_id, failed, mend_within_s=self._services.mend_within_s)
                 await asyncio.sleep(POSTPONED_S)  # a full disk tells nobody when it no longer is
             else:
                 self._waits.goes_on(record.job_id)
@@ -490,7 +483,7 @@ class Jobs:
                 continue
             except StoreFailed as failed:
                 _log.error("ending a job waits for the store", extra={"job": job_id, "reason": failed.reason})
-                self._waits.held_up(job_id, failed)
+                self._waits.end_held_up(job_id, failed, again_in_s=POSTPONED_S)
                 await asyncio.sleep(POSTPONED_S)  # a full disk tells nobody when it no longer is
             else:
                 return

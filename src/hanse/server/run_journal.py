@@ -8,11 +8,11 @@ import asyncio
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-from hanse.coordination.waiting import StoreTrouble
 from hanse.errors import Conflict, NotFound, StoreFailed
 from hanse.ids import Digest, JobId
 from hanse.job import ENDED, JobRecord, JobState
 from hanse.messages import CommitRound, IssueTasks, StateRef, TaskAssignment, TaskKey, TaskResult
+from hanse.server.mending import Mending
 from hanse.server.run_folder import RunFolder
 from hanse.server.run_services import RunServices
 from hanse.server.run_tensors import needed_tensors, without_lost
@@ -24,11 +24,13 @@ from hanse.storage.tensors import TensorFiles
 class RunJournal:
     """The journal of one run, whose tensors are *files*; it remembers what is kept of these already.
 
-    Every method that writes raises ``StoreFailed`` where the store, or the disk, does not take it; ``trouble`` then
-    tells of that until it does.
+    Every method that writes raises ``StoreFailed`` where the store, or the disk, does not take it; *mending* is told of
+    that, and when it does.
     """
 
-    def __init__(self, job_id: JobId, folder: RunFolder, files: TensorFiles, services: RunServices) -> None:
+    def __init__(
+        self, job_id: JobId, folder: RunFolder, files: TensorFiles, services: RunServices, mending: Mending
+    ) -> None:
         self._job_id = job_id
         self._folder, self._files = folder, files
         self._services = services
@@ -40,17 +42,7 @@ class RunJournal:
         self._accepting: set[asyncio.Task[None]] = set()
         self._turn_over = asyncio.Event()  # of the answer that was accepted last
         self._turn_over.set()
-        self._trouble: StoreTrouble | None = None
-
-    @property
-    def trouble(self) -> StoreTrouble | None:
-        """What the store, or the disk with the tensors, has not done when it was last asked to."""
-        return self._trouble
-
-    def store_failed(self, failed: StoreFailed) -> None:
-        """Take note that the store, or the disk with the tensors, did not do what the run needs; from any thread."""
-        if self._trouble is None:
-            self._trouble = StoreTrouble(failed.reason, self._services.now())
+        self._mending = mending
 
     # what is in it
 
@@ -197,6 +189,6 @@ class RunJournal:
         try:
             yield
         except StoreFailed as failed:
-            self.store_failed(failed)
+            self._mending.failed(failed)
             raise
-        self._trouble = None
+        self._mending.mended()

@@ -1,8 +1,8 @@
 """A run's own process, as its server sees it: started, listened to, and started again until the job is over.
 
 One that dies is tried again, boundedly often without progress. One that cannot go on by no fault of its own (a full
-disk, a machine that starts nothing) is tried again for as long as a wait may take. One that says nothing any more is
-killed, and counts as dead. What the process asks for and is told is ``ActiveRun``'s matter; here is only that it lives.
+disk, a machine that starts nothing) is tried again for as long as to mend that may take. One that says nothing any more
+is killed, and counts as dead. What it asks for and is told is ``ActiveRun``'s matter; here is only that it lives.
 """
 
 import asyncio
@@ -21,7 +21,6 @@ from hanse.ids import SERVER, job_cell
 from hanse.job import JobRecord
 from hanse.launch.log_lines import FieldLogger
 from hanse.launch.process import Handle
-from hanse.learning.workflow import LONGEST_WAIT_S
 from hanse.messages import RunEnded
 from hanse.server.bounds import TAIL_LINES, ending, shortened
 from hanse.server.run_folder import RunFolder
@@ -78,8 +77,8 @@ class OwnProcess:
         self._mend = mend
         self._log = FieldLogger(_log, {"job": record.job_id})
         self._handle: Handle | None = None
-        self._standing = RunProcess(Phase.STARTING, services.now())
         self._heard_at = services.now()
+        self._stands(Phase.STARTING, attempt=1)
         self._beat = asyncio.Event()
         self._hindrance: RunEnded | None = None
         self._progress = 0
@@ -104,7 +103,7 @@ class OwnProcess:
 
     def works(self) -> None:
         """Take note that the process is there and has something new to work on."""
-        self._standing = RunProcess(Phase.WORKING, self._services.now(), self._standing.attempt)
+        self._stands(Phase.WORKING, self._standing.attempt)
 
     def gets_answer(self) -> None:
         """Take note of an answer: something new to work on, for a process that works."""
@@ -156,7 +155,7 @@ class OwnProcess:
         """
         self._hindrance = None
         self.beats()
-        self._standing = RunProcess(Phase.STARTING, self._services.now(), attempt)
+        self._stands(Phase.STARTING, attempt)
         try:
             self._handle = handle = await self._services.launcher.launch(
                 PROCESS_MODULE, spec=self._process_spec(), log_path=self._folder.log, env={}, name=f"run {self._job_id}"
@@ -209,20 +208,23 @@ class OwnProcess:
             return GivenUp(verdict.code, verdict.reason, log_tail)
         pause_s = min(RESTART_PAUSE_S * (attempt - 1), LONGEST_PAUSE_S)
         now = self._services.now()
-        self._standing = RunProcess(Phase.PAUSING, now, verdict.attempt, until=now + pause_s, reason=verdict.reason)
+        self._standing = RunProcess(Phase.PAUSING, now, now + pause_s, verdict.attempt, verdict.reason)
         self._log.warning("the run's process died and is started again", extra={"status": status, "pause_s": pause_s})
         await is_set_within(self._over, pause_s)
         return None
 
     async def _wait_out(self, hindrance: RunEnded, attempt: int, *, since: float) -> GivenUp | None:
         """Wait before the process, hindered *since* then, is tried again; or return why it is not, after so long."""
-        now, reason = self._services.now(), hindrance.reason
-        if now - since > LONGEST_WAIT_S:
+        until, reason = since + self._services.mend_within_s, hindrance.reason
+        if self._services.now() > until:
             return GivenUp(hindrance.code, reason, await self.log_tail())
-        self._standing = RunProcess(Phase.HINDERED, since, attempt, until=since + LONGEST_WAIT_S, reason=reason)
+        self._standing = RunProcess(Phase.HINDERED, since, until, attempt, reason)
         self._log.warning("the run's process cannot go on and is tried again", extra={"reason": reason})
         await is_set_within(self._over, HINDERED_PAUSE_S)
         return None
+
+    def _stands(self, phase: Phase, attempt: int) -> None:
+        self._standing = RunProcess(phase, self._services.now(), self._heard_at + RUN_SILENT_S, attempt)
 
     def _process_spec(self) -> bytes:
         fqcn = job_cell(SERVER, self._job_id)

@@ -9,6 +9,7 @@ from hanse.events import Handlers
 from hanse.ids import ClientName, Fqcn, JobId
 from hanse.launch.process import Launcher
 from hanse.messages import JobCredentials
+from hanse.settings import MEND_WITHIN_S
 from hanse.storage.records import Store
 
 
@@ -17,7 +18,8 @@ class RunServices:
     """What a run uses of its server.
 
     ``epoch`` is that of the lease of ``store``, which ``store_id`` distinguishes from other stores. ``credentials``
-    makes those of one job's cell; ``absent`` tells of clients that are not there why, as far as it is known.
+    makes those of one job's cell; ``absent`` tells of clients that are not there why, as far as it is known. What the
+    server cannot do for a run now, and may later, is given up after ``mend_within_s`` (seconds).
     """
 
     project: str
@@ -32,4 +34,5 @@ class RunServices:
     wall: Callable[[], float]
     run_url: str
     check_frequency_s: float = 3.0
+    mend_within_s: float = MEND_WITHIN_S
     absent: Callable[[], Mapping[ClientName, Absence]] = dict
