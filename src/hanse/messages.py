@@ -448,7 +448,8 @@ class RunSnapshot(msgspec.Struct, frozen=True):
 class IssueTasks(msgspec.Struct, frozen=True):
     """Journal one task for each key and hand it to its client; a key that is answered already brings its answer.
 
-    For people: the run waits for the answers at most ``deadline_s`` seconds, and ``then`` says what happens after that.
+    For people: the run waits for the answers at most ``deadline_s`` seconds, and ``then`` says what happens after that;
+    where it ``keeps`` tasks, that is said anew of all that are out under the same name in the same round.
     """
 
     keys: tuple[TaskKey, ...]
@@ -457,6 +458,7 @@ class IssueTasks(msgspec.Struct, frozen=True):
     then: str
     config: Config = {}
     expects_model: bool = True
+    keeps: bool = False
 
 
 class CancelTasks(msgspec.Struct, frozen=True):

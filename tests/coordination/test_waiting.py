@@ -275,6 +275,21 @@ def test_what_is_issued_again_is_waited_for_since_it_was_issued_first() -> None:
     assert with_issue((again,), IssueTasks((), None, 10.0, THEN), run=run, now=75.0) == (again,)
 
 
+def test_what_a_round_asks_of_a_substitute_is_waited_for_together_with_the_rest_of_it() -> None:
+    run = run_in_round_1()
+    asks = issued(run, key(ONE), key(TWO))
+    run.issue([TaskAssignment(key(THREE), ModelRef())])
+    later = "the round goes on with three"
+
+    together = with_issue(asks, IssueTasks((key(THREE),), None, 250.0, later, keeps=True), run=run, now=80.0)
+    apart = with_issue(asks, IssueTasks((key(THREE),), None, 250.0, later), run=run, now=80.0)
+
+    (waiting,) = told(run, *together)
+    assert waiting.what == "answers to 'train' of round 1 from 3 of 3 clients"
+    assert (waiting.since, waiting.until, waiting.then) == (posix(40), posix(330), later)
+    assert [each.then for each in told(run, *apart)] == [THEN, later]
+
+
 @pytest.mark.parametrize("how", ["answered", "committed"])
 def test_what_nobody_waits_for_any_more_is_forgotten_with_the_next_issue(how: str) -> None:
     run = run_in_round_1(ONE)

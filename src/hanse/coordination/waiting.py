@@ -103,8 +103,9 @@ class TakingUp:
 def with_issue(asks: Iterable[Ask], issue: IssueTasks, *, run: Run, now: float) -> tuple[Ask, ...]:
     """Return *asks* with *issue*, issued at monotonic time *now*, and without those that nobody waits for any more.
 
-    What a run's process that was started again issues again is waited for since it was issued first. What earlier
-    rounds left is waited for, from now on, as long as what is issued now; an issue may also have nothing new.
+    What a run's process that was started again issues again is waited for since it was issued first, and so is what a
+    round asks of others in addition, which it waits for together. What earlier rounds left is waited for, from now on,
+    as long as what is issued now; an issue may also have nothing new.
     """
     until = now + issue.deadline_s
     asks = [
@@ -115,10 +116,16 @@ def with_issue(asks: Iterable[Ask], issue: IssueTasks, *, run: Run, now: float) 
     if not issue.keys:
         return tuple(asks)
     issued = frozenset(issue.keys)
-    before = [ask for ask in asks if not issued.isdisjoint(ask.keys)]
+    before = [ask for ask in asks if not issued.isdisjoint(ask.keys) or (issue.keeps and _are_alike(ask, issue))]
     keys = dict.fromkeys((*(key for ask in before for key in ask.keys), *issue.keys))
     since = min((ask.since for ask in before), default=now)
     return (*(ask for ask in asks if ask not in before), Ask(tuple(keys), since, until, issue.then))
+
+
+def _are_alike(ask: Ask, issue: IssueTasks) -> bool:
+    """Return whether what was asked and what is issued now are of one name and round."""
+    asked, issued = ask.keys[0], issue.keys[0]
+    return (asked.round, asked.name) == (issued.round, issued.name)
 
 
 def asks_taken_up(run: Run, *, now: float) -> tuple[Ask, ...]:

@@ -140,7 +140,7 @@ class RunFederation:
         check_wait(deadline_s)
         pool = self._kept.setdefault(task.name, _Pool(keeps=True)) if keep else _Pool(keeps=False)
         model = None if task.model is None or not clients else await self._ref(task.model)
-        wanted = IssueTasks((), model, deadline_s, then or THEN, dict(task.config), task.expects_model)
+        wanted = IssueTasks((), model, deadline_s, then or THEN, dict(task.config), task.expects_model, keep)
         content = content_of(model, wanted.config, expects_model=task.expects_model)
         keys = [self._next_key(task.name, client, content) for client in clients]
         for key in keys:
