@@ -190,9 +190,7 @@ def test_what_on_event_raises_ends_the_simulation(tmp_path: Path) -> None:
         if event.kind == "task_sent":
             raise ZeroDivisionError
 
-    job = write_job(
-        tmp_path / "job", client=CLIENT.replace("    rng, part", "    import time; time.sleep(600)\n    rng, part")
-    )
+    job = write_job(tmp_path / "job", client=CLIENT.replace("rng, part =", "import time; time.sleep(600); rng, part ="))
     with pytest.raises(ZeroDivisionError):
         simulate(job, clients=2, on_event=fail)
 
