@@ -2,7 +2,8 @@ import asyncio
 import errno
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from hanse.errors import (
     Unreachable,
     UpdateRejected,
 )
-from hanse.ids import ClientName, Fqcn
+from hanse.ids import ClientName, Digest, Fqcn
 from hanse.learning.filters import NormClip
 from hanse.messages import (
     Channel,
@@ -448,6 +449,28 @@ async def test_a_task_that_comes_again_while_its_cancelled_work_is_ending_is_wor
         may_end.set()
 
         assert (await server.next(TaskResult)).update is not None
+
+
+async def test_a_task_whose_answer_the_server_has_lost_since_is_worked_on_again_while_the_first_is_cleared_up_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_only, deleting, may_delete = TensorFiles.keep_only, threading.Event(), threading.Event()
+
+    def wait(files: TensorFiles, digests: Collection[Digest]) -> int:
+        deleting.set()
+        assert may_delete.wait(20)
+        return keep_only(files, digests)
+
+    monkeypatch.setattr(TensorFiles, "keep_only", wait)
+    async with fake_server(tmp_path / "s") as server, job(server, tmp_path / "t", FakeTrainer(add_one)):
+        await server.up(CELL)
+        give(server, assignment(server, LARGE))
+        await server.next(TaskResult)
+        assert await asyncio.to_thread(deleting.wait, 20)
+        await server.cell.ask(Fqcn(CELL), Channel.TASK, "task", assignment(server, LARGE), timeout_s=10)
+        may_delete.set()
+
+        assert answered(server, await server.next(TaskResult))["w"][0] == 1
 
 
 async def test_task_for_somebody_else_is_refused(tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ class ClientJob:
             extra = {"task": assignment.key.name, "round": assignment.key.round, "reason": result.fault.reason}
             self._log.warning("task failed", extra=extra)
         await self._deliver(result, bytes_of)
+        self._current = None  # it is answered: a server that has lost the answer since may ask for it again
         if assignment.model is not None:
             try:
                 await asyncio.to_thread(self._keep_only, digests_of(assignment.model))
