@@ -20,6 +20,7 @@ from hanse.client.process_spec import JobProcessSpec
 from hanse.client.task import TaskContext
 from hanse.errors import (
     HanseError,
+    InternalError,
     NotFound,
     ProtocolError,
     TrainingFailed,
@@ -402,6 +403,45 @@ async def test_answer_that_is_refused_is_dropped_and_the_next_task_worked_on(
 
         assert (await server.next(TaskResult)).key.round == 2
         assert "answer refused" in caplog.text
+
+
+async def test_an_answer_whose_tensors_the_server_does_not_take_is_a_fault_with_its_reason(tmp_path: Path) -> None:
+    async with fake_server(tmp_path / "s") as server:
+        local = server.transfers
+
+        class Full:
+            missing = staticmethod(local.missing)
+            download = staticmethod(local.download)
+
+            async def upload(self, scope: str, digest: Any, buffer: Any) -> None:
+                why = "site-1 sent more than the 8 tensors that its answers may need"
+                raise RemoteError(why, return_code=ReturnCode.REFUSED, error_code=UpdateRejected.code)
+
+        server.transfers = Full()  # type: ignore[assignment]  # for this test
+        async with job(server, tmp_path / "t", FakeTrainer(add_one)):
+            await server.up(CELL)
+            give(server, assignment(server, LARGE))
+
+            fault = (await server.next(TaskResult)).fault
+            assert fault is not None
+            assert (fault.code, fault.reason) == (
+                "update-rejected",
+                "site-1 sent more than the 8 tensors that its answers may need",
+            )
+
+
+async def test_an_answer_that_the_server_cannot_judge_is_a_fault(tmp_path: Path) -> None:
+    refuse: dict[str, HanseError] = {"result": InternalError("answering task/result")}
+    async with (
+        fake_server(tmp_path / "s", refuse=refuse) as server,
+        job(server, tmp_path / "t", FakeTrainer(add_one)),
+    ):
+        await server.up(CELL)
+        give(server, assignment(server))
+
+        fault = (await server.next(TaskResult)).fault
+        assert fault is not None
+        assert fault.code == "internal"
 
 
 async def test_cancelled_task_is_dropped_whether_it_waits_or_is_worked_on(tmp_path: Path) -> None:

@@ -243,11 +243,10 @@ class ClientJob:
             raise
         except HanseError as error:
             self._log.warning("answer refused", extra={**extra, "reason": error.reason})
-            if result.fault is None and not isinstance(error, RemoteError):
-                # It has never left, as one with more metrics than fit into a message, and somebody waits for it.
-                await self._deliver(TaskResult(result.key, fault=TaskFault(error.code, shortened(error.reason))), {})
-        else:
-            self._log.info("answer accepted", extra=extra)
+            if result.fault is None:
+                # The server has not judged it, as where its tensors were not taken, and somebody waits for it.
+                code = (error.error_code if isinstance(error, RemoteError) else "") or error.code
+                await self._deliver(TaskResult(result.key, fault=TaskFault(code, shortened(error.reason))), {})
 
     async def _offer(self, result: TaskResult, bytes_of: Mapping[Digest, memoryview]) -> None:
         await self._upload(bytes_of)
@@ -260,7 +259,16 @@ class ClientJob:
             await self._ask(result)
 
     async def _ask(self, result: TaskResult) -> None:
-        await self._uplink.ask(Channel.TASK, "result", result, timeout_s=ANSWER_TIMEOUT_S)
+        """Return when the server has judged *result*; it knows best what it makes of one that it refuses."""
+        extra = {"task": result.key.name, "round": result.key.round}
+        try:
+            await self._uplink.ask(Channel.TASK, "result", result, timeout_s=ANSWER_TIMEOUT_S)
+        except RemoteError as error:
+            if error.error_code != UpdateRejected.code:
+                raise
+            self._log.warning("answer refused", extra={**extra, "reason": error.reason})
+        else:
+            self._log.info("answer accepted", extra=extra)
 
     async def _upload(self, bytes_of: Mapping[Digest, memoryview]) -> int:
         """Send what the server lacks of these tensors; return how many that were."""
