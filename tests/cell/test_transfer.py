@@ -96,6 +96,16 @@ async def test_an_upload_goes_on_from_what_is_there(there: TensorFiles) -> None:
     assert there.map(digest) == BIG
 
 
+async def test_an_upload_whose_beginning_the_servers_disk_has_lost_begins_again(there: TensorFiles) -> None:
+    digest = digest_of(BIG)
+    partial = there.begin(digest, len(BIG))
+    partial.write(bytes(3 * CHUNK_BYTES))  # what a power failure has left of it
+    partial.close()
+    async with moving(there) as (_, transfers):
+        await transfers.upload(SCOPE, digest, memoryview(BIG))
+    assert there.map(digest) == BIG
+
+
 async def test_a_download_goes_on_from_what_is_there(there: TensorFiles, here: TensorFiles) -> None:
     digest = there.put(BIG)
     partial = here.begin(digest, len(BIG))

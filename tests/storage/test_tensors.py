@@ -598,6 +598,19 @@ def test_bytes_that_are_not_what_the_digest_says_are_deleted(files: TensorFiles)
     assert receive(files, CONTENT) == 0
 
 
+def test_a_beginning_that_the_disk_has_lost_since_is_told_as_damage_and_received_anew(files: TensorFiles) -> None:
+    with files.begin(DIGEST, len(CONTENT)) as partial:
+        partial.write(bytes(10))  # what a power failure has left of it
+
+    with files.begin(DIGEST, len(CONTENT)) as partial:
+        partial.write(CONTENT[10:])
+        with pytest.raises(TensorDamaged):
+            partial.finish()
+
+    assert names(files) == set()
+    assert receive(files, CONTENT) == 0
+
+
 def test_more_bytes_than_announced_are_refused_and_deleted(files: TensorFiles) -> None:
     partial = files.begin(DIGEST, 10)
     partial.write(b"12345")

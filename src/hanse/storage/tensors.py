@@ -474,6 +474,7 @@ class Partial:
         on_trouble: Callable[[StoreFailed], None] = lambda _: None,
     ) -> None:
         self.digest, self.size, self.offset = digest, size, offset
+        self._is_resumed = offset > 0
         self._on_trouble = on_trouble
         self._files, self._path = files, path
         self._descriptor, self._hasher = descriptor, hasher
@@ -519,6 +520,8 @@ class Partial:
         Raises:
             ProtocolError: bytes are missing (what has come is kept), or they are not what the digest says (it is
             deleted).
+            TensorDamaged: they are not, and some were here before: of these the disk may have given back others, as
+            after a power failure. It is deleted, and can be had from the start.
         """
         if self.missing_bytes:
             raise ProtocolError(f"tensor {self.digest}", got=self.offset, expected=f"{self.size} bytes")
@@ -528,6 +531,8 @@ class Partial:
         got = hasher.hexdigest()
         if got != self.digest:
             self._delete()
+            if self._is_resumed:
+                raise TensorDamaged(self.digest, folder=str(self._files.root))
             raise ProtocolError("digest of the received tensor", got=got, expected=self.digest)
         with on_disk(f"finishing tensor {self.digest}", self._files.root, self._on_trouble):
             self._files._publish(self._path, self.digest)
