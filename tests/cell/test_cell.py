@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hanse.cell.cell import MAX_IN_FLIGHT, Cell, RemoteError, RemoteFault, current_peer
+from hanse.cell.cell import MAX_ASKED, MAX_IN_FLIGHT, Cell, RemoteError, RemoteFault, current_peer
 from hanse.cell.frames import Frame, FrameKind, encode_payload
 from hanse.cell.link import Peer
 from hanse.errors import (
@@ -20,6 +20,7 @@ from hanse.errors import (
 )
 from hanse.ids import SERVER, Fqcn, JobId, Ssid, Token
 from hanse.messages import (
+    AbortJob,
     Channel,
     Credentials,
     Goodbye,
@@ -85,27 +86,59 @@ async def test_a_handler_may_wait_and_others_are_answered_meanwhile() -> None:
 
 async def test_no_more_than_a_bounded_number_of_one_peers_requests_are_worked_on() -> None:
     client, server = Cell(SITE), Cell(SERVER)
-    release, running, most = asyncio.Event(), 0, 0
+    release, all_done, running, most, done = asyncio.Event(), asyncio.Event(), 0, 0, 0
 
     async def slow(_message: Message) -> None:
-        nonlocal running, most
+        nonlocal running, most, done
         running += 1
         most = max(most, running)
         await release.wait()
-        running -= 1
+        running, done = running - 1, done + 1
+        if done == 2 * MAX_IN_FLIGHT:
+            all_done.set()
 
     server.on(Channel.SERVER, "quit", slow)
-    async with joined(client, server):
-        asks = [
-            asyncio.create_task(client.ask(SERVER, Channel.SERVER, "quit", Quit(), timeout_s=5))
-            for _ in range(2 * MAX_IN_FLIGHT)
-        ]
+    async with joined(client, server) as (link, _):
+        payload = encode_payload((Channel.SERVER, "quit"), Quit())
+        for number in range(2 * MAX_IN_FLIGHT):
+            link.send_nowait(Frame(FrameKind.REQUEST, number + 1, SITE, SERVER, "server", "quit", {}, payload))
         for _ in range(1000):  # turns of the loop, many more than the frames need
             await asyncio.sleep(0)
         assert running == MAX_IN_FLIGHT
         release.set()
-        await asyncio.gather(*asks)
+        await asyncio.wait_for(all_done.wait(), 5)
     assert most == MAX_IN_FLIGHT
+
+
+async def test_who_asks_any_number_of_requests_at_once_still_answers_what_it_is_asked_in_their_course() -> None:
+    client, server = Cell(SITE), Cell(SERVER)
+
+    async def ask_back(_message: Message) -> None:
+        await server.ask(SITE, Channel.JOB, "abort", AbortJob(JobId("j"), "no reason"), timeout_s=5)
+
+    server.on(Channel.SERVER, "quit", ask_back)
+    client.on(Channel.JOB, "abort", lambda _message: None)
+    async with joined(client, server):
+        asks = (client.ask(SERVER, Channel.SERVER, "quit", Quit(), timeout_s=5) for _ in range(2 * MAX_IN_FLIGHT))
+        replies = await asyncio.gather(*asks)
+    assert {reply.return_code for reply in replies} == {ReturnCode.OK}
+
+
+async def test_a_request_that_waits_to_be_sent_waits_no_longer_than_asked_and_not_for_a_link_that_has_ended() -> None:
+    client, server = Cell(SITE), Cell(SERVER)
+    server.on(Channel.SERVER, "quit", lambda _message: asyncio.Event().wait())
+    async with joined(client, server):
+        asks = [
+            asyncio.create_task(client.ask(SERVER, Channel.SERVER, "quit", Quit(), timeout_s=60))
+            for _ in range(2 * MAX_ASKED)
+        ]
+        await asyncio.sleep(0)  # a turn of the loop, in which they ask
+        with pytest.raises(TimedOut):
+            await beat(client, timeout_s=0.05)
+        client.drop(SERVER, Unreachable(SERVER, "it was dropped"))
+        ended = await asyncio.wait_for(asyncio.gather(*asks, return_exceptions=True), 5)
+        assert {type(error) for error in ended} == {Unreachable}
+        await server.close()
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,9 @@ from hanse.messages import Channel, Credentials, Header, Message, Payload, Retur
 __all__ = ["Cell", "Gate", "Handler", "RemoteError", "RemoteFault", "Route", "current_peer"]
 
 MAX_IN_FLIGHT: Final = 64
+MAX_ASKED: Final = MAX_IN_FLIGHT - 1
+"""Requests of one link that wait for their replies; further ones wait to be sent, or the peer would cease to read, and
+what it is told in the course of answering, or asks itself, would wait behind them."""
 MAX_QUEUED_EVENTS: Final = 256
 MAX_PASSED_ON: Final = 1024
 """Requests passed on over one link whose replies may still come; beyond that the oldest is forgotten."""
@@ -68,6 +71,7 @@ class _Attached:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.waiting: dict[int, _Waiting] = {}
+        self.places = asyncio.Semaphore(MAX_ASKED)
         self.passed_on: dict[tuple[Fqcn, int], Link] = {}
         self.in_flight = 0
         self.events: deque[Frame] = deque()
@@ -206,15 +210,15 @@ class Cell:
         attached = self._link_to(destination, link)
         frame = self._frame(FrameKind.REQUEST, destination, (channel, topic), payload, headers)
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        attached.link.send_nowait(frame)
-        attached.waiting[frame.id] = _Waiting(destination, (channel, topic), future)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s), attached.places:
+                attached.link.send_nowait(frame)
+                attached.waiting[frame.id] = _Waiting(destination, (channel, topic), future)
                 return await future
         except TimeoutError:
             raise TimedOut(destination, f"{channel.value}/{topic}", timeout_s) from None
         finally:
-            del attached.waiting[frame.id]
+            attached.waiting.pop(frame.id, None)
 
     def tell(
         self,
