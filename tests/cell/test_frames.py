@@ -34,6 +34,7 @@ from hanse.messages import (
     HeartbeatReply,
     Hello,
     ModelRef,
+    Quit,
     TaskAssignment,
     TaskKey,
     TensorRef,
@@ -126,6 +127,14 @@ def test_a_payload_of_another_type_is_not_sent() -> None:
         encode_payload((Channel.SERVER, "heartbeat"), Hello((1,), Fqcn("a"), "p"))
     with pytest.raises(ProtocolError, match="payload of the reply to server/heartbeat is 'NoneType'"):
         encode_payload((Channel.SERVER, "heartbeat"), None, reply=True)
+
+
+def test_what_is_no_text_is_not_sent() -> None:
+    with pytest.raises(ProtocolError, match="Quit"):
+        encode_payload((Channel.SERVER, "quit"), Quit("caf\udce9"))
+    for frame in (Frame(FrameKind.BYE, headers={"reason": "caf\udce9"}), Frame(FrameKind.EVENT, topic="caf\udce9")):
+        with pytest.raises(ProtocolError, match="frame"):
+            encode(frame)
 
 
 def test_an_unknown_topic_has_no_payload() -> None:

@@ -74,6 +74,10 @@ def test_a_very_long_sentence_is_cut() -> None:
     assert len(refuse(errors.Unauthenticated("x" * 10_000)).reason) == MAX_REASON_CHARS
 
 
+def test_what_is_no_text_in_a_sentence_keeps_it_from_nobody() -> None:
+    assert refuse(errors.Unauthenticated("no such file: caf\udce9")).reason == "no such file: caf?"
+
+
 def failed_call(
     code: grpc.StatusCode, details: str, trailing: tuple[tuple[str, str], ...] = ()
 ) -> grpc.aio.AioRpcError:

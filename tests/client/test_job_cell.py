@@ -291,6 +291,25 @@ async def test_what_fits_into_no_message_is_a_fault_that_does(tmp_path: Path) ->
         assert "bytes" in second.fault.reason
 
 
+async def test_what_is_no_text_is_a_fault_that_is(tmp_path: Path) -> None:
+    async def work(model: Model, ctx: TaskContext) -> Update:
+        if ctx.round == 1:
+            raise TrainingFailed(SITE, ctx.name, "no rows in caf\udce9.csv")
+        return Update(model, 1, {"caf\udce9": 1.0})
+
+    async with fake_server(tmp_path / "s") as server, job(server, tmp_path / "t", FakeTrainer(work)):
+        await server.up(CELL)
+        give(server, assignment(server))
+        give(server, assignment(server, key=key(2)))
+        first, second = await server.next(TaskResult), await server.next(TaskResult)
+
+        assert first.fault is not None
+        assert (first.fault.code, first.fault.reason) == ("training-failed", "no rows in caf?.csv")
+        assert second.fault is not None
+        assert second.fault.code == "protocol"
+        assert "TaskResult" in second.fault.reason
+
+
 async def test_sites_filter_has_the_last_word(tmp_path: Path) -> None:
     async def far(model: Model, ctx: TaskContext) -> Update:
         return Update(Model({"w": model["w"] + np.float32(100)}), 1)

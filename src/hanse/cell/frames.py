@@ -40,6 +40,7 @@ class FrameKind(IntEnum):
 
 
 _NOBODY: Final = Fqcn("")
+_TEXT: Final = "text in Unicode"
 _KINDS: Final[Mapping[int, FrameKind]] = {kind.value: kind for kind in FrameKind}
 
 
@@ -67,19 +68,22 @@ def encode(frame: Frame) -> bytes:
     """Return the bytes of *frame*.
 
     Raises:
-        ProtocolError: a field is beyond its limit.
+        ProtocolError: a field is beyond its limit, or no text in Unicode.
     """
-    _check(frame)
-    return wire_pb2.Frame(
-        id=frame.id,
-        kind=frame.kind.value,  # type: ignore[arg-type]  # the enum's members are plain numbers at run time
-        origin=frame.origin,
-        destination=frame.destination,
-        channel=frame.channel,
-        topic=frame.topic,
-        headers=frame.headers,
-        payload=frame.payload,
-    ).SerializeToString()
+    try:
+        _check(frame)
+        return wire_pb2.Frame(
+            id=frame.id,
+            kind=frame.kind.value,  # type: ignore[arg-type]  # the enum's members are plain numbers at run time
+            origin=frame.origin,
+            destination=frame.destination,
+            channel=frame.channel,
+            topic=frame.topic,
+            headers=frame.headers,
+            payload=frame.payload,
+        ).SerializeToString()
+    except UnicodeEncodeError as error:
+        raise ProtocolError("frame", got=error.object, expected=_TEXT) from error
 
 
 def decode(data: bytes) -> Frame:
@@ -118,7 +122,8 @@ def encode_payload(topic: Topic, payload: Payload, *, reply: bool = False) -> by
     """Return *payload* as the bytes of a request on *topic*, or of the reply to one.
 
     Raises:
-        ProtocolError: *topic* is unknown, or *payload* is not of the type that the catalogue names for it.
+        ProtocolError: *topic* is unknown, or *payload* is not of the type that the catalogue names for it, or has text
+            that is not Unicode.
     """
     kind = _payload_type(topic, reply=reply)
     if type(payload) is not (kind or type(None)):
@@ -143,8 +148,15 @@ def decode_payload(topic: Topic, data: bytes, *, reply: bool = False) -> Payload
 
 
 def encode_struct(value: msgspec.Struct) -> bytes:
-    """Return *value* as msgpack."""
-    return _ENCODER.encode(value)
+    """Return *value* as msgpack.
+
+    Raises:
+        ProtocolError: it has text that is not Unicode, as a name of a file may be.
+    """
+    try:
+        return _ENCODER.encode(value)
+    except UnicodeEncodeError as error:
+        raise ProtocolError(type(value).__name__, got=error.object, expected=_TEXT) from error
 
 
 def decode_struct(kind: type[S], data: bytes) -> S:

@@ -76,7 +76,11 @@ class RemoteFault(RemoteError):
 
 
 def shortened(text: str, most: int = MAX_REASON_CHARS) -> str:
-    """Return *text*, or its beginning and three dots where it has more than *most* characters."""
+    """Return *text*, or its beginning and three dots where it has more than *most* characters.
+
+    What is no Unicode, as a name of a file may be, does not travel, and is shown as ``?``.
+    """
+    text = text.encode(errors="replace").decode()
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -90,7 +94,7 @@ def return_code(error: HanseError) -> ReturnCode:
 def refuse(error: HanseError) -> Message:
     """Return the reply that tells a peer of *error*."""
     code = error.error_code if isinstance(error, RemoteError) else error.code
-    return refusal(return_code(error), error.reason[:MAX_REASON_CHARS], error_code=code)
+    return refusal(return_code(error), shortened(error.reason), error_code=code)
 
 
 def error_from(headers: Mapping[str, str]) -> HanseError:
