@@ -1,4 +1,5 @@
 import asyncio
+import logging
 import socket
 import stat
 import subprocess
@@ -22,7 +23,7 @@ from hanse.cell.listener import Listener, split_target
 from hanse.cell.rpc import CLIENT_OPTIONS, CONNECT
 from hanse.errors import ConfigError, ProtocolError, Unauthenticated, Unreachable
 from hanse.ids import SERVER, Fqcn
-from hanse.messages import Channel, Goodbye, Heartbeat, HeartbeatReply, Hello, Message, ok
+from hanse.messages import Channel, Goodbye, Header, Heartbeat, HeartbeatReply, Hello, Message, ReturnCode, ok
 
 from .world import SITE, Authority, Connected, Serving, authorize, connected, connecting, hello, serving
 
@@ -166,6 +167,28 @@ async def test_bad_bytes_on_an_open_stream_end_that_stream_alone() -> None:
         await server.until(lambda: bool(server.downs))
         assert server.downs[0][0] == "site-2"
         await beat(good)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {Header.ERROR_CODE: "caf\u00e9"},
+        {Header.ERROR_CODE: "a\nb"},
+        {Header.ERROR_CODE: "\0"},
+        {Header.RETURN_CODE: ReturnCode.OK},
+    ],
+)
+async def test_a_farewell_of_any_text_ends_the_stream_with_its_reason(
+    said: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as server, raw_stream(server) as call:
+        await call.write(encode(Frame(FrameKind.HELLO, payload=encode_struct(hello()))))
+        assert decode(await call.read()).kind is FrameKind.WELCOME
+        await call.write(encode(Frame(FrameKind.BYE, headers={Header.REASON: "f\u00fcr immer", **said})))
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await call.read()
+        assert ended.value.details() == "f\u00fcr immer"
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 async def test_a_frame_beyond_the_size_limit_ends_the_stream_and_the_server_serves_on() -> None:

@@ -68,6 +68,15 @@ def test_a_remote_error_is_passed_on_as_what_it_was() -> None:
 def test_a_refusal_without_code_or_reason_still_is_an_error_with_a_sentence() -> None:
     assert error_from({}).reason
     assert isinstance(error_from({Header.RETURN_CODE: "from-the-future"}), RemoteError)
+    ok = error_from({Header.RETURN_CODE: ReturnCode.OK})
+    assert refuse(ok).return_code is ReturnCode.INTERNAL
+
+
+@pytest.mark.parametrize("said", ["caf\u00e9", "a\nb", "\0", "x" * 65])
+def test_what_cannot_be_a_code_is_none(said: str) -> None:
+    told = error_from({Header.RETURN_CODE: ReturnCode.CONFLICT, Header.REASON: "no", Header.ERROR_CODE: said})
+    assert isinstance(told, RemoteError)
+    assert (told.reason, told.return_code, told.error_code) == ("no", ReturnCode.CONFLICT, "")
 
 
 def test_a_very_long_sentence_is_cut() -> None:

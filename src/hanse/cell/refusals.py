@@ -103,9 +103,11 @@ def error_from(headers: Mapping[str, str]) -> HanseError:
         code = ReturnCode(headers.get(Header.RETURN_CODE, ReturnCode.COMM_ERROR))
     except ValueError:  # a newer peer's code
         code = ReturnCode.INTERNAL
+    if code is ReturnCode.OK:  # which is no error, and no call can end with one for it
+        code = ReturnCode.INTERNAL
     # A peer may say what it likes, and its sentence becomes part of others.
     reason = headers.get(Header.REASON, "")[:MAX_REASON_CHARS] or f"the peer gave no reason ({code.value})"
-    error_code = headers.get(Header.ERROR_CODE, "")[:MAX_CODE_CHARS]
+    error_code = _code(headers.get(Header.ERROR_CODE, ""))
     if code is ReturnCode.UNAUTHENTICATED:
         is_expired = error_code == errors.CertificateExpired.code
         return errors.CertificateExpired.told(reason) if is_expired else errors.Unauthenticated(reason)
@@ -113,6 +115,11 @@ def error_from(headers: Mapping[str, str]) -> HanseError:
         return errors.NotInService(reason)
     kind = RemoteFault if error_code in _RETRYABLE else RemoteError
     return kind(reason, return_code=code, error_code=error_code)
+
+
+def _code(said: str) -> str:
+    """Return *said*, or nothing where it cannot be a code: one that is told of by a call's status is plain ASCII."""
+    return said if len(said) <= MAX_CODE_CHARS and said.isascii() and said.isprintable() else ""
 
 
 def _tree(kind: type[HanseError]) -> Iterator[type[HanseError]]:
