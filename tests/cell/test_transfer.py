@@ -1,10 +1,12 @@
 import asyncio
+import os
 import random
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -22,7 +24,7 @@ from hanse.cell.transfer_service import MAX_CALLS_PER_PEER
 from hanse.errors import HanseError, NotFound, ProtocolError, TimedOut, Unauthenticated, Unauthorized, Unreachable
 from hanse.ids import Digest
 from hanse.messages import Hello
-from hanse.storage.tensors import TensorFiles, digest_of
+from hanse.storage.tensors import Reading, TensorFiles, digest_of
 from tests.faults.proxy import FAIR, SPLIT, FaultyNetwork
 
 from .world import SITE, Authority, Serving, hello, serving, transferring
@@ -153,6 +155,58 @@ async def test_a_download_is_verified(there: TensorFiles, here: TensorFiles) -> 
         with pytest.raises(ProtocolError, match="digest of the received tensor"):
             await transfers.download(SCOPE, digest, len(BIG), here.begin(digest, len(BIG)))
     assert not here.has(digest)
+
+
+async def test_a_tensor_of_which_the_disk_loses_the_end_while_it_is_sent_ends_that_transfer_alone(
+    there: TensorFiles, here: TensorFiles
+) -> None:
+    digest, other = there.put(BIG), there.put(SMALL)
+
+    def stays(peer: Peer) -> None:  # asked after each chunk
+        os.truncate(there.path(digest), CHUNK_BYTES)
+
+    async with serving(scopes=scopes_of(there), stays=stays) as server, transferring(server.target) as transfers:
+        with pytest.raises(RemoteError, match=f"expected '?{len(BIG)} bytes") as refused:
+            await transfers.download(SCOPE, digest, len(BIG), here.begin(digest, len(BIG)))
+        assert refused.value.error_code == "protocol"
+        await transfers.download(SCOPE, other, len(SMALL), here.begin(other, len(SMALL)))
+
+
+@pytest.mark.parametrize("slow", ["has", "open", "read"])
+async def test_a_disk_that_takes_its_time_keeps_nobody_else_waiting(
+    slow: str, there: TensorFiles, here: TensorFiles
+) -> None:
+    began, release = threading.Event(), threading.Event()
+
+    class Slow(CountingFiles):
+        def has(self, digest: Digest) -> bool:
+            return waiting("has", super().has(digest))
+
+        def open(self, digest: Digest) -> Any:
+            opened = waiting("open", super().open(digest))
+            return SimpleNamespace(
+                size=opened.size,
+                read=lambda *where: waiting("read", opened.read(*where)),
+                read_nowait=lambda *_: None,  # as of a file that is not in memory
+            )
+
+    def waiting(what: str, result: Any) -> Any:
+        if what == slow:
+            began.set()
+            assert release.wait(10)
+        return result
+
+    held, sent = there.put(BIG), digest_of(SMALL)
+    async with moving(Slow(there)) as (_, transfers):
+        download = transfers.download(SCOPE, held, len(BIG), here.begin(held, len(BIG)))
+        upload = transfers.upload(SCOPE, sent, memoryview(SMALL))
+        moved = asyncio.gather(download, upload)
+        assert await asyncio.to_thread(began.wait, 10)
+        assert await transfers.missing(SCOPE, [held]) == []
+        release.set()
+        await moved
+    assert here.has(held)
+    assert there.has(sent)
 
 
 async def test_several_tensors_move_at_once(there: TensorFiles, here: TensorFiles) -> None:
@@ -643,6 +697,9 @@ class CountingFiles:
 
     def map(self, digest: Digest) -> memoryview:
         return self._files.map(digest)
+
+    def open(self, digest: Digest) -> Reading:
+        return self._files.open(digest)
 
     def begin(self, digest: Digest, size: int) -> "CountingPartial":
         return CountingPartial(self, self._files.begin(digest, size))

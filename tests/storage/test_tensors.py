@@ -32,6 +32,10 @@ def names(files: TensorFiles) -> set[str]:
     return {path.name for path in files.root.iterdir()}
 
 
+def open_files() -> set[Path]:
+    return {descriptor.readlink() for descriptor in Path("/proc/self/fd").iterdir() if descriptor.exists()}
+
+
 # Complete tensors -----------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +117,60 @@ def test_a_mapped_tensor_stays_readable_when_its_file_goes(files: TensorFiles) -
     assert bytes(view) == CONTENT
 
 
+@pytest.mark.parametrize("at", [0, 1000, len(CONTENT) - 1])
+def test_a_tensor_is_read_from_anywhere_in_it_also_when_its_file_goes(files: TensorFiles, at: int) -> None:
+    reading = files.open(files.put(CONTENT))
+    files.keep_only([])
+
+    assert reading.size == len(CONTENT)
+    assert reading.read(at, 4096) == CONTENT[at : at + 4096]
+    assert reading.read_nowait(at, 4096) in (CONTENT[at : at + 4096], None)
+
+
+def test_where_a_system_cannot_tell_what_is_in_memory_a_tensor_is_waited_for(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.storage.tensors._NO_WAIT", None)
+
+    assert files.open(files.put(CONTENT)).read_nowait(0, 4096) is None
+
+
+def test_a_tensor_that_is_read_is_closed_with_the_last_reference_to_it(files: TensorFiles) -> None:
+    path = files.path(files.put(CONTENT))
+    reading = files.open(DIGEST)
+    assert path in open_files()
+    del reading
+    assert path not in open_files()
+
+
+def test_a_tensor_of_which_the_disk_has_lost_the_end_is_another_one(files: TensorFiles) -> None:
+    reading = files.open(files.put(CONTENT))
+    os.truncate(files.path(DIGEST), 1000)
+
+    assert reading.read(0, 1000) == CONTENT[:1000]
+    assert reading.read_nowait(0, 2000) is None
+    with pytest.raises(ProtocolError, match="1000 bytes"):
+        reading.read(0, 2000)
+
+
+def test_what_a_disk_does_not_give_is_told_to_who_looks_after_it(
+    files: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[StoreFailed] = []
+    reading = files.open(files.put(CONTENT), on_trouble=told.append)
+
+    def refuse(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", refuse)
+    monkeypatch.setattr(os, "preadv", refuse)
+    assert reading.read_nowait(0, 1000) is None
+    assert told == []
+    with pytest.raises(StoreFailed, match="Input/output error") as failed:
+        reading.read(0, 1000)
+    assert told == [failed.value]
+
+
 def test_what_is_missing_is_told_once_and_in_order(files: TensorFiles) -> None:
     files.put(CONTENT)
     other = Digest("f" * 64)
@@ -122,7 +180,7 @@ def test_what_is_missing_is_told_once_and_in_order(files: TensorFiles) -> None:
 
 def test_an_absent_tensor_is_not_found(files: TensorFiles) -> None:
     assert not files.has(ABSENT)
-    for use in (files.size, files.map, lambda digest: files.sync([digest])):
+    for use in (files.size, files.map, files.open, lambda digest: files.sync([digest])):
         with pytest.raises(NotFound, match=ABSENT):
             use(ABSENT)
 

@@ -66,6 +66,20 @@ class Partial(Protocol):
         """Keep what is there for another time; harmless after ``finish``."""
 
 
+class Reading(Protocol):
+    """A tensor that is being read from its file."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes it has."""
+
+    def read(self, at: int, most: int) -> bytes:
+        """Return *most* of its bytes from *at* on, or all that follow if they are fewer."""
+
+    def read_nowait(self, at: int, most: int) -> memoryview | None:
+        """Return the same, until this is called again; ``None`` where a disk would have to be waited for."""
+
+
 class Files(Protocol):
     """Tensors by digest in a place of their own (``hanse.storage.tensors.TensorFiles``)."""
 
@@ -77,6 +91,9 @@ class Files(Protocol):
 
     def map(self, digest: Digest) -> memoryview:
         """Return the tensor's bytes, read-only and unread."""
+
+    def open(self, digest: Digest) -> Reading:
+        """Return the tensor to be read; not mapped, for what a disk cannot read of a mapping ends the process."""
 
     def begin(self, digest: Digest, size: int) -> Partial:
         """Begin to write a tensor of *size* bytes, or go on with one begun before."""

@@ -31,7 +31,7 @@ from hanse.cell.rpc import (
     hello_of,
     status_of,
 )
-from hanse.cell.transfer import STALL_S, Files, Inflow
+from hanse.cell.transfer import STALL_S, Files, Inflow, Reading
 from hanse.errors import HanseError, InternalError, NotInService, ProtocolError, TimedOut, Unauthenticated
 from hanse.ids import Digest, is_digest
 
@@ -87,13 +87,16 @@ class TransferService:
         async with self._answering(context) as (peer, limit):
             asked = _parsed(wire_pb2.DownloadRequest, request)
             digest = _digest(asked.digest, "DownloadRequest.digest")
-            view = (await self._files(peer, asked.scope, write=False)).map(digest)
-            if asked.size != len(view):
-                raise ProtocolError("DownloadRequest.size", got=asked.size, expected=f"the tensor's {len(view)} bytes")
-            if asked.offset > len(view):
-                raise ProtocolError("DownloadRequest.offset", got=asked.offset, expected=f"at most {len(view)}")
-            for at in range(asked.offset, len(view), CHUNK_BYTES):
-                await context.write(encode_chunk(view[at : at + CHUNK_BYTES]))
+            files = await self._files(peer, asked.scope, write=False)
+            tensor = await asyncio.to_thread(files.open, digest)
+            if asked.size != tensor.size:
+                raise ProtocolError(
+                    "DownloadRequest.size", got=asked.size, expected=f"the tensor's {tensor.size} bytes"
+                )
+            if asked.offset > tensor.size:
+                raise ProtocolError("DownloadRequest.offset", got=asked.offset, expected=f"at most {tensor.size}")
+            for at in range(asked.offset, tensor.size, CHUNK_BYTES):
+                await context.write(await _chunk(tensor, at))
                 self._go_on(peer, limit)
 
     async def upload(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
@@ -104,7 +107,7 @@ class TransferService:
             if asked.size > MAX_TENSOR_BYTES:
                 raise ProtocolError("UploadPart.size", got=asked.size, expected=f"at most {MAX_TENSOR_BYTES} bytes")
             files = await self._files(peer, asked.scope, write=True)
-            if not files.has(digest):
+            if not await asyncio.to_thread(files.has, digest):
                 inflow = Inflow(tensor := await asyncio.to_thread(files.begin, digest, asked.size))
                 try:
                     await context.write(_status(tensor.offset))
@@ -186,6 +189,11 @@ def _parsed(kind: type[M], data: bytes) -> M:
         return kind.FromString(data)
     except DecodeError as error:
         raise ProtocolError(kind.DESCRIPTOR.name, got=data[:32], expected="what wire.proto says it is") from error
+
+
+async def _chunk(tensor: Reading, at: int) -> bytes:
+    data = tensor.read_nowait(at, CHUNK_BYTES)
+    return encode_chunk(await asyncio.to_thread(tensor.read, at, CHUNK_BYTES) if data is None else data)
 
 
 def _whole(data: bytes | object, what: str) -> bytes:

@@ -11,7 +11,7 @@ from typing import Final
 from hanse.errors import NotInService, StoreFailed, UpdateRejected
 from hanse.ids import ClientName, Digest
 from hanse.messages import TaskAssignment
-from hanse.storage.tensors import Partial, TensorFiles
+from hanse.storage.tensors import Partial, Reading, TensorFiles
 
 MAX_ANSWERS_PER_TASK: Final = 8
 """How many different answers' tensors are taken for one task: a process that died before it answered trains again."""
@@ -20,7 +20,7 @@ MAX_ANSWERS_PER_TASK: Final = 8
 class Inbox:
     """The tensor files of a run, as *client* may use them for its next answer. ``expect`` comes before ``begin``.
 
-    *on_trouble* hears, in any thread, of what the disk does not take.
+    *on_trouble* hears, in any thread, of what the disk does not take, or give.
     """
 
     def __init__(
@@ -65,6 +65,10 @@ class Inbox:
     def map(self, digest: Digest) -> memoryview:
         """See ``TensorFiles``."""
         return self._files.map(digest)
+
+    def open(self, digest: Digest) -> Reading:
+        """See ``TensorFiles``."""
+        return self._files.open(digest, on_trouble=self._on_trouble)
 
     def begin(self, digest: Digest, size: int) -> Partial:
         """Begin to take a tensor, or go on with one begun before; from any thread.

@@ -35,6 +35,8 @@ T = TypeVar("T")
 MAX_TENSOR_BYTES: Final = 2**48
 _WRITE_BYTES: Final = 1024 * 1024  # into preallocated blocks, as fast as larger writes and kinder to the page cache
 _READ_BYTES: Final = 4 * 1024 * 1024  # enough for several threads to hash
+_NO_WAIT: Final[int | None] = getattr(os, "RWF_NOWAIT", None)
+"""Reads what the system has in memory, and nothing else; not every system can, nor every file system."""
 _PART: Final = ".part"
 _TEMPORARY: Final = ".tmp"
 
@@ -197,6 +199,21 @@ class TensorFiles:
             mapping = _with_descriptors(lambda: TensorMap(descriptor, 0, access=mmap.ACCESS_READ))
         mapping.files, mapping.path, mapping.digest = self, self.path(digest), digest
         return memoryview(mapping)
+
+    def open(self, digest: Digest, *, on_trouble: Callable[[StoreFailed], None] = lambda _: None) -> "Reading":
+        """Return the tensor, to be read bit by bit; the file is open until the last reference to that goes.
+
+        Deleting the file meanwhile does not disturb it. *on_trouble* hears, before whoever asked, of what the disk does
+        not give, now or later.
+
+        Raises:
+            NotFound: it is not here.
+        """
+        with on_disk(f"reading tensor {digest}", self.root, on_trouble):
+            try:
+                return Reading(digest, _opened(self.path(digest), os.O_RDONLY), self.root, on_trouble)
+            except FileNotFoundError:
+                raise NotFound("tensor", digest) from None
 
     def scratch(self, size: int) -> "Scratch":
         """Return *size* bytes of a new file, zero, mapped for writing: what is computed there needs no copying.
@@ -412,6 +429,43 @@ class TensorFiles:
             path.rename(final)
             return
         _unlink(path)
+
+
+class Reading:
+    """A tensor that is read from its file; the file is closed with the last reference to this."""
+
+    def __init__(
+        self, digest: Digest, descriptor: int, folder: Path, on_trouble: Callable[[StoreFailed], None]
+    ) -> None:
+        self.digest, self.size = digest, os.fstat(descriptor).st_size
+        self._descriptor, self._folder, self._on_trouble = descriptor, folder, on_trouble
+        self._buffer = bytearray()
+        weakref.finalize(self, os.close, descriptor)
+
+    def read_nowait(self, at: int, most: int) -> memoryview | None:
+        """Return what ``read`` does, until this is called again; ``None`` where a disk would have to be waited for."""
+        if _NO_WAIT is None:
+            return None
+        self._buffer = self._buffer or bytearray(min(most, self.size))
+        view = memoryview(self._buffer)[: min(most, self.size - at)]
+        try:
+            got = os.preadv(self._descriptor, [view], at, _NO_WAIT)
+        except OSError:  # not in memory, or what ``read`` will tell of
+            return None
+        return view if got == len(view) else None
+
+    def read(self, at: int, most: int) -> bytes:
+        """Return *most* bytes from *at* on, or all that follow if they are fewer.
+
+        Raises:
+            ProtocolError: the file has lost some of them.
+            StoreFailed: the disk does not give them.
+        """
+        with on_disk(f"reading tensor {self.digest}", self._folder, self._on_trouble):
+            data = os.pread(self._descriptor, most, at)
+        if len(data) < min(most, self.size - at):
+            raise ProtocolError(f"tensor {self.digest}", got=f"{at + len(data)} bytes", expected=f"{self.size} bytes")
+        return data
 
 
 class Scratch:
