@@ -443,6 +443,27 @@ async def test_an_upload_that_is_broken_off_is_resumed_where_it_was(there: Tenso
     assert there.map(digest) == BIG
 
 
+@pytest.mark.parametrize("written", [4, 5], ids=["what is there is written", "some of it is not"])
+async def test_an_upload_is_resumed_where_it_was_when_its_first_connection_is_not_known_to_be_dead(
+    written: int, there: TensorFiles
+) -> None:
+    digest = digest_of(BIG)
+    counted = CountingFiles(there)
+    async with moving(counted) as (server, transfers), grpc.aio.insecure_channel(server.target) as channel:
+        first = channel.stream_stream(UPLOAD)(metadata=metadata_of(hello()))
+        await first.write(upload())
+        await first.read()
+        for at in range(0, written * CHUNK_BYTES, CHUNK_BYTES):
+            await first.write(encode_chunk(BIG[at : at + CHUNK_BYTES]))
+        await counted.until(4 * CHUNK_BYTES)
+        await transfers.upload(SCOPE, digest, memoryview(BIG))
+        assert counted.written == len(BIG)
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await first.read()
+        assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert there.map(digest) == BIG
+
+
 async def test_a_transfer_outlives_a_restart_of_the_server(there: TensorFiles, here: TensorFiles) -> None:
     digest = there.put(BIG)
     tried = threading.Event()

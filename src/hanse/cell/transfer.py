@@ -120,6 +120,8 @@ class Inflow:
         self._batch: list[bytes | memoryview] = []
         self._batch_bytes = 0
         self._writing: asyncio.Future[None] | None = None
+        self.closed = asyncio.Event()
+        """Set when the ``Partial`` has been closed, so that another can go on with the file."""
 
     async def add(self, chunk: bytes | memoryview) -> None:
         """Take *chunk*; wait when two batches are full."""
@@ -144,9 +146,13 @@ class Inflow:
     def close(self) -> None:
         """Close the ``Partial``, as soon as no thread writes to it."""
         if self._writing is not None and not self._writing.done():
-            self._writing.add_done_callback(lambda _: self._into.close())
+            self._writing.add_done_callback(lambda _: self._close())
         else:
-            self._into.close()
+            self._close()
+
+    def _close(self) -> None:
+        self._into.close()
+        self.closed.set()
 
     async def _hand_over(self) -> None:
         await self._written()

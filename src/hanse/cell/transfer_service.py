@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Final, Protocol, TypeAlias, TypeVar
 
@@ -33,7 +33,7 @@ from hanse.cell.rpc import (
 )
 from hanse.cell.transfer import STALL_S, Files, Inflow, Reading
 from hanse.errors import HanseError, InternalError, NotInService, ProtocolError, TimedOut, Unauthenticated
-from hanse.ids import Digest, is_digest
+from hanse.ids import Digest, Fqcn, is_digest
 
 MAX_CALLS_PER_PEER: Final = 16
 
@@ -68,6 +68,7 @@ class TransferService:
         self._authorize, self._identify, self._scopes, self._stays = authorize, identify, scopes, stays
         self._stall_s = stall_s
         self._calls: Counter[str] = Counter()
+        self._uploads: dict[tuple[Fqcn, str, Digest], tuple[asyncio.Timeout, Inflow]] = {}
 
     async def missing(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Answer which digests of a scope are not there."""
@@ -107,8 +108,10 @@ class TransferService:
             if asked.size > MAX_TENSOR_BYTES:
                 raise ProtocolError("UploadPart.size", got=asked.size, expected=f"at most {MAX_TENSOR_BYTES} bytes")
             files = await self._files(peer, asked.scope, write=True)
+            await self._end_earlier(key := (peer.fqcn, asked.scope, digest))
             if not await asyncio.to_thread(files.has, digest):
                 inflow = Inflow(tensor := await asyncio.to_thread(files.begin, digest, asked.size))
+                self._uploads[key] = limit, inflow
                 try:
                     await context.write(_status(tensor.offset))
                     moved = partial(self._go_on, peer, limit)
@@ -116,7 +119,21 @@ class TransferService:
                     await inflow.finish()
                 finally:
                     inflow.close()
+                    if self._uploads.get(key) == (limit, inflow):
+                        del self._uploads[key]
             await context.write(_status(asked.size, complete=True))
+
+    async def _end_earlier(self, upload: tuple[Fqcn, str, Digest]) -> None:
+        """End the call by which a peer has sent the same before, and return when it has let go of the file.
+
+        The connection of that call is dead: who sends it knows, and here that may show much later. What has come by it
+        is gone on from.
+        """
+        if (earlier := self._uploads.pop(upload, None)) is not None:
+            limit, inflow = earlier
+            with suppress(RuntimeError):  # its time is over at this very moment
+                limit.reschedule(asyncio.get_running_loop().time())
+            await inflow.closed.wait()
 
     async def _take(
         self, context: grpc.aio.ServicerContext, moved: Callable[[], None], inflow: Inflow, remaining: int
