@@ -700,6 +700,28 @@ async def test_a_write_that_fails_in_its_thread_is_raised_to_the_transfer() -> N
     assert full.is_closed
 
 
+async def test_of_what_arrives_no_more_is_in_memory_than_is_being_written_and_the_next(there: TensorFiles) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    class Slow(CountingPartial):
+        def write(self, chunk: bytes | memoryview) -> None:
+            begun.set()
+            assert release.wait(10)
+            super().write(chunk)
+
+    digest = digest_of(BIG[: 2 * CHUNK_BYTES])
+    inflow = Inflow(Slow(CountingFiles(there), there.begin(digest, 2 * CHUNK_BYTES)))
+    await inflow.add(BIG[:CHUNK_BYTES])
+    second = asyncio.create_task(inflow.add(BIG[CHUNK_BYTES : 2 * CHUNK_BYTES]))
+    assert await asyncio.to_thread(begun.wait, 10)
+    assert not second.done()
+    release.set()
+    await second
+    await inflow.finish()
+    inflow.close()
+    assert there.has(digest)
+
+
 class CountingFiles:
     """Tensor files that count what is written into them."""
 

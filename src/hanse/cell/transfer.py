@@ -2,8 +2,8 @@
 
 A tensor's bytes go in chunks of 1 MiB from the offset that the receiving side already has; the receiving side verifies
 the digest before the tensor exists for anyone. A connection that breaks is dialled again and the transfer goes on from
-where it was, as long as each try moves something or the tries without progress are few. Files are written in threads,
-several chunks at a time, while the next chunks arrive.
+where it was, as long as each try moves something or the tries without progress are few. Files are written in threads, a
+chunk while the next one arrives: of more that waits in memory, each client that sends at the same time would add some.
 """
 
 import asyncio
@@ -35,9 +35,6 @@ from hanse.cell.rpc import (
 from hanse.errors import HanseError, ProtocolError, TimedOut, Unreachable
 from hanse.ids import Digest
 from hanse.messages import Hello
-
-BATCH_BYTES: Final = 4 * CHUNK_BYTES
-"""What is written to a file at once: enough that handing it to a thread costs little beside it."""
 
 MAX_AT_ONCE: Final = 2
 MAX_TRIES: Final = 6
@@ -113,35 +110,30 @@ class TensorTransfers(Protocol):
 
 
 class Inflow:
-    """Writes arriving chunks into a ``Partial`` in threads: one batch is being written while the next comes in."""
+    """Writes arriving chunks into a ``Partial`` in threads: one is being written while the next comes in."""
 
     def __init__(self, into: Partial) -> None:
         self._into = into
-        self._batch: list[bytes | memoryview] = []
-        self._batch_bytes = 0
-        self._writing: asyncio.Future[None] | None = None
+        self._writing: asyncio.Future[object] | None = None
         self.closed = asyncio.Event()
         """Set when the ``Partial`` has been closed, so that another can go on with the file."""
 
     async def add(self, chunk: bytes | memoryview) -> None:
-        """Take *chunk*; wait when two batches are full."""
-        self._batch.append(chunk)
-        self._batch_bytes += len(chunk)
-        if self._batch_bytes >= BATCH_BYTES:
-            await self._hand_over()
+        """Take *chunk*, once the one before is written."""
+        await self.flush()
+        self._writing = asyncio.get_running_loop().run_in_executor(None, self._into.write, chunk)
 
     async def flush(self) -> None:
         """Return when all that was taken is written."""
-        if self._batch:
-            await self._hand_over()
-        await self._written()
+        if self._writing is not None:
+            # Shielded: a cancelled transfer must still know when its thread is done with the file.
+            await asyncio.shield(self._writing)
 
     async def finish(self) -> None:
         """Write what is left, verify the tensor and put it in its place."""
-        await self._written()
-        batch, self._batch, self._batch_bytes = self._batch, [], 0
-        self._writing = self._in_thread(batch, finish=True)
-        await self._written()
+        await self.flush()
+        self._writing = asyncio.get_running_loop().run_in_executor(None, self._into.finish)
+        await self.flush()
 
     def close(self) -> None:
         """Close the ``Partial``, as soon as no thread writes to it."""
@@ -153,25 +145,6 @@ class Inflow:
     def _close(self) -> None:
         self._into.close()
         self.closed.set()
-
-    async def _hand_over(self) -> None:
-        await self._written()
-        batch, self._batch, self._batch_bytes = self._batch, [], 0
-        self._writing = self._in_thread(batch, finish=False)
-
-    def _in_thread(self, batch: list[bytes | memoryview], *, finish: bool) -> asyncio.Future[None]:
-        return asyncio.get_running_loop().run_in_executor(None, self._write, batch, finish)
-
-    async def _written(self) -> None:
-        if self._writing is not None:
-            # Shielded: a cancelled transfer must still know when its thread is done with the file.
-            await asyncio.shield(self._writing)
-
-    def _write(self, batch: list[bytes | memoryview], finish: bool) -> None:
-        for chunk in batch:
-            self._into.write(chunk)
-        if finish:
-            self._into.finish()
 
 
 class Transfers:
