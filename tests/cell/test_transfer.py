@@ -21,7 +21,16 @@ from hanse.cell.refusals import RemoteError
 from hanse.cell.rpc import CHUNK_BYTES, DOWNLOAD, MISSING, UPLOAD, decode_chunk, encode_chunk, hello_of, metadata_of
 from hanse.cell.transfer import Files, Inflow, LocalTransfers, Transfers
 from hanse.cell.transfer_service import MAX_CALLS_PER_PEER
-from hanse.errors import HanseError, NotFound, ProtocolError, TimedOut, Unauthenticated, Unauthorized, Unreachable
+from hanse.errors import (
+    HanseError,
+    NotFound,
+    ProtocolError,
+    StoreFailed,
+    TimedOut,
+    Unauthenticated,
+    Unauthorized,
+    Unreachable,
+)
 from hanse.ids import Digest
 from hanse.messages import Hello
 from hanse.storage.tensors import Reading, TensorFiles, digest_of
@@ -566,6 +575,25 @@ async def test_tries_are_bounded_and_the_last_reason_is_told(here: TensorFiles) 
     async with transferring(target, max_tries=2) as transfers:
         with pytest.raises(Unreachable, match="Connection refused"):
             await transfers.missing(SCOPE, [digest_of(SMALL)])
+
+
+async def test_what_the_own_disk_does_not_take_is_not_fetched_again(there: TensorFiles, here: TensorFiles) -> None:
+    digest, asked = there.put(BIG), 0
+
+    def scopes(peer: Peer, scope: str, *, write: bool) -> Files:
+        nonlocal asked
+        asked += 1
+        return there
+
+    class Full(CountingPartial):
+        def write(self, chunk: bytes | memoryview) -> None:
+            raise StoreFailed("receiving a tensor", "the disk is full")
+
+    async with serving(scopes=scopes) as server, transferring(server.target) as transfers:
+        full = Full(CountingFiles(here), here.begin(digest, len(BIG)))
+        with pytest.raises(StoreFailed, match="the disk is full"):
+            await transfers.download(SCOPE, digest, len(BIG), full)
+    assert asked == 1
 
 
 async def test_a_server_that_moves_nothing_is_given_up() -> None:

@@ -32,7 +32,7 @@ from hanse.cell.rpc import (
     metadata_of,
     open_channel,
 )
-from hanse.errors import HanseError, ProtocolError, TimedOut, Unreachable
+from hanse.errors import HanseError, ProtocolError, StoreFailed, TimedOut, Unreachable
 from hanse.ids import Digest
 from hanse.messages import Hello
 
@@ -263,7 +263,9 @@ class Transfers:
                 return await attempt()
             except HanseError as error:
                 tries = tries + 1 if moved() == before else 1
-                if not error.retryable or tries >= self._max_tries or self._is_closed:
+                # What this machine's own disk did not do is nothing to ask for again.
+                is_own = isinstance(error, StoreFailed)
+                if is_own or not error.retryable or tries >= self._max_tries or self._is_closed:
                     raise
                 delay_s = backoff.next_s()
                 _log.info("transfer will be tried again", extra={"in_s": delay_s, "reason": error.reason})
