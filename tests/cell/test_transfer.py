@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 from hanse.cell import wire_pb2
 from hanse.cell.link import Peer
 from hanse.cell.refusals import RemoteError
-from hanse.cell.rpc import CHUNK_BYTES, DOWNLOAD, MISSING, UPLOAD, decode_chunk, encode_chunk, hello_of, metadata_of
+from hanse.cell.rpc import (
+    CHUNK_BYTES,
+    DOWNLOAD,
+    MISSING,
+    UPLOAD,
+    decode_chunk,
+    encode_chunk,
+    hello_of,
+    metadata_of,
+    open_channel,
+)
 from hanse.cell.transfer import Files, Inflow, LocalTransfers, Transfers
 from hanse.cell.transfer_service import MAX_CALLS_PER_PEER
 from hanse.errors import (
@@ -594,6 +604,39 @@ async def test_what_the_own_disk_does_not_take_is_not_fetched_again(there: Tenso
         with pytest.raises(StoreFailed, match="the disk is full"):
             await transfers.download(SCOPE, digest, len(BIG), full)
     assert asked == 1
+
+
+async def test_a_connection_that_is_opened_while_the_transfers_are_closed_does_not_stay_open(
+    there: TensorFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging_up, may_hang_up = asyncio.Event(), asyncio.Event()
+
+    def slow_to_close(*arguments: Any) -> grpc.aio.Channel:
+        channel = open_channel(*arguments)
+        close = channel.close
+
+        async def slowly(grace: float | None = None) -> None:
+            hanging_up.set()
+            await may_hang_up.wait()
+            await close(grace)
+
+        monkeypatch.setattr(channel, "close", slowly)
+        return channel
+
+    monkeypatch.setattr("hanse.cell.transfer.open_channel", slow_to_close)
+    async with serving(scopes=scopes_of(there)) as one, serving(scopes=scopes_of(there)) as other:
+        targets = [one.target]
+        async with transferring(lambda: targets[-1]) as transfers:
+            await transfers.missing(SCOPE, [digest_of(SMALL)])
+            targets.append(other.target)
+            asking = asyncio.create_task(transfers.missing(SCOPE, [digest_of(SMALL)]))
+            await hanging_up.wait()
+            closing = asyncio.create_task(transfers.close())
+            await asyncio.sleep(0)  # a turn of the loop, in which it begins
+            may_hang_up.set()
+            await closing
+            with pytest.raises(Unreachable):
+                await asking
 
 
 async def test_a_server_that_moves_nothing_is_given_up() -> None:

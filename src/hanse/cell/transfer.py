@@ -311,13 +311,15 @@ class Transfers:
     async def _connected(self, target: str) -> grpc.aio.Channel:
         if self._is_closed:
             raise Unreachable(target, "its transfers are closed")
-        if self._channel is None or self._channel[0] != target:
-            await self._hang_up()
-            self._channel = target, open_channel(target, self._tls)
-        return self._channel[1]
+        if self._channel is not None and self._channel[0] == target:
+            return self._channel[1]
+        channel = open_channel(target, self._tls)
+        # At once, for others may want it, or close it, while the one before is being closed.
+        await self._hang_up(following=(target, channel))
+        return channel
 
-    async def _hang_up(self) -> None:
-        channel, self._channel = self._channel, None
+    async def _hang_up(self, following: tuple[str, grpc.aio.Channel] | None = None) -> None:
+        channel, self._channel = self._channel, following
         for limit in self._limits:  # for a call that has only just begun is not ended by closing its channel
             with suppress(RuntimeError):  # its time is over at this very moment
                 limit.reschedule(asyncio.get_running_loop().time())
