@@ -230,16 +230,16 @@ class Jobs:
         return max(min(delays), 0.0) if delays else None
 
     async def _submitted(self) -> list[JobRecord]:
-        """Return the jobs that wait to be scheduled, among them those that are scheduled and not being started.
+        """Return the jobs that wait to be scheduled, among them those that are scheduled and have no task of their own.
 
-        An earlier tenure has left them, or the store has taken it that they are scheduled and could not say so.
+        An earlier tenure has left those, or the store has taken it that they are scheduled and could not say so.
         """
         found = []
         for record in await self._services.store.jobs(states=(JobState.SUBMITTED, JobState.SCHEDULED)):
+            if record.job_id in self.live:  # it is being started, or put back, of which the store may know already
+                continue
             again = record
             if record.state is JobState.SCHEDULED:
-                if record.job_id in self.live:
-                    continue
                 again = move(record, JobState.SUBMITTED, at=self._services.wall())
                 try:
                     await self._services.store.replace_job(self._services.epoch, again, was=record.state)
