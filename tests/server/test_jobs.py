@@ -725,6 +725,26 @@ def test_an_end_that_the_store_does_not_take_is_told_of_and_when_it_is_asked_aga
     assert outcome(server, job_id).reason == "boom (at site-1)"
 
 
+def test_a_job_whose_end_the_store_does_not_take_does_not_keep_the_schedule_asking(
+    start: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    refused: queue.Queue[JobId] = queue.Queue()
+
+    async def full(epoch: int, record: JobRecord, **_: object) -> None:
+        refused.put(record.job_id)
+        raise NO_SPACE
+
+    monkeypatch.setattr(server.jobs.services.store, "end_run", full)
+    job_id = submit(server, tmp_path, start_within_s=0.01)
+    assert refused.get(timeout=20) == job_id
+
+    for _ in range(10):  # what the schedule does at once, it has done by then
+        wait(server.jobs.board.view(job_id))
+
+    assert refused.empty()
+
+
 @pytest.mark.parametrize("state", [JobState.SCHEDULED, JobState.RUNNING])
 def test_a_job_that_the_store_does_not_let_begin_says_so_and_begins_as_soon_as_it_does(
     state: JobState, start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

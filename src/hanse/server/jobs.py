@@ -192,6 +192,7 @@ class Jobs:
             # A full disk or a locked database must not end the jobs that run; it tells nobody when it is over.
             _log.error("the schedule waits for the store", extra={"reason": failed.reason})
             self._waits.schedule_held_up(failed)
+            self._changed.clear()  # an end that the store has not taken is to be looked at again, and not at once
             return POSTPONED_S
         self._waits.schedule_goes_on()
         return delay
