@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import itertools
 import os
 import queue
 import threading
@@ -1994,6 +1995,46 @@ def test_the_end_of_a_clients_process_is_not_missed_while_its_run_is_taken_up(
     recorder.wait_for(EventType.START_RUN, count=2)
     back.wire.ask(Channel.SERVER, "job_ended", end)
     assert outcome(second, job_id).cause == "out-of-memory"
+
+
+@pytest.mark.parametrize("failing", ["end_run", "job"])
+def test_a_run_that_could_not_be_aborted_while_it_was_taken_up_is_taken_up_all_the_same(
+    failing: str, start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.jobs.POSTPONED_S", 0.01)
+    first = start()
+    site = Site(dialler, first, "site-1")
+    job_id = submit(first, tmp_path, min_clients=1)
+    task, credentials = site.task(), site.wire.credentials
+    first.close()
+    dialler.close()
+    may_go_on, begun, take_over = on_loop(asyncio.Event), threading.Event(), RunFolder.take_over
+
+    async def slowly(folder: RunFolder, needed: Collection[Digest]) -> list[Digest]:
+        begun.set()
+        await may_go_on.wait()
+        return await take_over(folder, needed)
+
+    monkeypatch.setattr(RunFolder, "take_over", slowly)
+    second = start()
+    assert begun.wait(20)
+    store, asked = second.jobs.services.store, itertools.count(1)
+    honest = getattr(store, failing)
+
+    async def away(*arguments: Any, **more: Any) -> Any:
+        if failing == "end_run" or next(asked) == 2:  # what is asked of the store first is how far the job is
+            raise StoreFailed("using the database", "no route to host")
+        return await honest(*arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, failing, away)
+        with pytest.raises(StoreFailed):
+            wait(second.jobs.abort(job_id, reason="not needed any more"))
+    on_loop(may_go_on.set)
+
+    back = Site(dialler, second, "site-1", credentials=credentials)
+    back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat())
+    assert back.task() == task
 
 
 def test_a_run_that_is_taken_up_does_not_wait_for_ever_for_a_client_that_does_not_come_back(

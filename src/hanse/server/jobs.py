@@ -7,7 +7,8 @@ of it lives on the event loop.
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -150,10 +151,14 @@ class Jobs:
         running = await self._services.store.jobs(states=(JobState.RUNNING,))
         await self._leftovers.clear_folders({record.job_id for record in running}, group=self._group)
         for record in running:
-            began = self._services.wall()
-            until = began + self._services.mend_within_s
-            self.live.taking_up[record.job_id] = TakingUp(frozenset(record.clients), began, until)
-            self._begin(record, self._resume(record))
+            self._begin_again(record)
+
+    def _begin_again(self, record: JobRecord) -> None:
+        """Have a run taken up that is to go on here."""
+        began = self._services.wall()
+        until = began + self._services.mend_within_s
+        self.live.taking_up[record.job_id] = TakingUp(frozenset(record.clients), began, until)
+        self._begin(record, self._resume(record))
 
     async def _resume(self, record: JobRecord) -> None:
         """Go on with a run of an earlier tenure, as soon as all that it needs is here."""
@@ -413,13 +418,19 @@ class Jobs:
         reason = shortened(reason)
         code = shortened(code, MAX_CODE_CHARS)
         ended = move(record, to, at=self._services.wall(), code=code, reason=reason, client=client)
-        try:
+        with self._doubted(record.job_id):
             await self._end_stored(ended, was=record.state)
+        self._has_ended_idle(ended)
+
+    @contextmanager
+    def _doubted(self, job_id: JobId) -> Iterator[None]:
+        """End a job that does not run within the block; where it is not known to have ended, the store is asked."""
+        try:
+            yield
         except (StoreFailed, asyncio.CancelledError):
-            self._in_doubt.add(record.job_id)
+            self._in_doubt.add(job_id)
             self.wake()
             raise
-        self._has_ended_idle(ended)
 
     async def _end_stored(self, ended: JobRecord, *, was: JobState) -> None:
         try:
@@ -429,7 +440,7 @@ class Jobs:
                 raise
 
     async def _settle_doubts(self) -> None:
-        """Announce the ends of which the store could not say that it has them."""
+        """Announce the ends of which the store could not say that it has them; a run that has none goes on."""
         for job_id in tuple(self._in_doubt):
             record = await self._services.store.job(job_id)
             if job_id not in self._in_doubt:
@@ -437,6 +448,8 @@ class Jobs:
             self._in_doubt.discard(job_id)
             if record.state in ENDED:
                 self._has_ended_idle(record)
+            elif record.state is JobState.RUNNING and job_id not in self.live:
+                self._begin_again(record)
 
     def _has_ended_idle(self, record: JobRecord) -> None:
         """Tell everybody of the end of a job that did not run."""
@@ -520,9 +533,10 @@ class Jobs:
             if job_id in self.live.runs:  # it began while the store was asked
                 continue
             if (life := self.live.task_of(job_id)) is not None:
-                life.cancel()
-                await asyncio.gather(life, return_exceptions=True)
-                record = await self._services.store.job(job_id)
+                with self._doubted(job_id):
+                    life.cancel()
+                    await asyncio.gather(life, return_exceptions=True)
+                    record = await self._services.store.job(job_id)
             try:
                 await self._end_idle(record, JobState.ABORTED, code="aborted", reason=reason)
             except Conflict:  # it went on at this very moment: look again how far it is
