@@ -449,13 +449,14 @@ class IssueTasks(msgspec.Struct, frozen=True):
     """Journal one task for each key and hand it to its client; a key that is answered already brings its answer.
 
     For people: the run waits for the answers at most ``deadline_s`` seconds, and ``then`` says what happens after that;
-    where it ``keeps`` tasks, that is said anew of all that are out under the same name in the same round.
+    where it ``keeps`` tasks, that is said anew of all that are out under the same name in the same round. A process
+    of release 0.1.0 says neither: a day, and the workflow decides.
     """
 
     keys: tuple[TaskKey, ...]
     model: ModelRef | None
-    deadline_s: float
-    then: str
+    deadline_s: float = 86_400.0
+    then: str = "the workflow decides"
     config: Config = {}
     expects_model: bool = True
     keeps: bool = False
