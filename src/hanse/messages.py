@@ -712,7 +712,11 @@ class StandbyView(msgspec.Struct, frozen=True):
 
 
 class ServerStatus(msgspec.Struct, frozen=True):
-    """How the server is that serves, and which ones stand by."""
+    """How the server is that serves, and which ones stand by.
+
+    ``certificate_ends_at`` is POSIX seconds (0: it has none, or does not tell); ``remark`` is what people should know
+    of that.
+    """
 
     state: str
     ssid: Ssid
@@ -723,6 +727,8 @@ class ServerStatus(msgspec.Struct, frozen=True):
     since: float
     name: str = ""
     standbys: tuple[StandbyView, ...] = ()
+    certificate_ends_at: float = 0.0
+    remark: str = ""
 
 
 class StatusQuery(msgspec.Struct, frozen=True):
