@@ -945,7 +945,11 @@ def test_stop_training_starts_no_further_job(
     site.send(answer(task, w(1)))
 
     assert outcome(server, first).state is JobState.COMPLETED
-    assert wait(server.jobs.board.view(second)).state == "submitted"
+    view = wait(server.jobs.board.view(second))
+    assert view.state == "submitted"
+    (waiting,) = view.waiting
+    assert waiting.what == "the server starts no further jobs"
+    assert (waiting.until, waiting.then) == (view.submitted_at + 60.0, "the job is given up (no-clients)")
     assert len(recorder.of(EventType.BEFORE_JOB_LAUNCH)) == 1
 
 

@@ -218,7 +218,7 @@ class Jobs:
             submitted,
             clients=self._clients.candidates(self.live.records_of),
             running_jobs=len(self.live),
-            max_running_jobs=self._limits.max_running_jobs,
+            max_running_jobs=self._limits.max_running_jobs if self._accepting else 0,
             min_registered=self._limits.min_registered,
             now_s=now_s,
             absent=self._services.absent(),
@@ -257,7 +257,7 @@ class Jobs:
 
     async def _decided(self, record: JobRecord, decision: Decision) -> None:
         match decision:
-            case Start(clients=clients) if self._accepting:
+            case Start(clients=clients):
                 scheduled = move(record, JobState.SCHEDULED, at=self._services.wall())
                 scheduled = msgspec.structs.replace(scheduled, clients=clients)
                 await self._services.store.replace_job(self._services.epoch, scheduled, was=record.state)
@@ -580,8 +580,9 @@ class Jobs:
         self._leftovers.end_at(client, idle, group=self._group)
 
     def stop_handing_out(self) -> None:
-        """Start no further job; what runs goes on."""
+        """Start no further job; what runs goes on. From any thread."""
         self._accepting = False
+        self.wake_soon()
 
     def wake(self) -> None:
         """Have the schedule looked at again; from the event loop."""
