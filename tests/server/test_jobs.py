@@ -694,6 +694,25 @@ def test_a_run_whose_rounds_the_store_does_not_take_for_too_long_fails_for_that_
     assert "no route to host" in record.reason
 
 
+def test_a_run_whose_disk_lets_go_of_nothing_for_too_long_fails_for_that_reason(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(mend_within_s=0.2)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task = site.task()
+
+    def away(*_: object) -> None:
+        raise StoreFailed("setting tensors aside", "Input/output error")
+
+    monkeypatch.setattr(TensorFiles, "set_aside", away)
+    site.send(answer(task, w(1)))
+
+    record = outcome(server, job_id)
+    assert (record.state, record.code) == (JobState.FAILED, "store-failed")
+    assert "Input/output error" in record.reason
+
+
 def test_an_end_that_the_store_does_not_take_is_told_of_and_when_it_is_asked_again(
     start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

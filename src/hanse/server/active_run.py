@@ -256,10 +256,8 @@ class ActiveRun:
     async def _mend(self) -> bool:
         """Do as ``_ask_for_lost``, as soon as the store lets it: a process that begins before that fails."""
         while True:
-            try:
+            with contextlib.suppress(StoreFailed):
                 return await self._ask_for_lost()
-            except StoreFailed as failed:
-                self.store_failed(failed)
             if await is_set_within(self._over, STORE_PAUSE_S):
                 return True
 
@@ -283,6 +281,9 @@ class ActiveRun:
         except TensorsLost as error:
             await self.end(JobState.FAILED, code=error.code, reason=error.reason)
             return True
+        except StoreFailed as failed:
+            self.store_failed(failed)
+            raise
         for task in again:
             await self._send(task)
         return tasks is not None
@@ -401,7 +402,11 @@ class ActiveRun:
         self._withheld.clear()
         for key in self.run.committed(state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
-        await self._clear(state_digests(state))
+        try:
+            await self._clear(state_digests(state))
+        except StoreFailed as failed:  # the round is committed; whoever has asked for that asks again
+            self.store_failed(failed)
+            raise
         if self._round_done < state.round:
             self._round_done = state.round
             self._notify(EventType.ROUND_DONE, round_number=state.round, metrics=state.metrics)
