@@ -31,7 +31,7 @@ from hanse.errors import (
     Unauthenticated,
 )
 from hanse.events import EventType, Refused
-from hanse.ids import ClientName, Digest, JobId
+from hanse.ids import SERVER, ClientName, Digest, JobId, job_cell
 from hanse.job import JobRecord, JobState, Resources, WorkflowSpec
 from hanse.launch.long_logs import TAIL_BYTES
 from hanse.launch.process import Handle
@@ -692,6 +692,25 @@ def test_a_run_whose_rounds_the_store_does_not_take_for_too_long_fails_for_that_
     record = outcome(server, job_id)
     assert (record.state, record.code) == (JobState.FAILED, "store-failed")
     assert "no route to host" in record.reason
+
+
+def test_a_run_whose_process_asks_anew_where_it_stands_has_no_more_time_for_what_is_not_written(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.run.server_link.Backoff.next_s", lambda _: 0.05)
+    server = start(mend_within_s=1.0)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task, services = site.task(), server.jobs.services
+
+    async def away(*_: object, **__: object) -> None:
+        services.cell.drop(job_cell(SERVER, job_id), NotInService())
+        raise StoreFailed("committing a round", "no route to host")
+
+    monkeypatch.setattr(services.store, "commit_round", away)
+    site.send(answer(task, w(1)))
+
+    assert outcome(server, job_id).code == "store-failed"
 
 
 def test_a_run_whose_disk_lets_go_of_nothing_for_too_long_fails_for_that_reason(
