@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hanse.codes import CODES
-from hanse.coordination.waiting import END_TRIED_AGAIN, GIVEN_UP, HINDERED, SCHEDULED_AGAIN, TakingUp
+from hanse.coordination.waiting import END_TRIED_AGAIN, GIVEN_UP, HINDERED, IF_NEEDED, SCHEDULED_AGAIN, TakingUp
 from hanse.errors import (
     Conflict,
     HanseError,
@@ -673,6 +673,29 @@ def test_a_job_that_runs_is_shown_while_the_store_is_away(
     site.send(answer(task, w(1)))
     site.task()
     assert [waiting.what[:10] for waiting in wait(server.jobs.board.view(job_id)).waiting] == ["answers to"]
+
+
+def test_a_run_that_needs_nothing_of_the_store_outlives_it_that_people_could_not_look_it_up(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(mend_within_s=0.05)
+    site, other = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    job_id = submit(server, tmp_path, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    task = site.task()
+    other.send(answer(other.task(), w(1)))  # when that is accepted, nothing is being written any more
+
+    async def away(*_: object, **__: object) -> None:
+        raise StoreFailed("using the database", "no route to host")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.jobs.services.store, "job", away)
+        store_waiting, _ = wait(server.jobs.board.view(job_id)).waiting
+    assert store_waiting.then == IF_NEEDED
+    assert [waiting.what[:10] for waiting in wait(server.jobs.board.view(job_id)).waiting] == ["answers to"]
+    wait(asyncio.sleep(0.2))  # timers of one loop are due in their order
+    site.send(answer(task, w(1)))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
 
 
 def test_a_run_whose_rounds_the_store_does_not_take_for_too_long_fails_for_that_reason(

@@ -19,6 +19,7 @@ from hanse.messages import ClientView, IssueTasks, TaskKey, Waiting
 
 GIVEN_UP: Final = "the job is given up"
 HINDERED: Final = "the job fails, unless that was mended; it is tried again every few seconds"
+IF_NEEDED: Final = "the job fails, if it has needed the store since and that was not mended"
 END_TRIED_AGAIN: Final = "it is asked again, every few seconds, to take note that the job has ended"
 SCHEDULED_AGAIN: Final = "it is scheduled again, or is given up if it should have begun by then"
 NOT_TOLD_YET: Final = "the run's process, which is being started, has said how long answers are waited for"

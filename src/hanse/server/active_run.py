@@ -25,6 +25,7 @@ from hanse.cell.link import Peer
 from hanse.coordination.runs import Accepted, Duplicate, Early, Run, Stale
 from hanse.coordination.waiting import (
     END_TRIED_AGAIN,
+    IF_NEEDED,
     Ask,
     StoreTrouble,
     asks_taken_up,
@@ -647,13 +648,17 @@ class ActiveRun:
 
     # what it waits for
 
-    def waiting(self) -> tuple[Waiting, ...]:
-        """Return what the run waits for now, for people."""
+    def waiting(self, *, looked: StoreFailed | None = None) -> tuple[Waiting, ...]:
+        """Return what the run waits for now, for people, whose own look into the store may have failed."""
+        store = self._end_held_up or self._mending.trouble
+        if store is None and looked is not None:
+            now = self._services.now()
+            store = StoreTrouble(looked.reason, now, now + self._services.mend_within_s, IF_NEEDED)
         return waiting_of_running(
             self.run,
             asks=self._asks,
             process=self._process.standing,
-            store=self._end_held_up or self._mending.trouble,
+            store=store,
             absent=self._services.absent(),
             now=self._services.now(),
             wall=self._services.wall(),
