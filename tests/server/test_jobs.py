@@ -16,7 +16,15 @@ import numpy as np
 import pytest
 
 from hanse.codes import CODES
-from hanse.coordination.waiting import END_TRIED_AGAIN, GIVEN_UP, HINDERED, IF_NEEDED, SCHEDULED_AGAIN, TakingUp
+from hanse.coordination.waiting import (
+    END_TRIED_AGAIN,
+    GIVEN_UP,
+    HINDERED,
+    IF_NEEDED,
+    NOT_TOLD_YET,
+    SCHEDULED_AGAIN,
+    TakingUp,
+)
 from hanse.errors import (
     Conflict,
     HanseError,
@@ -63,6 +71,7 @@ from hanse.messages import (
     TaskResult,
     TensorRef,
     UpdateRef,
+    Waiting,
 )
 from hanse.model import Model
 from hanse.run.server_link import ServerLink
@@ -1510,6 +1519,32 @@ def test_a_run_whose_process_the_machine_does_not_start_goes_on_when_it_does_and
     assert outcome(server, job_id).state is JobState.COMPLETED
     assert "the run's process could not be started: Too many open files" in reasons[0].what
     assert reasons[0].until > reasons[0].since
+
+
+def test_a_deadline_that_a_dead_process_has_set_is_told_of_no_more(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    class Limited(Threads):
+        async def launch(self, module: str, **more: Any) -> Handle:
+            if self.started:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return await super().launch(module, **more)
+
+    launcher = Limited()
+    server = start(launcher=launcher)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+    (before,) = wait(server.jobs.board.view(job_id)).waiting
+    launcher.started[0].kill()
+
+    waits: tuple[Waiting, ...] = ()
+    while not any("cannot go on" in each.what for each in waits):
+        waits = wait(server.jobs.board.view(job_id)).waiting
+
+    process, answers = waits
+    assert (answers.what, answers.until) == (before.what, process.until)
+    assert answers.then == f"{NOT_TOLD_YET}; otherwise {HINDERED}"
 
 
 def test_a_run_whose_disk_is_full_goes_on_when_there_is_space_and_cancels_nothing_meanwhile(

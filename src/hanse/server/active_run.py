@@ -29,6 +29,7 @@ from hanse.coordination.waiting import (
     Ask,
     StoreTrouble,
     asks_taken_up,
+    asks_untold,
     views_of,
     waiting_of_running,
     with_issue,
@@ -134,7 +135,7 @@ class ActiveRun:
         self._end_held_up: StoreTrouble | None = None
         self._group: asyncio.TaskGroup | None = None
         self._work: set[asyncio.Task[None]] = set()
-        self._process = OwnProcess(record, folder, services, over=self._over, mend=self._mend)
+        self._process = OwnProcess(record, folder, services, over=self._over, gone=self._process_gone, mend=self._mend)
         self.processes = ClientProcesses(
             record,
             run,
@@ -290,6 +291,10 @@ class ActiveRun:
         return tasks is not None
 
     # what the run's process asks
+
+    def _process_gone(self) -> None:
+        """Take note that the run's process has ended: the next one says anew until when it waits for answers."""
+        self._asks = asks_untold(self._asks)
 
     def beats(self) -> None:
         """Take note that the run's process lives."""

@@ -57,8 +57,8 @@ class GivenUp:
 class OwnProcess:
     """The own process of one run; ``keep_alive`` is its life, and the other methods tell of what is heard from it.
 
-    *over* is set when the job has ended. *mend* is awaited when the process met a damaged tensor: it has the run go on
-    without what is lost, and returns whether anything was.
+    *over* is set when the job has ended. *gone* is called when a process has ended, or could not be started. *mend* is
+    awaited when it met a damaged tensor: it has the run go on without what is lost, and returns whether anything was.
     """
 
     def __init__(
@@ -68,12 +68,14 @@ class OwnProcess:
         services: RunServices,
         *,
         over: asyncio.Event,
+        gone: Callable[[], None],
         mend: Callable[[], Awaitable[bool]],
     ) -> None:
         self._job_id, self._spec = record.job_id, record.spec
         self._folder = folder
         self._services = services
         self._over = over
+        self._gone = gone
         self._mend = mend
         self._log = FieldLogger(_log, {"job": record.job_id})
         self._handle: Handle | None = None
@@ -130,6 +132,7 @@ class OwnProcess:
         while not self._over.is_set():
             attempt, seen = attempt + 1, self._progress
             status, cause = await self._live_once(attempt)
+            self._gone()
             if self._over.is_set():
                 return None
             if self._progress > seen:
