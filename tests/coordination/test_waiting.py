@@ -23,6 +23,7 @@ from hanse.coordination.waiting import (
     asks_untold,
     views_of,
     waiting_of_running,
+    waiting_of_schedule_held_up,
     waiting_of_scheduled,
     waiting_of_submitted,
     with_issue,
@@ -403,3 +404,11 @@ def test_what_a_process_has_not_done_in_time_is_due_when_it_goes_on_or_is_killed
 
     assert (waiting.since, waiting.until) == (posix(40), posix(650))
     assert waiting.then.startswith(f"{OVERDUE}; otherwise it is killed and started again")
+
+
+def test_a_job_whose_time_is_over_while_the_schedule_is_held_up_is_given_up_when_that_is_tried_again() -> None:
+    spec = JobSpec("digits", WorkflowSpec("fedavg"), "job:app", "job:model", start_within_s=60.0)
+    record = JobRecord(JOB, spec, "ada", 5.0, Digest(""), 0)
+
+    assert waiting_of_schedule_held_up(record, "a full disk", since=30.0, again_at=35.0).until == 65.0
+    assert waiting_of_schedule_held_up(record, "a full disk", since=30.0, again_at=105.0).until == 105.0

@@ -814,6 +814,8 @@ def test_a_job_whose_end_the_store_does_not_take_does_not_keep_the_schedule_aski
         wait(server.jobs.board.view(job_id))
 
     assert refused.empty()
+    view = wait(server.jobs.board.view(job_id))
+    assert {waiting.until > server.jobs.services.wall() for waiting in view.waiting} == {True}
 
 
 @pytest.mark.parametrize("state", [JobState.SCHEDULED, JobState.RUNNING])

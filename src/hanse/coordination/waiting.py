@@ -159,9 +159,9 @@ def waiting_of_held_up(trouble: StoreTrouble) -> Waiting:
     return _waiting_of_trouble(trouble, trouble.since, trouble.until)
 
 
-def waiting_of_schedule_held_up(job: JobRecord, reason: str, since: float) -> Waiting:
-    """Return what a submitted *job* waits for while the store keeps the schedule from its work."""
-    until = job.submitted_at + job.spec.start_within_s
+def waiting_of_schedule_held_up(job: JobRecord, reason: str, since: float, again_at: float) -> Waiting:
+    """Return what a submitted *job* waits for while the store keeps the schedule from its work, tried *again_at*."""
+    until = max(job.submitted_at + job.spec.start_within_s, again_at)
     return Waiting(_failing_store(reason), since, until, f"{GIVEN_UP}, as soon as the store takes note of that")
 
 

@@ -196,7 +196,7 @@ class Jobs:
         except StoreFailed as failed:
             # A full disk or a locked database must not end the jobs that run; it tells nobody when it is over.
             _log.error("the schedule waits for the store", extra={"reason": failed.reason})
-            self._waits.schedule_held_up(failed)
+            self._waits.schedule_held_up(failed, again_in_s=POSTPONED_S)
             self._changed.clear()  # an end that the store has not taken is to be looked at again, and not at once
             return POSTPONED_S
         self._waits.schedule_goes_on()
@@ -209,7 +209,11 @@ class Jobs:
         submitted = await self._submitted()
         self._postponed = {job_id: later for job_id, later in self._postponed.items() if later.until > now}
         postponed = {
-            record.job_id: Wait(later.why, record.submitted_at + record.spec.start_within_s, later.code)
+            record.job_id: Wait(
+                later.why,
+                max(record.submitted_at + record.spec.start_within_s, now_s + later.until - now),  # then it is tried
+                later.code,
+            )
             for record in submitted
             if (later := self._postponed.get(record.job_id)) is not None
         }
