@@ -1935,6 +1935,38 @@ def test_a_client_that_failed_stays_out_of_its_run_when_the_server_is_started_ag
     assert started == []
 
 
+def test_a_round_that_went_on_without_a_failed_client_counts_when_it_is_noted_that_it_failed(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    sites = [Site(dialler, server, name) for name in ("site-1", "site-2")]
+    workflow = WorkflowSpec("fedavg", {"rounds": 1, "quorum": 1})
+    job_id = submit(server, tmp_path, workflow=workflow, process_tries=1)
+    task = sites[0].task()
+    sites[1].started()
+    store, refused, noted = server.jobs.services.store, threading.Event(), []
+    replace_job, commit_round = store.replace_job, store.commit_round
+
+    async def replaced(*arguments: Any, **more: Any) -> None:
+        if not refused.is_set():
+            refused.set()
+            raise StoreFailed("writing", "the disk is away")
+        await replace_job(*arguments, **more)
+
+    async def committed(*arguments: Any, **more: Any) -> None:
+        noted.extend((await store.job(job_id)).failed_clients)
+        await commit_round(*arguments, **more)
+
+    monkeypatch.setattr(store, "replace_job", replaced)
+    monkeypatch.setattr(store, "commit_round", committed)
+    sites[1].wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9, "epoch 3"))
+    assert refused.wait(20)
+    sites[0].send(answer(task, w(1)))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert [failed.client for failed in noted] == ["site-2"]
+
+
 def test_what_befell_a_client_is_known_to_the_server_started_again(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:

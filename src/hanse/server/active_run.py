@@ -398,6 +398,7 @@ class ActiveRun:
             if missing := self.files.missing(needed):
                 got = f"digest {missing[0]} without a file"
                 raise ProtocolError("state", got=got, expected="tensors that are stored")
+            await self._failures_noted()  # before a round that went on without them counts
             await self._journal.commit(commit, carried=kept)
             await self._end_round(commit.state, carried)
 
@@ -710,23 +711,27 @@ class ActiveRun:
     async def _note_failed(self) -> None:
         """Have whoever takes the run up know which clients are out of it, as soon as the store takes that."""
         while True:
-            async with self._ending:  # which changes the record, too
-                failed = tuple(self._failed.values())
-                if self.has_ended or self.record.failed_clients == failed:
-                    return
-                record = msgspec.structs.replace(self.record, failed_clients=failed)
-                try:
-                    await self._journal.note(record)
-                except StoreFailed as error:
-                    self._log.warning("a failed client is not noted yet", extra={"reason": error.reason})
-                except HanseError as error:  # the job has ended, or is another server's
-                    self._log.info("a failed client is not noted", extra={"reason": error.reason})
-                    return
-                else:
-                    self.record = record
-                    return
+            try:
+                await self._failures_noted()
+            except StoreFailed as error:
+                self._log.warning("a failed client is not noted yet", extra={"reason": error.reason})
+            except HanseError as error:  # the job has ended, or is another server's
+                self._log.info("a failed client is not noted", extra={"reason": error.reason})
+                return
+            else:
+                return
             if await is_set_within(self._over, STORE_PAUSE_S):
                 return
+
+    async def _failures_noted(self) -> None:
+        """Return when the store has all clients that have failed by now, or the run is over."""
+        async with self._ending:  # which changes the record, too
+            failed = tuple(self._failed.values())
+            if self.has_ended or self.record.failed_clients == failed:
+                return
+            record = msgspec.structs.replace(self.record, failed_clients=failed)
+            await self._journal.note(record)
+            self.record = record
 
     def _context(self, *, round_number: int = 0, peer: str = "", message: Message | None = None) -> FLContext:
         return FLContext(
