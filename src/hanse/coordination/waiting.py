@@ -27,7 +27,7 @@ OVERDUE: Final = "the run's process, which is late, has gone on"
 UNLESS_HEARD_OF: Final = "unless it says before then that it lives"
 TOLD_AFTER: Final = 0.05
 """A silence of this part of what is waited for is told of: 30 seconds of ten minutes, ten beats."""
-NOT_DEPLOYED: Final = "it goes on without those that have not, or is scheduled again if they are too few"
+NOT_DEPLOYED: Final = f"it goes on without those that have not; if they are too few, {SCHEDULED_AGAIN}"
 
 
 @dataclass(frozen=True, slots=True)

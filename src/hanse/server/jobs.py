@@ -508,7 +508,7 @@ class Jobs:
 
     async def _end_failing(self, job_id: JobId, error: HanseError) -> None:
         if (active := self.live.runs.get(job_id)) is not None:
-            await active.end(JobState.FAILED, code=code_of(error), reason=error.reason)
+            await active.end_once_stored(JobState.FAILED, code=code_of(error), reason=error.reason)
             return
         if job_id in self._in_doubt:
             await self._settle_doubts()
