@@ -449,13 +449,14 @@ class IssueTasks(msgspec.Struct, frozen=True):
     """Journal one task for each key and hand it to its client; a key that is answered already brings its answer.
 
     For people: the run waits for the answers at most ``deadline_s`` seconds, and ``then`` says what happens after that;
-    where it ``keeps`` tasks, that is said anew of all that are out under the same name in the same round.
+    where it ``keeps`` tasks, that is said anew of all that are out under the same name in the same round. A process
+    of release 0.1.0 says neither: a day, and the workflow decides.
     """
 
     keys: tuple[TaskKey, ...]
     model: ModelRef | None
-    deadline_s: float
-    then: str
+    deadline_s: float = 86_400.0
+    then: str = "the workflow decides"
     config: Config = {}
     expects_model: bool = True
     keeps: bool = False
@@ -711,7 +712,11 @@ class StandbyView(msgspec.Struct, frozen=True):
 
 
 class ServerStatus(msgspec.Struct, frozen=True):
-    """How the server is that serves, and which ones stand by."""
+    """How the server is that serves, and which ones stand by.
+
+    ``certificate_ends_at`` is POSIX seconds (0: it has none, or does not tell); ``remark`` is what people should know
+    of that.
+    """
 
     state: str
     ssid: Ssid
@@ -722,6 +727,8 @@ class ServerStatus(msgspec.Struct, frozen=True):
     since: float
     name: str = ""
     standbys: tuple[StandbyView, ...] = ()
+    certificate_ends_at: float = 0.0
+    remark: str = ""
 
 
 class StatusQuery(msgspec.Struct, frozen=True):

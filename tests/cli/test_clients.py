@@ -26,6 +26,7 @@ class FakeSession:
         self.refused: dict[str, str] = {}
         self.knocking: tuple[RefusedClient, ...] = ()
         self.expired: dict[str, str] = {}
+        self.state = STATUS
 
     async def client_list(self) -> ClientList:
         return ClientList(self.registered, self.refused, self.knocking, self.expired)
@@ -37,7 +38,7 @@ class FakeSession:
         del self.refused[client]
 
     async def status(self) -> ServerStatus:
-        return STATUS
+        return self.state
 
 
 @pytest.fixture
@@ -95,6 +96,11 @@ def test_the_servers_state_is_shown(hanse: Hanse, session: FakeSession) -> None:
     assert (shown[0], shown[2]) == ("project       demo", "state         hot")
     assert shown[4:6] == ["clients       1 registered", "running jobs  1"]
     assert json.loads(hanse("server", "status", "--format", "json").out)["clients"] == 1
+
+
+def test_a_servers_certificate_that_ends_is_shown_with_its_state(hanse: Hanse, session: FakeSession) -> None:
+    session.state = msgspec.structs.replace(STATUS, remark="it expires soon")
+    assert hanse("server", "status").out.splitlines()[-1] == "certificate   it expires soon"
 
 
 @pytest.mark.parametrize("command", [("client", "list"), ("client", "disable", "x"), ("server", "status")])

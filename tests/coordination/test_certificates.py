@@ -9,6 +9,7 @@ from hanse.coordination.certificates import (
     EXPECTED_S,
     CertificateEnds,
     remark_on,
+    servers_remark,
 )
 from hanse.errors import CertificateExpired
 from hanse.ids import ClientName
@@ -142,3 +143,18 @@ def test_no_token_is_given_once_the_certificate_has_ended() -> None:
 )
 def test_people_are_told_of_a_certificate_that_has_ended_or_will_soon(ends_at: float | None, remark: str) -> None:
     assert remark_on(ends_at, END) == remark
+
+
+@pytest.mark.parametrize(
+    ("now_s", "remark"),
+    [
+        (END - ENDS_SOON_S - 1, ""),
+        (END - 11.5 * DAY, "it expires on 2025-03-04 09:30 UTC, in 11 days; from then on nobody can connect"),
+        (END - 1, "it expires on 2025-03-04 09:30 UTC, in 0 days; from then on nobody can connect"),
+        (END, "it expired on 2025-03-04 09:30 UTC, and nobody can connect"),
+        (END + EXPECTED_S + DAY, "it expired on 2025-03-04 09:30 UTC, and nobody can connect"),
+    ],
+)
+def test_of_a_servers_certificate_people_hear_what_its_end_means(now_s: float, remark: str) -> None:
+    advice = " until the server has a new one and is started again"
+    assert servers_remark(END, now_s) == (f"{remark}{advice}" if remark else "")

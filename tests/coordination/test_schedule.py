@@ -95,6 +95,15 @@ def test_a_job_waits_for_a_place_among_the_running_jobs() -> None:
     assert reason(decision(job(), site(1), site(2), running_jobs=1, max_running_jobs=1)).startswith("1 job is running")
 
 
+def test_a_job_waits_no_longer_than_it_may_for_a_server_that_starts_no_further_ones() -> None:
+    record, why = job(min_clients=1), "the server starts no further jobs"
+
+    assert decision(record, site(1), max_running_jobs=0) == Wait(why, 1060.0)
+    assert decision(record, site(1), max_running_jobs=0, now_s=1060.0) == GiveUp(
+        f"the job could not start within 60 s: {why}"
+    )
+
+
 def test_no_job_starts_before_enough_clients_are_registered() -> None:
     record = job(min_clients=1)
 

@@ -12,6 +12,7 @@ from hanse.coordination.waiting import (
     HINDERED,
     NOT_DEPLOYED,
     NOT_TOLD_YET,
+    OVERDUE,
     Ask,
     Deployment,
     Phase,
@@ -19,8 +20,10 @@ from hanse.coordination.waiting import (
     StoreTrouble,
     as_heard,
     asks_taken_up,
+    asks_untold,
     views_of,
     waiting_of_running,
+    waiting_of_schedule_held_up,
     waiting_of_scheduled,
     waiting_of_submitted,
     with_issue,
@@ -329,7 +332,8 @@ def test_a_run_that_was_taken_up_waits_for_what_the_journal_has_out() -> None:
 
     assert evaluating.what == "answers to 'evaluate' of round 1 from 1 of 1 client"
     assert [(view.name, view.state) for view in training.whom] == [(ONE, "suspect"), (TWO, "suspect")]
-    assert (training.since, training.until, training.then) == (posix(90), posix(WORKING.until), NOT_TOLD_YET)
+    assert (training.since, training.until) == (posix(90), posix(WORKING.until))
+    assert training.then.startswith(f"{NOT_TOLD_YET}; otherwise it is killed and started again")
 
 
 def test_a_run_that_has_ended_waits_for_nothing() -> None:
@@ -373,3 +377,38 @@ def test_of_a_client_that_is_away_it_is_said_why_where_that_is_known() -> None:
         (THREE, "running", ""),  # its process goes on, with a certificate of its own
     ]
     assert [view.reason for view in views_of(run, absent=absent, now=NOW, wall=WALL)] == [each[2] for each in shown]
+
+
+@pytest.mark.parametrize(
+    ("process", "then"),
+    [
+        (RunProcess(Phase.PAUSING, 90.0, 110.0, 2, "killed"), "it is started again, as start 2"),
+        (RunProcess(Phase.HINDERED, 90.0, 604_890.0, 2, "a full disk"), HINDERED),
+        (RunProcess(Phase.STARTING, 90.0, 690.0, 2), "it is killed and started again"),
+    ],
+)
+def test_what_a_process_has_asked_that_is_dead_waits_for_what_the_next_one_says(process: RunProcess, then: str) -> None:
+    run = run_in_round_1(ONE)
+
+    *_, waiting = told(run, *asks_untold(issued(run, key(ONE))), process=process)
+
+    assert (waiting.since, waiting.until) == (posix(40), posix(process.until))
+    assert waiting.then.startswith(f"{NOT_TOLD_YET}; otherwise {then}")
+
+
+def test_what_a_process_has_not_done_in_time_is_due_when_it_goes_on_or_is_killed() -> None:
+    run = run_in_round_1(ONE)
+    silent = RunProcess(Phase.SILENT, since=50.0, until=650.0)
+
+    *_, waiting = told(run, *issued(run, key(ONE), deadline_s=30.0), process=silent)
+
+    assert (waiting.since, waiting.until) == (posix(40), posix(650))
+    assert waiting.then.startswith(f"{OVERDUE}; otherwise it is killed and started again")
+
+
+def test_a_job_whose_time_is_over_while_the_schedule_is_held_up_is_given_up_when_that_is_tried_again() -> None:
+    spec = JobSpec("digits", WorkflowSpec("fedavg"), "job:app", "job:model", start_within_s=60.0)
+    record = JobRecord(JOB, spec, "ada", 5.0, Digest(""), 0)
+
+    assert waiting_of_schedule_held_up(record, "a full disk", since=30.0, again_at=35.0).until == 65.0
+    assert waiting_of_schedule_held_up(record, "a full disk", since=30.0, again_at=105.0).until == 105.0

@@ -232,6 +232,27 @@ async def test_a_heartbeat_asks_for_no_answer() -> None:
             await beats.wait()
 
 
+async def test_a_server_that_cannot_do_it_yet_is_asked_for_as_long_as_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hanse.run.server_link.LONGEST_WAIT_S", 0.5)
+    monkeypatch.setattr("hanse.run.server_link.Backoff.next_s", lambda _: 0.1)
+    asked: list[float] = []
+
+    def commit(message: Message) -> Message:
+        del message
+        asked.append(asyncio.get_running_loop().time())
+        if asked[-1] - asked[0] <= 1.0:
+            raise StoreFailed("writing", "no space left on device")
+        return ok()
+
+    async with linked(Heard()) as (server, link):
+        server.on(Channel.RUN, "commit", commit)
+        await link.commit(StateRef(0, ModelRef()), took_s=0.5, answered=[ClientName("site-1")])
+
+    assert asked[-1] - asked[0] > 1.0
+
+
 async def test_a_run_without_a_server_says_so_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hanse.run.server_link.LONGEST_WAIT_S", 0.3)
     link = ServerLink(Cell(RUN), on_abort=print)

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import itertools
 import os
 import queue
 import threading
@@ -15,7 +16,15 @@ import numpy as np
 import pytest
 
 from hanse.codes import CODES
-from hanse.coordination.waiting import END_TRIED_AGAIN, GIVEN_UP, HINDERED, SCHEDULED_AGAIN, TakingUp
+from hanse.coordination.waiting import (
+    END_TRIED_AGAIN,
+    GIVEN_UP,
+    HINDERED,
+    IF_NEEDED,
+    NOT_TOLD_YET,
+    SCHEDULED_AGAIN,
+    TakingUp,
+)
 from hanse.errors import (
     Conflict,
     HanseError,
@@ -30,7 +39,7 @@ from hanse.errors import (
     Unauthenticated,
 )
 from hanse.events import EventType, Refused
-from hanse.ids import ClientName, Digest, JobId
+from hanse.ids import SERVER, ClientName, Digest, JobId, job_cell
 from hanse.job import JobRecord, JobState, Resources, WorkflowSpec
 from hanse.launch.long_logs import TAIL_BYTES
 from hanse.launch.process import Handle
@@ -62,6 +71,7 @@ from hanse.messages import (
     TaskResult,
     TensorRef,
     UpdateRef,
+    Waiting,
 )
 from hanse.model import Model
 from hanse.run.server_link import ServerLink
@@ -674,6 +684,29 @@ def test_a_job_that_runs_is_shown_while_the_store_is_away(
     assert [waiting.what[:10] for waiting in wait(server.jobs.board.view(job_id)).waiting] == ["answers to"]
 
 
+def test_a_run_that_needs_nothing_of_the_store_outlives_it_that_people_could_not_look_it_up(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(mend_within_s=0.05)
+    site, other = Site(dialler, server, "site-1"), Site(dialler, server, "site-2")
+    job_id = submit(server, tmp_path, workflow=WorkflowSpec("fedavg", {"rounds": 1}))
+    task = site.task()
+    other.send(answer(other.task(), w(1)))  # when that is accepted, nothing is being written any more
+
+    async def away(*_: object, **__: object) -> None:
+        raise StoreFailed("using the database", "no route to host")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.jobs.services.store, "job", away)
+        store_waiting, _ = wait(server.jobs.board.view(job_id)).waiting
+    assert store_waiting.then == IF_NEEDED
+    assert [waiting.what[:10] for waiting in wait(server.jobs.board.view(job_id)).waiting] == ["answers to"]
+    wait(asyncio.sleep(0.2))  # timers of one loop are due in their order
+    site.send(answer(task, w(1)))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+
+
 def test_a_run_whose_rounds_the_store_does_not_take_for_too_long_fails_for_that_reason(
     start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -693,8 +726,47 @@ def test_a_run_whose_rounds_the_store_does_not_take_for_too_long_fails_for_that_
     assert "no route to host" in record.reason
 
 
-def test_an_end_that_the_store_does_not_take_is_told_of_and_when_it_is_asked_again(
+def test_a_run_whose_process_asks_anew_where_it_stands_has_no_more_time_for_what_is_not_written(
     start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.run.server_link.Backoff.next_s", lambda _: 0.05)
+    server = start(mend_within_s=1.0)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task, services = site.task(), server.jobs.services
+
+    async def away(*_: object, **__: object) -> None:
+        services.cell.drop(job_cell(SERVER, job_id), NotInService())
+        raise StoreFailed("committing a round", "no route to host")
+
+    monkeypatch.setattr(services.store, "commit_round", away)
+    site.send(answer(task, w(1)))
+
+    assert outcome(server, job_id).code == "store-failed"
+
+
+def test_a_run_whose_disk_lets_go_of_nothing_for_too_long_fails_for_that_reason(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(mend_within_s=0.2)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    task = site.task()
+
+    def away(*_: object) -> None:
+        raise StoreFailed("setting tensors aside", "Input/output error")
+
+    monkeypatch.setattr(TensorFiles, "set_aside", away)
+    site.send(answer(task, w(1)))
+
+    record = outcome(server, job_id)
+    assert (record.state, record.code) == (JobState.FAILED, "store-failed")
+    assert "Input/output error" in record.reason
+
+
+@pytest.mark.parametrize("what", ["a client's word", "what is done for the run"])
+def test_an_end_that_the_store_does_not_take_is_told_of_and_when_it_is_asked_again(
+    what: str, start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hanse.server.active_run.STORE_PAUSE_S", 0.1)
     server = start()
@@ -703,6 +775,10 @@ def test_an_end_that_the_store_does_not_take_is_told_of_and_when_it_is_asked_aga
     site.task()
     store, refused = server.jobs.services.store, threading.Semaphore(0)
     end_run, is_away = store.end_run, threading.Event()
+
+    async def broken(run: ActiveRun) -> None:
+        raise StoreFailed("handing out a task", "boom")
+
     is_away.set()
 
     async def ended(*arguments: Any, **more: Any) -> None:
@@ -712,7 +788,11 @@ def test_an_end_that_the_store_does_not_take_is_told_of_and_when_it_is_asked_aga
         await end_run(*arguments, **more)
 
     monkeypatch.setattr(store, "end_run", ended)
-    site.wire.ask(Channel.SERVER, "job_failure", JobFailure(job_id, "exception", "boom"))
+    if what == "a client's word":
+        site.wire.ask(Channel.SERVER, "job_failure", JobFailure(job_id, "exception", "boom"))
+    else:
+        monkeypatch.setattr(ActiveRun, "hand_out_again", broken)
+        server.reset_tokens()
     for _ in range(2):  # at its second refusal all is done that follows the first
         assert refused.acquire(timeout=20)
 
@@ -722,7 +802,29 @@ def test_an_end_that_the_store_does_not_take_is_told_of_and_when_it_is_asked_aga
     assert "no route to host" in waiting.what
     assert waiting.since < waiting.until < waiting.since + 20
     assert waiting.then == END_TRIED_AGAIN
-    assert outcome(server, job_id).reason == "boom (at site-1)"
+    assert "boom" in outcome(server, job_id).reason
+
+
+def test_a_job_whose_end_the_store_does_not_take_does_not_keep_the_schedule_asking(
+    start: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    refused: queue.Queue[JobId] = queue.Queue()
+
+    async def full(epoch: int, record: JobRecord, **_: object) -> None:
+        refused.put(record.job_id)
+        raise NO_SPACE
+
+    monkeypatch.setattr(server.jobs.services.store, "end_run", full)
+    job_id = submit(server, tmp_path, start_within_s=0.01)
+    assert refused.get(timeout=20) == job_id
+
+    for _ in range(10):  # what the schedule does at once, it has done by then
+        wait(server.jobs.board.view(job_id))
+
+    assert refused.empty()
+    view = wait(server.jobs.board.view(job_id))
+    assert {waiting.until > server.jobs.services.wall() for waiting in view.waiting} == {True}
 
 
 @pytest.mark.parametrize("state", [JobState.SCHEDULED, JobState.RUNNING])
@@ -924,7 +1026,11 @@ def test_stop_training_starts_no_further_job(
     site.send(answer(task, w(1)))
 
     assert outcome(server, first).state is JobState.COMPLETED
-    assert wait(server.jobs.board.view(second)).state == "submitted"
+    view = wait(server.jobs.board.view(second))
+    assert view.state == "submitted"
+    (waiting,) = view.waiting
+    assert waiting.what == "the server starts no further jobs"
+    assert (waiting.until, waiting.then) == (view.submitted_at + 60.0, "the job is given up (no-clients)")
     assert len(recorder.of(EventType.BEFORE_JOB_LAUNCH)) == 1
 
 
@@ -1426,6 +1532,32 @@ def test_a_run_whose_process_the_machine_does_not_start_goes_on_when_it_does_and
     assert reasons[0].until > reasons[0].since
 
 
+def test_a_deadline_that_a_dead_process_has_set_is_told_of_no_more(
+    start: StartServer, dialler: Dialler, tmp_path: Path
+) -> None:
+    class Limited(Threads):
+        async def launch(self, module: str, **more: Any) -> Handle:
+            if self.started:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return await super().launch(module, **more)
+
+    launcher = Limited()
+    server = start(launcher=launcher)
+    site = Site(dialler, server, "site-1")
+    job_id = submit(server, tmp_path, min_clients=1)
+    site.task()
+    (before,) = wait(server.jobs.board.view(job_id)).waiting
+    launcher.started[0].kill()
+
+    waits: tuple[Waiting, ...] = ()
+    while not any("cannot go on" in each.what for each in waits):
+        waits = wait(server.jobs.board.view(job_id)).waiting
+
+    process, answers = waits
+    assert (answers.what, answers.until) == (before.what, process.until)
+    assert answers.then == f"{NOT_TOLD_YET}; otherwise {HINDERED}"
+
+
 def test_a_run_whose_disk_is_full_goes_on_when_there_is_space_and_cancels_nothing_meanwhile(
     start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1812,6 +1944,38 @@ def test_a_client_that_failed_stays_out_of_its_run_when_the_server_is_started_ag
     assert started == []
 
 
+def test_a_round_that_went_on_without_a_failed_client_counts_when_it_is_noted_that_it_failed(
+    start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    sites = [Site(dialler, server, name) for name in ("site-1", "site-2")]
+    workflow = WorkflowSpec("fedavg", {"rounds": 1, "quorum": 1})
+    job_id = submit(server, tmp_path, workflow=workflow, process_tries=1)
+    task = sites[0].task()
+    sites[1].started()
+    store, refused, noted = server.jobs.services.store, threading.Event(), []
+    replace_job, commit_round = store.replace_job, store.commit_round
+
+    async def replaced(*arguments: Any, **more: Any) -> None:
+        if not refused.is_set():
+            refused.set()
+            raise StoreFailed("writing", "the disk is away")
+        await replace_job(*arguments, **more)
+
+    async def committed(*arguments: Any, **more: Any) -> None:
+        noted.extend((await store.job(job_id)).failed_clients)
+        await commit_round(*arguments, **more)
+
+    monkeypatch.setattr(store, "replace_job", replaced)
+    monkeypatch.setattr(store, "commit_round", committed)
+    sites[1].wire.ask(Channel.SERVER, "job_ended", JobEnded(job_id, 1, -9, "epoch 3"))
+    assert refused.wait(20)
+    sites[0].send(answer(task, w(1)))
+
+    assert outcome(server, job_id).state is JobState.COMPLETED
+    assert [failed.client for failed in noted] == ["site-2"]
+
+
 def test_what_befell_a_client_is_known_to_the_server_started_again(
     start: StartServer, dialler: Dialler, tmp_path: Path
 ) -> None:
@@ -1974,6 +2138,46 @@ def test_the_end_of_a_clients_process_is_not_missed_while_its_run_is_taken_up(
     recorder.wait_for(EventType.START_RUN, count=2)
     back.wire.ask(Channel.SERVER, "job_ended", end)
     assert outcome(second, job_id).cause == "out-of-memory"
+
+
+@pytest.mark.parametrize("failing", ["end_run", "job"])
+def test_a_run_that_could_not_be_aborted_while_it_was_taken_up_is_taken_up_all_the_same(
+    failing: str, start: StartServer, dialler: Dialler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.server.jobs.POSTPONED_S", 0.01)
+    first = start()
+    site = Site(dialler, first, "site-1")
+    job_id = submit(first, tmp_path, min_clients=1)
+    task, credentials = site.task(), site.wire.credentials
+    first.close()
+    dialler.close()
+    may_go_on, begun, take_over = on_loop(asyncio.Event), threading.Event(), RunFolder.take_over
+
+    async def slowly(folder: RunFolder, needed: Collection[Digest]) -> list[Digest]:
+        begun.set()
+        await may_go_on.wait()
+        return await take_over(folder, needed)
+
+    monkeypatch.setattr(RunFolder, "take_over", slowly)
+    second = start()
+    assert begun.wait(20)
+    store, asked = second.jobs.services.store, itertools.count(1)
+    honest = getattr(store, failing)
+
+    async def away(*arguments: Any, **more: Any) -> Any:
+        if failing == "end_run" or next(asked) == 2:  # what is asked of the store first is how far the job is
+            raise StoreFailed("using the database", "no route to host")
+        return await honest(*arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, failing, away)
+        with pytest.raises(StoreFailed):
+            wait(second.jobs.abort(job_id, reason="not needed any more"))
+    on_loop(may_go_on.set)
+
+    back = Site(dialler, second, "site-1", credentials=credentials)
+    back.wire.ask(Channel.SERVER, "heartbeat", Heartbeat())
+    assert back.task() == task
 
 
 def test_a_run_that_is_taken_up_does_not_wait_for_ever_for_a_client_that_does_not_come_back(

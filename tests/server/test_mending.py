@@ -81,6 +81,33 @@ async def test_what_fails_again_after_it_was_mended_has_its_whole_time(
     assert given_up == [LATER]
 
 
+async def test_a_store_that_can_be_read_has_not_written_what_it_could_not(mending: Callable[[], Mending]) -> None:
+    tried = mending()
+    tried.failed(FIRST)
+    tried.can_be_read()
+    assert tried.trouble is not None
+
+    tried.failed_to_read(LATER)
+    tried.can_be_read()
+    assert tried.trouble is not None
+    assert (tried.trouble.since, tried.trouble.reason) == (100.0, FIRST.reason)
+
+
+async def test_a_store_that_could_not_be_read_is_mended_when_it_can(
+    mending: Callable[[], Mending], clock: Clock, given_up: list[StoreFailed]
+) -> None:
+    tried = mending()
+    tried.failed(FIRST)
+    clock.now += FORGOTTEN_AFTER_S
+    tried.failed_to_read(LATER)
+    assert tried.trouble is not None
+    tried.can_be_read()
+
+    assert tried.trouble is None
+    await past_its_time()
+    assert given_up == []
+
+
 async def test_what_nobody_tries_again_holds_nobody_up(
     mending: Callable[[], Mending], clock: Clock, given_up: list[StoreFailed]
 ) -> None:

@@ -224,6 +224,35 @@ def test_a_tensor_that_the_disk_has_lost_is_had_from_the_bucket(
     assert not model_of(sites[1], server, job_id, task, tmp_path / "site-2").any()
 
 
+def test_a_package_whose_job_the_store_was_never_told_of_goes_when_its_server_is_started_again(
+    start: Start,
+    kept: Callable[[], list[str]],
+    deleted: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = start("one")
+    other = submit(first, tmp_path, min_clients=1)
+
+    async def away(*_: object, **__: object) -> None:
+        raise StoreFailed("using the database", "the server was killed at this moment")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SqlStore, "add_job", away)
+        patched.setattr(SqlStore, "job", away)
+        with pytest.raises(StoreFailed):
+            submit(first, tmp_path, name="untold", min_clients=1)
+    first.close()
+    (untold,) = (key.partition("/")[0] for key in kept() if key.startswith("untold-"))
+
+    start("two").close()
+    assert f"{untold}/package" in kept()
+    start("one")
+
+    deleted(f"{untold}/package/")
+    assert kept() == [f"{other}/package"]
+
+
 @pytest.mark.usefixtures("impatient")
 def test_a_client_whose_process_goes_on_while_the_run_is_taken_up_is_given_no_other(
     start: Start, dialler: Dialler, s3: S3, tmp_path: Path

@@ -1,6 +1,7 @@
 """A store that does what it is asked and cannot say so, as when the line to the database breaks at that moment."""
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 
 from hanse.cell.cell import RemoteError
-from hanse.errors import ProtocolError, StoreFailed
+from hanse.errors import NoSpace, ProtocolError, StoreFailed
 from hanse.events import EventType
 from hanse.ids import JobId
 from hanse.job import JobRecord, JobState
-from hanse.messages import Channel, CommitRound, JobFailure, TaskFault, TaskKey, TaskResult
+from hanse.messages import Channel, CommitRound, JobFailure, Message, TaskFault, TaskKey, TaskResult
 from hanse.model import Model
 from hanse.server import FederatedServer
 from hanse.storage.memory import MemoryStore
@@ -144,6 +145,39 @@ def test_a_job_that_was_scheduled_is_started(
     store.unsure = {"replace_job"}
 
     assert result_of(server, submit(server, tmp_path, min_clients=1)) == PLUS_TWO
+
+
+def test_a_job_that_is_scheduled_again_is_started_once(
+    server: FederatedServer,
+    store: UnsureStore,
+    recorder: Recorder,
+    dialler: Dialler,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deploys, postponed, replace_job = itertools.count(1), asyncio.Event(), store.replace_job
+
+    async def deploy(message: Message) -> None:
+        if next(deploys) == 1:
+            raise NoSpace("unpacking a job", disk="/", folder="/hanse", why="No space left on device")
+        await postponed.wait()  # as long as another task of the job is at it, this one must not have begun
+
+    async def replaced(epoch: int, record: JobRecord, *, was: JobState) -> None:
+        if record.state is JobState.SUBMITTED:
+            if store.unsure_then:
+                store.unsure, store.unsure_then = {"replace_job"}, set()
+                server.jobs.wake()
+            else:
+                postponed.set()
+        await replace_job(epoch, record, was=was)
+
+    site = Site(dialler, server, train=plus(1))
+    site.wire.cell.on(Channel.JOB, "deploy", deploy)
+    store.unsure_then = {"replace_job"}
+    monkeypatch.setattr(store, "replace_job", replaced)
+
+    assert result_of(server, submit(server, tmp_path, min_clients=1)) == PLUS_TWO
+    assert len(recorder.of(EventType.BEFORE_JOB_LAUNCH)) == 2
 
 
 def test_a_job_that_was_given_up_is_announced(server: FederatedServer, store: UnsureStore, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import msgspec
 
 from hanse.cell.cell import Cell, Handler
 from hanse.cell.frames import MAX_PAYLOAD_BYTES
-from hanse.coordination.certificates import expired_text
+from hanse.coordination.certificates import expired_text, servers_remark
 from hanse.coordination.policy import demand_abort
 from hanse.errors import HanseError, NotFound, ProtocolError, Unauthenticated
 from hanse.ids import NAME_RULE, ClientName, Fqcn, JobId, is_name
@@ -226,6 +226,7 @@ class _Desk:
     async def _status(self, message: Message) -> Message:
         expect(message, StatusQuery)
         running = await looked_up(self._server.jobs.services.store.jobs(states=(JobState.RUNNING,)))
+        ends_at = self._server.certificate_ends_at
         return ok(
             ServerStatus(
                 state=self._server.service.state.value,
@@ -237,6 +238,8 @@ class _Desk:
                 since=self._since,
                 name=self._server.name,
                 standbys=tuple(StandbyView(each.name, each.target, each.seen_at) for each in await self._standbys()),
+                certificate_ends_at=ends_at or 0.0,
+                remark="" if ends_at is None else servers_remark(ends_at, self._server.wall()),
             )
         )
 

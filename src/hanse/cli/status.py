@@ -23,4 +23,5 @@ def status(*, kit: KitFolder = None, output: Output = TEXT) -> None:
             f"standing by   {each.name} at {each.target} (said so at {time_text(each.seen_at)})"
             for each in found.standbys
         ),
+        *((f"certificate   {found.remark}",) if found.remark else ()),
     )

@@ -1,4 +1,4 @@
-"""When participants' certificates end, and what that means for whoever holds one.
+"""When certificates end, participants' and the server's own, and what that means for whoever holds one.
 
 The server has seen each certificate: at registration, or when TLS verified it for a stream. TLS looks at the end of a
 certificate only when a connection opens, and of a peer that it refuses then the server hears nothing, not even the
@@ -95,13 +95,26 @@ def remark_on(ends_at: float | None, now_s: float) -> str:
         return ""
     if ends_at <= now_s:
         return expired_text(ends_at)
-    days = int((ends_at - now_s) // 86_400)
-    return f"its certificate expires on {_when(ends_at)}, in {days} days; ask the project for a new one"
+    return f"its certificate expires on {_when(ends_at)}, in {_days(ends_at - now_s)}; ask the project for a new one"
+
+
+def servers_remark(ends_at: float, now_s: float) -> str:
+    """Return what people should know of a server's own certificate that ends at *ends_at*; empty as ``remark_on``."""
+    if ends_at - now_s > ENDS_SOON_S:
+        return ""
+    then = "nobody can connect until the server has a new one and is started again"
+    if ends_at <= now_s:
+        return f"it expired on {_when(ends_at)}, and {then}"
+    return f"it expires on {_when(ends_at)}, in {_days(ends_at - now_s)}; from then on {then}"
 
 
 def expired_text(ended_at: float) -> str:
     """Return what is said of a client whose certificate ended at *ended_at*."""
     return f"its certificate expired on {_when(ended_at)}, and it cannot connect until it has a new one"
+
+
+def _days(seconds: float) -> str:
+    return f"{int(seconds // 86_400)} days"
 
 
 def _when(at: float) -> str:

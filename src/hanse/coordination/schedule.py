@@ -72,7 +72,8 @@ def decide(
 ) -> Decision:
     """Return what becomes of the submitted *job* at POSIX time *now_s*.
 
-    Of clients that are *absent* it is known why; a job that is given up says so.
+    Of clients that are *absent* it is known why; a job that is given up says so. *max_running_jobs* is 0 for a server
+    that starts no further jobs.
 
     Raises:
         Conflict: the job is not submitted, but scheduled, running or ended.
@@ -155,6 +156,8 @@ def _after_start(clients: Sequence[Candidate], chosen: Collection[ClientName], a
 def _crowded(running_jobs: int, max_running_jobs: int) -> str:
     if running_jobs < max_running_jobs:
         return ""
+    if not max_running_jobs:
+        return "the server starts no further jobs"
     return f"{_count(running_jobs, 'job')} running, and the server runs at most {max_running_jobs} at a time"
 
 

@@ -19,13 +19,15 @@ from hanse.messages import ClientView, IssueTasks, TaskKey, Waiting
 
 GIVEN_UP: Final = "the job is given up"
 HINDERED: Final = "the job fails, unless that was mended; it is tried again every few seconds"
+IF_NEEDED: Final = "the job fails, if it has needed the store since and that was not mended"
 END_TRIED_AGAIN: Final = "it is asked again, every few seconds, to take note that the job has ended"
 SCHEDULED_AGAIN: Final = "it is scheduled again, or is given up if it should have begun by then"
-NOT_TOLD_YET: Final = "the run's process, which is being started, has said how long answers are waited for"
+NOT_TOLD_YET: Final = "the run's process has said how long answers are waited for"
+OVERDUE: Final = "the run's process, which is late, has gone on"
 UNLESS_HEARD_OF: Final = "unless it says before then that it lives"
 TOLD_AFTER: Final = 0.05
 """A silence of this part of what is waited for is told of: 30 seconds of ten minutes, ten beats."""
-NOT_DEPLOYED: Final = "it goes on without those that have not, or is scheduled again if they are too few"
+NOT_DEPLOYED: Final = f"it goes on without those that have not; if they are too few, {SCHEDULED_AGAIN}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,11 @@ def asks_taken_up(run: Run, *, now: float) -> tuple[Ask, ...]:
     return tuple(Ask(tuple(keys), now, until=None, then=NOT_TOLD_YET) for keys in groups.values())
 
 
+def asks_untold(asks: Iterable[Ask]) -> tuple[Ask, ...]:
+    """Return *asks* of which it is not known any more until when they are waited for: who has said it is dead."""
+    return tuple(replace(ask, until=None, then=NOT_TOLD_YET) for ask in asks)
+
+
 def waiting_of_submitted(
     job: JobRecord, wait: Wait, *, absent: Mapping[ClientName, Absence] = NOBODY
 ) -> tuple[Waiting, ...]:
@@ -152,9 +159,9 @@ def waiting_of_held_up(trouble: StoreTrouble) -> Waiting:
     return _waiting_of_trouble(trouble, trouble.since, trouble.until)
 
 
-def waiting_of_schedule_held_up(job: JobRecord, reason: str, since: float) -> Waiting:
-    """Return what a submitted *job* waits for while the store keeps the schedule from its work."""
-    until = job.submitted_at + job.spec.start_within_s
+def waiting_of_schedule_held_up(job: JobRecord, reason: str, since: float, again_at: float) -> Waiting:
+    """Return what a submitted *job* waits for while the store keeps the schedule from its work, tried *again_at*."""
+    until = max(job.submitted_at + job.spec.start_within_s, again_at)
     return Waiting(_failing_store(reason), since, until, f"{GIVEN_UP}, as soon as the store takes note of that")
 
 
@@ -204,7 +211,8 @@ def waiting_of_running(
 
     That is the store while it fails, its own process while that is started, and for each kind of task that is out those
     clients that have not answered. Where nothing is out, its own process works. Tasks that were asked one by one are
-    told together: since the first of them was issued, until the first of them is given up. Of clients
+    told together: since the first of them was issued, until the first of them is given up. Until when is what the
+    process has said; where it is to say so yet, or has not acted on it, what becomes of the process is told. Of clients
     that are *absent* it is said why.
     """
     if run.has_ended:
@@ -216,7 +224,8 @@ def waiting_of_running(
     found = []
     if store is not None:
         found.append(_waiting_of_trouble(store, posix(store.since), posix(store.until)))
-    tasks = _waiting_for_answers(run, asks, process, absent, posix)
+    asks = [_as_it_ends(ask, run, process, now) for ask in asks]
+    tasks = _waiting_for_answers(run, asks, absent, posix)
     if process.phase is not Phase.WORKING or not tasks:
         found.append(_waiting_for_process(run, process, posix))
     return (*found, *tasks)
@@ -270,10 +279,17 @@ def _doing(run: Run) -> str:
     return f"prepares round {run.round}" if run.round else "makes the initial model"
 
 
+def _as_it_ends(ask: Ask, run: Run, process: RunProcess, now: float) -> Ask:
+    """Return *ask* with what happens next, which is up to the run's *process*."""
+    if ask.until is not None and ask.until > now:
+        return ask
+    first = NOT_TOLD_YET if ask.until is None else OVERDUE
+    return replace(ask, until=process.until, then=f"{first}; otherwise {_process_and_then(run, process)[1]}")
+
+
 def _waiting_for_answers(
     run: Run,
     asks: Iterable[Ask],
-    process: RunProcess,
     absent: Mapping[ClientName, Absence],
     posix: Callable[[float], float],
 ) -> tuple[Waiting, ...]:
@@ -281,13 +297,12 @@ def _waiting_for_answers(
     for ask in asks:
         if open_keys := _open_keys(ask, run):
             groups.setdefault((open_keys[0].round, open_keys[0].name, ask.then), []).append(ask)
-    return tuple(_waiting_for_tasks(run, group, process, absent, posix) for _, group in sorted(groups.items()))
+    return tuple(_waiting_for_tasks(run, group, absent, posix) for _, group in sorted(groups.items()))
 
 
 def _waiting_for_tasks(
     run: Run,
     group: Collection[Ask],
-    process: RunProcess,
     absent: Mapping[ClientName, Absence],
     posix: Callable[[float], float],
 ) -> Waiting:
@@ -299,7 +314,7 @@ def _waiting_for_tasks(
     return Waiting(
         what=f"answers to {key.name!r} of round {key.round} from {clients}",
         since=posix(first.since),
-        until=posix(min(process.until if ask.until is None else ask.until for ask in group)),
+        until=posix(min(ask.until for ask in group if ask.until is not None)),
         then=first.then,
         whom=tuple(_view(run, client, absent, posix) for client in missing),
     )

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 from hanse.cell.backoff import Backoff
 from hanse.cell.cell import Cell
 from hanse.cell.link import Peer
+from hanse.cell.refusals import RemoteError
 from hanse.errors import HanseError, InternalError
 from hanse.ids import SERVER, ClientName
 from hanse.learning.workflow import LONGEST_WAIT_S
@@ -151,7 +152,8 @@ class ServerLink:
     async def _ask(self, topic: str, payload: Attach | IssueTasks | CommitRound | RunEnded) -> Message:
         """Return the server's reply; ask again while trying again may help: whatever is asked may be asked twice.
 
-        A full disk is for a person to mend, so that takes as long as a run waits for anything.
+        A full disk is for a person to mend. For how long that may take the server knows, and ends the run then; only
+        one that does not answer is given up here.
         """
         loop, backoff = asyncio.get_running_loop(), Backoff(self._rng)
         give_up_at = loop.time() + LONGEST_WAIT_S
@@ -159,6 +161,8 @@ class ServerLink:
             try:
                 return await self._ask_once(topic, payload)
             except HanseError as error:
+                if isinstance(error, RemoteError):
+                    give_up_at = loop.time() + LONGEST_WAIT_S
                 pause_s = backoff.next_s()
                 if not error.retryable or loop.time() + pause_s > give_up_at:
                     raise

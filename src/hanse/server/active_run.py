@@ -25,9 +25,11 @@ from hanse.cell.link import Peer
 from hanse.coordination.runs import Accepted, Duplicate, Early, Run, Stale
 from hanse.coordination.waiting import (
     END_TRIED_AGAIN,
+    IF_NEEDED,
     Ask,
     StoreTrouble,
     asks_taken_up,
+    asks_untold,
     views_of,
     waiting_of_running,
     with_issue,
@@ -133,7 +135,7 @@ class ActiveRun:
         self._end_held_up: StoreTrouble | None = None
         self._group: asyncio.TaskGroup | None = None
         self._work: set[asyncio.Task[None]] = set()
-        self._process = OwnProcess(record, folder, services, over=self._over, mend=self._mend)
+        self._process = OwnProcess(record, folder, services, over=self._over, gone=self._process_gone, mend=self._mend)
         self.processes = ClientProcesses(
             record,
             run,
@@ -256,10 +258,8 @@ class ActiveRun:
     async def _mend(self) -> bool:
         """Do as ``_ask_for_lost``, as soon as the store lets it: a process that begins before that fails."""
         while True:
-            try:
+            with contextlib.suppress(StoreFailed):
                 return await self._ask_for_lost()
-            except StoreFailed as failed:
-                self.store_failed(failed)
             if await is_set_within(self._over, STORE_PAUSE_S):
                 return True
 
@@ -283,11 +283,18 @@ class ActiveRun:
         except TensorsLost as error:
             await self.end(JobState.FAILED, code=error.code, reason=error.reason)
             return True
+        except StoreFailed as failed:
+            self.store_failed(failed)
+            raise
         for task in again:
             await self._send(task)
         return tasks is not None
 
     # what the run's process asks
+
+    def _process_gone(self) -> None:
+        """Take note that the run's process has ended: the next one says anew until when it waits for answers."""
+        self._asks = asks_untold(self._asks)
 
     def beats(self) -> None:
         """Take note that the run's process lives."""
@@ -391,6 +398,7 @@ class ActiveRun:
             if missing := self.files.missing(needed):
                 got = f"digest {missing[0]} without a file"
                 raise ProtocolError("state", got=got, expected="tensors that are stored")
+            await self._failures_noted()  # before a round that went on without them counts
             await self._journal.commit(commit, carried=kept)
             await self._end_round(commit.state, carried)
 
@@ -401,7 +409,11 @@ class ActiveRun:
         self._withheld.clear()
         for key in self.run.committed(state.round, carried=carried):
             self._tell(self._cell_of(key.client), Channel.TASK, "cancelled", TaskCancelled(key))
-        await self._clear(state_digests(state))
+        try:
+            await self._clear(state_digests(state))
+        except StoreFailed as failed:  # the round is committed; whoever has asked for that asks again
+            self.store_failed(failed)
+            raise
         if self._round_done < state.round:
             self._round_done = state.round
             self._notify(EventType.ROUND_DONE, round_number=state.round, metrics=state.metrics)
@@ -642,13 +654,17 @@ class ActiveRun:
 
     # what it waits for
 
-    def waiting(self) -> tuple[Waiting, ...]:
-        """Return what the run waits for now, for people."""
+    def waiting(self, *, looked: StoreFailed | None = None) -> tuple[Waiting, ...]:
+        """Return what the run waits for now, for people, whose own look into the store may have failed."""
+        store = self._end_held_up or self._mending.trouble
+        if store is None and looked is not None:
+            now = self._services.now()
+            store = StoreTrouble(looked.reason, now, now + self._services.mend_within_s, IF_NEEDED)
         return waiting_of_running(
             self.run,
             asks=self._asks,
             process=self._process.standing,
-            store=self._end_held_up or self._mending.trouble,
+            store=store,
             absent=self._services.absent(),
             now=self._services.now(),
             wall=self._services.wall(),
@@ -695,23 +711,27 @@ class ActiveRun:
     async def _note_failed(self) -> None:
         """Have whoever takes the run up know which clients are out of it, as soon as the store takes that."""
         while True:
-            async with self._ending:  # which changes the record, too
-                failed = tuple(self._failed.values())
-                if self.has_ended or self.record.failed_clients == failed:
-                    return
-                record = msgspec.structs.replace(self.record, failed_clients=failed)
-                try:
-                    await self._journal.note(record)
-                except StoreFailed as error:
-                    self._log.warning("a failed client is not noted yet", extra={"reason": error.reason})
-                except HanseError as error:  # the job has ended, or is another server's
-                    self._log.info("a failed client is not noted", extra={"reason": error.reason})
-                    return
-                else:
-                    self.record = record
-                    return
+            try:
+                await self._failures_noted()
+            except StoreFailed as error:
+                self._log.warning("a failed client is not noted yet", extra={"reason": error.reason})
+            except HanseError as error:  # the job has ended, or is another server's
+                self._log.info("a failed client is not noted", extra={"reason": error.reason})
+                return
+            else:
+                return
             if await is_set_within(self._over, STORE_PAUSE_S):
                 return
+
+    async def _failures_noted(self) -> None:
+        """Return when the store has all clients that have failed by now, or the run is over."""
+        async with self._ending:  # which changes the record, too
+            failed = tuple(self._failed.values())
+            if self.has_ended or self.record.failed_clients == failed:
+                return
+            record = msgspec.structs.replace(self.record, failed_clients=failed)
+            await self._journal.note(record)
+            self.record = record
 
     def _context(self, *, round_number: int = 0, peer: str = "", message: Message | None = None) -> FLContext:
         return FLContext(

@@ -87,6 +87,7 @@ from hanse.server.jobs import JobLimits, Jobs
 from hanse.server.lifetime import holder_of, only_user_of
 from hanse.server.listening import SOCKET_FILE, Place, server_tls
 from hanse.server.overseer import HeldFor, OverseerAgent
+from hanse.server.own_certificate import warning_of_the_end
 from hanse.server.payloads import expect
 from hanse.server.primacy import Primacy
 from hanse.server.refused import RefusedPeers
@@ -368,6 +369,12 @@ class FederatedServer(BaseServer):
         return self._settings.name
 
     @property
+    def certificate_ends_at(self) -> float | None:
+        """When its certificate ends, in POSIX seconds; ``None`` where it has none."""
+        identification = self._clients.identities.identification
+        return None if identification is None else identification.identity.expires.timestamp()
+
+    @property
     def clients(self) -> Clients:
         """The clients of this server."""
         return self._clients
@@ -431,6 +438,8 @@ class FederatedServer(BaseServer):
         async with AsyncExitStack() as stack:
             stack.enter_context(only_user_of(where.workspace))
             self._clients.identities = identities_of(where, self.project_name, max_reg_duration_s=self.max_reg_duration)
+            if (ends_at := self.certificate_ends_at) is not None:
+                await stack.enter_async_context(warning_of_the_end(ends_at, lambda: self.wall()))
             store = await stack.enter_async_context(self._store or _embedded_store(where.workspace))
             admittance = self._admittance()
             cell = Cell(Fqcn(SERVER), gate=lambda *arrival: self._gate(admittance, *arrival))

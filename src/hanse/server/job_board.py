@@ -62,9 +62,8 @@ class JobBoard:
         except StoreFailed as failed:
             if (run := self._runs.get(job_id)) is None:
                 raise
-            run.store_failed(failed)
-            record, rounds, last = run.record, [], None
-        return self._view(record, rounds, last)
+            return self._view(run.record, [], None, waiting=run.waiting(looked=failed))
+        return self._view(record, rounds, last, waiting=self._waiting(record))
 
     async def views(self, *, state: str = "", limit: int = 100) -> list[JobView]:
         """Return the jobs, newest first, without their rounds' history and logs."""
@@ -72,7 +71,8 @@ class JobBoard:
         views = []
         for record in await looked_up(self._store.jobs(states=states, limit=limit)):
             rounds, last = await self._rounds(record.job_id, history=False)
-            views.append(self._view(msgspec.structs.replace(record, log_tail=""), rounds, last))
+            bare = msgspec.structs.replace(record, log_tail="")
+            views.append(self._view(bare, rounds, last, waiting=self._waiting(record)))
         return views
 
     async def find(self, prefix: str) -> JobId:
@@ -138,7 +138,12 @@ class JobBoard:
         rounds = await looked_up(self._store.rounds(job_id))
         return rounds, rounds[-1] if rounds else None
 
-    def _view(self, record: JobRecord, rounds: list[RoundView], last: RoundView | None) -> JobView:
+    def _waiting(self, record: JobRecord) -> tuple[Waiting, ...]:
+        return () if record.state in ENDED else self._waiting_of(record)
+
+    def _view(
+        self, record: JobRecord, rounds: list[RoundView], last: RoundView | None, *, waiting: tuple[Waiting, ...]
+    ) -> JobView:
         run = self._runs.get(record.job_id)
         total = record.spec.workflow.settings.get("rounds", 0)
         return JobView(
@@ -158,7 +163,7 @@ class JobBoard:
             history=tuple(rounds),
             result=record.result,
             result_bytes=record.result_bytes,
-            waiting=() if record.state in ENDED else self._waiting_of(record),
+            waiting=waiting,
             client=record.client,
             cause=record.cause if record.cause != record.code else "",
             log_tail=record.log_tail,

@@ -38,7 +38,7 @@ class JobWaits:
         self._fetching: dict[JobId, tuple[float, float]] = {}
         self._deploying: dict[JobId, Deployment] = {}
         self._held_up: dict[JobId, StoreTrouble] = {}
-        self._schedule_held_up: tuple[str, float] | None = None
+        self._schedule_held_up: tuple[str, float, float] | None = None
 
     def of(self, record: JobRecord, taking_up: TakingUp | None) -> tuple[Waiting, ...]:
         """Return what a job that has not ended, and does not run, waits for; it may be one that is *taking_up*."""
@@ -51,6 +51,8 @@ class JobWaits:
         if taking_up is not None:
             return waiting_of_taking_up(taking_up)
         wait, held_up = self._scheduled.get(record.job_id), self._schedule_held_up
+        if wait is not None and held_up is not None:
+            wait = replace(wait, until=max(wait.until, held_up[-1]))  # it is not given up before the schedule goes on
         return (
             *((waiting_of_schedule_held_up(record, *held_up),) if held_up is not None else ()),
             *(waiting_of_submitted(record, wait, absent=self._absent()) if wait is not None else ()),
@@ -62,10 +64,11 @@ class JobWaits:
         """Take note of the jobs that the schedule has found to wait."""
         self._scheduled = waits
 
-    def schedule_held_up(self, failed: StoreFailed) -> None:
-        """Take note that the store keeps the schedule from its work."""
-        _, since = self._schedule_held_up or ("", self._wall())
-        self._schedule_held_up = failed.reason, since
+    def schedule_held_up(self, failed: StoreFailed, *, again_in_s: float) -> None:
+        """Take note that the store keeps the schedule from its work, which is tried again in *again_in_s*."""
+        now = self._wall()
+        _, since, _ = self._schedule_held_up or ("", now, 0.0)
+        self._schedule_held_up = failed.reason, since, now + again_in_s
 
     def schedule_goes_on(self) -> None:
         """Take note that the store does not keep the schedule from its work any more."""

@@ -7,7 +7,8 @@ of it lives on the event loop.
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -150,10 +151,14 @@ class Jobs:
         running = await self._services.store.jobs(states=(JobState.RUNNING,))
         await self._leftovers.clear_folders({record.job_id for record in running}, group=self._group)
         for record in running:
-            began = self._services.wall()
-            until = began + self._services.mend_within_s
-            self.live.taking_up[record.job_id] = TakingUp(frozenset(record.clients), began, until)
-            self._begin(record, self._resume(record))
+            self._begin_again(record)
+
+    def _begin_again(self, record: JobRecord) -> None:
+        """Have a run taken up that is to go on here."""
+        began = self._services.wall()
+        until = began + self._services.mend_within_s
+        self.live.taking_up[record.job_id] = TakingUp(frozenset(record.clients), began, until)
+        self._begin(record, self._resume(record))
 
     async def _resume(self, record: JobRecord) -> None:
         """Go on with a run of an earlier tenure, as soon as all that it needs is here."""
@@ -191,7 +196,8 @@ class Jobs:
         except StoreFailed as failed:
             # A full disk or a locked database must not end the jobs that run; it tells nobody when it is over.
             _log.error("the schedule waits for the store", extra={"reason": failed.reason})
-            self._waits.schedule_held_up(failed)
+            self._waits.schedule_held_up(failed, again_in_s=POSTPONED_S)
+            self._changed.clear()  # an end that the store has not taken is to be looked at again, and not at once
             return POSTPONED_S
         self._waits.schedule_goes_on()
         return delay
@@ -203,7 +209,11 @@ class Jobs:
         submitted = await self._submitted()
         self._postponed = {job_id: later for job_id, later in self._postponed.items() if later.until > now}
         postponed = {
-            record.job_id: Wait(later.why, record.submitted_at + record.spec.start_within_s, later.code)
+            record.job_id: Wait(
+                later.why,
+                max(record.submitted_at + record.spec.start_within_s, now_s + later.until - now),  # then it is tried
+                later.code,
+            )
             for record in submitted
             if (later := self._postponed.get(record.job_id)) is not None
         }
@@ -212,7 +222,7 @@ class Jobs:
             submitted,
             clients=self._clients.candidates(self.live.records_of),
             running_jobs=len(self.live),
-            max_running_jobs=self._limits.max_running_jobs,
+            max_running_jobs=self._limits.max_running_jobs if self._accepting else 0,
             min_registered=self._limits.min_registered,
             now_s=now_s,
             absent=self._services.absent(),
@@ -230,16 +240,16 @@ class Jobs:
         return max(min(delays), 0.0) if delays else None
 
     async def _submitted(self) -> list[JobRecord]:
-        """Return the jobs that wait to be scheduled, among them those that are scheduled and not being started.
+        """Return the jobs that wait to be scheduled, among them those that are scheduled and have no task of their own.
 
-        An earlier tenure has left them, or the store has taken it that they are scheduled and could not say so.
+        An earlier tenure has left those, or the store has taken it that they are scheduled and could not say so.
         """
         found = []
         for record in await self._services.store.jobs(states=(JobState.SUBMITTED, JobState.SCHEDULED)):
+            if record.job_id in self.live:  # it is being started, or put back, of which the store may know already
+                continue
             again = record
             if record.state is JobState.SCHEDULED:
-                if record.job_id in self.live:
-                    continue
                 again = move(record, JobState.SUBMITTED, at=self._services.wall())
                 try:
                     await self._services.store.replace_job(self._services.epoch, again, was=record.state)
@@ -251,7 +261,7 @@ class Jobs:
 
     async def _decided(self, record: JobRecord, decision: Decision) -> None:
         match decision:
-            case Start(clients=clients) if self._accepting:
+            case Start(clients=clients):
                 scheduled = move(record, JobState.SCHEDULED, at=self._services.wall())
                 scheduled = msgspec.structs.replace(scheduled, clients=clients)
                 await self._services.store.replace_job(self._services.epoch, scheduled, was=record.state)
@@ -412,13 +422,19 @@ class Jobs:
         reason = shortened(reason)
         code = shortened(code, MAX_CODE_CHARS)
         ended = move(record, to, at=self._services.wall(), code=code, reason=reason, client=client)
-        try:
+        with self._doubted(record.job_id):
             await self._end_stored(ended, was=record.state)
+        self._has_ended_idle(ended)
+
+    @contextmanager
+    def _doubted(self, job_id: JobId) -> Iterator[None]:
+        """End a job that does not run within the block; where it is not known to have ended, the store is asked."""
+        try:
+            yield
         except (StoreFailed, asyncio.CancelledError):
-            self._in_doubt.add(record.job_id)
+            self._in_doubt.add(job_id)
             self.wake()
             raise
-        self._has_ended_idle(ended)
 
     async def _end_stored(self, ended: JobRecord, *, was: JobState) -> None:
         try:
@@ -428,7 +444,7 @@ class Jobs:
                 raise
 
     async def _settle_doubts(self) -> None:
-        """Announce the ends of which the store could not say that it has them."""
+        """Announce the ends of which the store could not say that it has them; a run that has none goes on."""
         for job_id in tuple(self._in_doubt):
             record = await self._services.store.job(job_id)
             if job_id not in self._in_doubt:
@@ -436,6 +452,8 @@ class Jobs:
             self._in_doubt.discard(job_id)
             if record.state in ENDED:
                 self._has_ended_idle(record)
+            elif record.state is JobState.RUNNING and job_id not in self.live:
+                self._begin_again(record)
 
     def _has_ended_idle(self, record: JobRecord) -> None:
         """Tell everybody of the end of a job that did not run."""
@@ -490,7 +508,7 @@ class Jobs:
 
     async def _end_failing(self, job_id: JobId, error: HanseError) -> None:
         if (active := self.live.runs.get(job_id)) is not None:
-            await active.end(JobState.FAILED, code=code_of(error), reason=error.reason)
+            await active.end_once_stored(JobState.FAILED, code=code_of(error), reason=error.reason)
             return
         if job_id in self._in_doubt:
             await self._settle_doubts()
@@ -519,9 +537,10 @@ class Jobs:
             if job_id in self.live.runs:  # it began while the store was asked
                 continue
             if (life := self.live.task_of(job_id)) is not None:
-                life.cancel()
-                await asyncio.gather(life, return_exceptions=True)
-                record = await self._services.store.job(job_id)
+                with self._doubted(job_id):
+                    life.cancel()
+                    await asyncio.gather(life, return_exceptions=True)
+                    record = await self._services.store.job(job_id)
             try:
                 await self._end_idle(record, JobState.ABORTED, code="aborted", reason=reason)
             except Conflict:  # it went on at this very moment: look again how far it is
@@ -565,8 +584,9 @@ class Jobs:
         self._leftovers.end_at(client, idle, group=self._group)
 
     def stop_handing_out(self) -> None:
-        """Start no further job; what runs goes on."""
+        """Start no further job; what runs goes on. From any thread."""
         self._accepting = False
+        self.wake_soon()
 
     def wake(self) -> None:
         """Have the schedule looked at again; from the event loop."""

@@ -38,9 +38,10 @@ class Leftovers:
       does not delete in time is left, and all of it where the server is killed at that moment. The next tenure's
       ``clear_folders`` deletes that from the folders; ``clear_bucket``, in every tenure, from the bucket.
     - A server that is killed while it receives a job leaves files. The next tenure's ``clear_folders`` deletes them,
-      whether they have become a job's or not, if the store was to be told of the job and was not. Other jobs that the
-      store does not know are left alone, for they may be another store's: one that this server used before, or whose
-      name was mistaken once. So is what the bucket has of a package, for it may be another project's.
+      whether they have become a job's or not, and what the bucket has of the job's package, if the store was to be told
+      of the job and was not. Other jobs that the store does not know are left alone, for they may be another store's:
+      one that this server used before, or whose name was mistaken once. So are other packages in the bucket, which may
+      be another project's.
     - A client still holds a job that has ended. ``abort_at`` tells it so; a client that did not hear of it says at its
       heartbeats that it holds the job, and ``end_at`` tells it again.
     """
@@ -90,20 +91,24 @@ class Leftovers:
             try:
                 await self._store.job(job_id)
             except NotFound:
-                await asyncio.to_thread(self._clear_unknown, self._folders.of(job_id))
+                await self._clear_unknown(self._folders.of(job_id))
             except StoreFailed as failed:
                 _log.warning("what is left of jobs stays", extra={"reason": failed.reason})
                 return
             else:
                 await asyncio.to_thread(self._clear_known, self._folders.of(job_id), running)
 
-    def _clear_unknown(self, folder: RunFolder) -> None:
-        """Delete the files of a job that this store was to be told of, and was not; others may be another store's."""
+    async def _clear_unknown(self, folder: RunFolder) -> None:
+        """Delete all of a job that this store was to be told of, and was not; others may be another store's."""
         try:
-            if folder.untold_to() == self._store_id:
-                shutil.rmtree(folder.path, ignore_errors=True)
+            if await asyncio.to_thread(folder.untold_to) != self._store_id:
+                return
+            if folder.mirror is not None:  # before the folder, which says whose job it was to be
+                await folder.mirror.delete_packages()
         except StoreFailed as failed:
             _tell_of_files(folder.path, failed)
+            return
+        await asyncio.to_thread(shutil.rmtree, folder.path, ignore_errors=True)
 
     def _clear_known(self, folder: RunFolder, running: Collection[JobId]) -> None:
         """Delete the tensors of a job that the store has, unless it is running."""

@@ -25,17 +25,32 @@ class Mending:
         self._loop = asyncio.get_running_loop()
         self._trouble: StoreTrouble | None = None
         self._last: tuple[float, StoreFailed] | None = None
+        self._is_unwritten = False
         self._deadline: asyncio.TimerHandle | None = None
 
     @property
     def trouble(self) -> StoreTrouble | None:
         """What fails now, and is wanted."""
-        if self._last is None or self._now() - self._last[0] >= FORGOTTEN_AFTER_S:
-            return None
-        return self._trouble
+        last = self._last
+        return None if last is None or self._now() - last[0] >= FORGOTTEN_AFTER_S else self._trouble
 
     def failed(self, failed: StoreFailed) -> None:
-        """Take note of a failure; from any thread."""
+        """Take note of a failure to write; from any thread."""
+        self._note(failed)
+        self._is_unwritten = True
+
+    def failed_to_read(self, failed: StoreFailed) -> None:
+        """Take note of a failure to read."""
+        if self.trouble is None:
+            self._is_unwritten = False
+        self._note(failed)
+
+    def can_be_read(self) -> None:
+        """Take note that the store can be read: what could not be written may be written as little as before."""
+        if not self._is_unwritten:
+            self.mended()
+
+    def _note(self, failed: StoreFailed) -> None:
         now, before = self._now(), self.trouble
         self._last = now, failed
         if before is None:
@@ -45,6 +60,7 @@ class Mending:
     def mended(self) -> None:
         """Take note that it does what it is asked, or that nobody asks any more."""
         self._trouble = self._last = None
+        self._is_unwritten = False
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None

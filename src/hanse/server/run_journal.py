@@ -24,8 +24,8 @@ from hanse.storage.tensors import TensorFiles
 class RunJournal:
     """The journal of one run, whose tensors are *files*; it remembers what is kept of these already.
 
-    Every method that writes raises ``StoreFailed`` where the store, or the disk, does not take it; *mending* is told of
-    that, and when it does.
+    Every method raises ``StoreFailed`` where store or disk do not do it. *mending* is told of that, and when they
+    do; but ``mend`` leaves that to its caller.
     """
 
     def __init__(
@@ -48,8 +48,12 @@ class RunJournal:
 
     async def read(self) -> RunState:
         """Return where the run stands."""
-        with self._storing():
+        try:
             state = await self._store.snapshot(self._job_id)
+        except StoreFailed as failed:
+            self._mending.failed_to_read(failed)
+            raise
+        self._mending.can_be_read()
         for model in (task.model for task in state.tasks if task.model is not None):
             self._named.update(digests_of(model))
         if state.state is not None:
@@ -185,7 +189,7 @@ class RunJournal:
 
     @contextmanager
     def _storing(self) -> Iterator[None]:
-        """Take note of how the store does what is asked of it within the block."""
+        """Take note of how the store takes what it is to write within the block."""
         try:
             yield
         except StoreFailed as failed:

@@ -155,6 +155,14 @@ class RunMirror:
         """
         await self._objects.delete([self._key("package", digest)])
 
+    async def delete_packages(self) -> None:
+        """Delete whatever has been kept as the package of a job that there is not to be.
+
+        Raises:
+            StoreFailed: that cannot be done now.
+        """
+        await self._objects.delete(list(await self._objects.sizes(self._key("package"))))
+
     async def keep_result(self, files: TensorFiles, digest: Digest) -> None:
         """Return when the result *digest* of *files* is in the bucket.
 

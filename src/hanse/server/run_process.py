@@ -57,8 +57,8 @@ class GivenUp:
 class OwnProcess:
     """The own process of one run; ``keep_alive`` is its life, and the other methods tell of what is heard from it.
 
-    *over* is set when the job has ended. *mend* is awaited when the process met a damaged tensor: it has the run go on
-    without what is lost, and returns whether anything was.
+    *over* is set when the job has ended. *gone* is called when a process has ended, or could not be started. *mend* is
+    awaited when it met a damaged tensor: it has the run go on without what is lost, and returns whether anything was.
     """
 
     def __init__(
@@ -68,12 +68,14 @@ class OwnProcess:
         services: RunServices,
         *,
         over: asyncio.Event,
+        gone: Callable[[], None],
         mend: Callable[[], Awaitable[bool]],
     ) -> None:
         self._job_id, self._spec = record.job_id, record.spec
         self._folder = folder
         self._services = services
         self._over = over
+        self._gone = gone
         self._mend = mend
         self._log = FieldLogger(_log, {"job": record.job_id})
         self._handle: Handle | None = None
@@ -81,7 +83,7 @@ class OwnProcess:
         self._stands(Phase.STARTING, attempt=1)
         self._beat = asyncio.Event()
         self._hindrance: RunEnded | None = None
-        self._progress = 0
+        self._progress = self._answers = 0
 
     @property
     def standing(self) -> RunProcess:
@@ -108,6 +110,7 @@ class OwnProcess:
     def gets_answer(self) -> None:
         """Take note of an answer: something new to work on, for a process that works."""
         if self._standing.phase is Phase.WORKING:
+            self._answers += 1
             self.works()
 
     def progressed(self) -> None:
@@ -128,23 +131,27 @@ class OwnProcess:
         """
         attempt, hindered_since = 0, None
         while not self._over.is_set():
-            attempt, seen = attempt + 1, self._progress
+            attempt, progress, answers = attempt + 1, self._progress, self._answers
             status, cause = await self._live_once(attempt)
+            self._gone()
             if self._over.is_set():
                 return None
-            if self._progress > seen:
-                attempt, hindered_since = 1, None
+            if self._progress > progress:
+                attempt = 1
+            if (self._progress, self._answers) != (progress, answers):  # what hindered one before was mended
+                hindered_since = None
             if self._hindrance is None:
                 if (given_up := await self._follow_death(attempt, status, cause)) is not None:
                     return given_up
                 continue
             attempt -= 1  # it was not this process's doing
-            is_mended = self._hindrance.code == TensorDamaged.code and await self._mend()
-            if hindered_since is None:
-                hindered_since = self._services.now()
-                if is_mended:
-                    continue  # at once; but a disk that goes on losing what it has is waited for
-            if (given_up := await self._wait_out(self._hindrance, attempt + 1, since=hindered_since)) is not None:
+            is_first, hindered_since = hindered_since is None, hindered_since or self._services.now()
+            until = hindered_since + self._services.mend_within_s
+            hindrance = self._hindrance
+            self._standing = RunProcess(Phase.HINDERED, hindered_since, until, attempt + 1, hindrance.reason)
+            if hindrance.code == TensorDamaged.code and await self._mend() and is_first:
+                continue  # at once; but a disk that goes on losing what it has is waited for
+            if (given_up := await self._wait_out(hindrance, until=until)) is not None:
                 return given_up
         return None
 
@@ -213,14 +220,13 @@ class OwnProcess:
         await is_set_within(self._over, pause_s)
         return None
 
-    async def _wait_out(self, hindrance: RunEnded, attempt: int, *, since: float) -> GivenUp | None:
-        """Wait before the process, hindered *since* then, is tried again; or return why it is not, after so long."""
-        until, reason = since + self._services.mend_within_s, hindrance.reason
-        if self._services.now() > until:
-            return GivenUp(hindrance.code, reason, await self.log_tail())
-        self._standing = RunProcess(Phase.HINDERED, since, until, attempt, reason)
-        self._log.warning("the run's process cannot go on and is tried again", extra={"reason": reason})
-        await is_set_within(self._over, HINDERED_PAUSE_S)
+    async def _wait_out(self, hindrance: RunEnded, *, until: float) -> GivenUp | None:
+        """Wait before the hindered process is tried again; or return why it is not, for *until* is over."""
+        left_s = until - self._services.now()
+        if left_s <= 0:
+            return GivenUp(hindrance.code, hindrance.reason, await self.log_tail())
+        self._log.warning("the run's process cannot go on and is tried again", extra={"reason": hindrance.reason})
+        await is_set_within(self._over, min(HINDERED_PAUSE_S, left_s))
         return None
 
     def _stands(self, phase: Phase, attempt: int) -> None:
