@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from benchmarks.deployment import Deployment, deployment
 
@@ -70,6 +71,23 @@ def test_a_killed_server_goes_on_where_it_was_when_it_is_started_again(
     assert (ended["state"], ended["reason"]) == ("completed", "")
     assert ended["result"] == undisturbed
     assert [each["round"] for each in ended["history"]] == list(range(5))
+
+
+def test_what_a_run_process_has_started_ends_with_it_when_their_server_is_killed(
+    running: Deployment, tmp_path: Path, undisturbed: str
+) -> None:
+    waiting = gate(tmp_path, "site-1")
+    (tmp_path / "starts").touch()
+    job = running.hanse("job", "submit", str(JOB))["job_id"]
+    with waiting.open("wb"):
+        left = running.process("server").children(recursive=True)
+        assert len(left) == 2
+        running.kill("server")
+        assert psutil.wait_procs(left, timeout=STOPPED_WITHIN_S)[1] == []
+        running.start("server")
+    ended = running.hanse("job", "wait", job)
+    assert (ended["state"], ended["reason"]) == ("completed", "")
+    assert ended["result"] == undisturbed
 
 
 @pytest.mark.parametrize("by", ["its kit", "an administrator"])

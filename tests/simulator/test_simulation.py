@@ -396,6 +396,10 @@ BUSY = {
         "rng, part = ctx", "ctx.log({'busy': 1})\n        while True: pass\n        rng, part = ctx"
     ),
     "script": "import hanse.client as h\nh.receive()\nh.log({'busy': 1})\nwhile True: pass\n",
+    "script that starts a process": (
+        "import hanse.client as h, subprocess\n"
+        "h.receive()\nsubprocess.Popen(['sleep', '1000'])\nh.log({'busy': 1})\nwhile True: pass\n"
+    ),
 }
 
 
@@ -434,8 +438,11 @@ def test_interrupt_ends_all_workers_at_once_and_leaves_nothing(tmp_path: Path, s
     assert list((tmp_path / "its").iterdir()) == []
 
 
-def test_workers_end_when_their_simulation_is_killed(tmp_path: Path) -> None:
-    with busy_simulation(tmp_path, "functions") as (process, workers):
+@pytest.mark.parametrize("style", ["functions", "script that starts a process"])
+def test_workers_end_when_their_simulation_is_killed_with_all_that_they_have_started(
+    tmp_path: Path, style: str
+) -> None:
+    with busy_simulation(tmp_path, style) as (process, workers):
         assert workers
         process.kill()
         process.communicate()
