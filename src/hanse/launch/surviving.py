@@ -199,7 +199,7 @@ def end_left_behind(log_path: Path) -> None:
         note = msgspec.json.decode((log_path.parent / LOCK_FILE).read_bytes(), type=_Note)
     except (msgspec.MsgspecError, OSError):
         return
-    kill_session(note.pid, output=log_path)
+    kill_session(note.pid, started=note.started, output=log_path)
 
 
 class LifeLine:
