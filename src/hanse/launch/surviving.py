@@ -135,6 +135,7 @@ class Survivor:
         self._loop.remove_reader(self._held.fileno())
         status = self._held.exit_status()
         self._held.kill_group()
+        end_left_behind(self._log_path)  # an older kernel does not kill the group of a process that has ended
         self._held.close()
         if self._life_line is not None:
             os.close(self._life_line)
