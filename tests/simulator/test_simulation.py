@@ -463,6 +463,12 @@ def test_file_that_simulates_itself_when_imported_is_told_how_not_to(tmp_path: P
     assert "expected that call under \"if __name__ == '__main__':\"" in ended.stderr.splitlines()[-1]
 
 
+def test_initial_model_whose_code_exits_fails_the_job_and_not_the_process(tmp_path: Path) -> None:
+    job = write_job(tmp_path / "job", model="import sys\ndef initial(): sys.exit('no data')\n")
+    with pytest.raises(SimulationFailed, match="workflow 'fedavg' failed in round 0: SystemExit: no data"):
+        simulate(job, clients=2, workers=1)
+
+
 async def test_simulate_may_be_called_where_a_loop_runs_but_not_on_the_one_that_it_needs(tmp_path: Path) -> None:
     job = write_job(tmp_path / "job", rounds=1)
     assert simulate(job, clients=2, workers=1).view.state == "completed"
