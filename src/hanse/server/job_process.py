@@ -7,6 +7,7 @@ next start has it do again.
 
 import argparse
 import logging
+import os
 import sys
 import threading
 from pathlib import Path
@@ -44,7 +45,8 @@ def main() -> int:
 
 def _end_with_parent() -> None:
     """Wait for the end of the life line, which the server holds; then there is nobody to work for."""
-    while sys.stdin.buffer.read(1024):
+    # Not by ``sys.stdin``, which a thread that waits in it keeps from being closed: Python aborts then when it ends.
+    while os.read(0, 1024):
         continue
     end_with_group(ORPHANED)
 
