@@ -125,10 +125,11 @@ def test_ctrl_c_ends_a_command_without_a_traceback(hanse: Hanse, monkeypatch: py
     assert hanse("version").status == 130
 
 
-def test_a_reader_that_has_enough_is_no_error() -> None:
+@pytest.mark.parametrize("arguments", [["version"], ["explain"], ["--help"]], ids=["lines", "a table", "help"])
+def test_a_reader_that_has_enough_is_no_error(arguments: list[str]) -> None:
     ended = python(
         "import os, sys; r, w = os.pipe(); os.dup2(w, 1); os.close(r); os.close(w)\n"
-        "import hanse.cli; status = hanse.cli.main(['version']); print(status, file=sys.stderr)"
+        f"import hanse.cli; status = hanse.cli.main({arguments}); print(status, file=sys.stderr)"
     )
     assert ended.stderr == "0\n"
 

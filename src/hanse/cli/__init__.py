@@ -100,8 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return Failure("usage", _sentence(error), USAGE).tell(as_json=wants_json(tokens))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has enough. What is still in the buffer must not be written when Python ends.
+    except (BrokenPipeError, SystemExit) as error:
+        # Whoever read our output has enough; what prints tables and help makes SystemExit of that.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        # What is still in the buffer must not be written when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # noqa: BLE001 - the edge of the process: a sentence for people, a status for scripts
