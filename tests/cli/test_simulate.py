@@ -45,3 +45,12 @@ def test_a_simulation_that_is_asked_to_end_leaves_no_file(job: Path, tmp_path: P
     assert process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in said
     assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["", "nowhere/model.safetensors"])
+def test_a_model_that_could_not_be_written_is_refused_before_the_simulation(
+    hanse: Hanse, job: Path, tmp_path: Path, out: str
+) -> None:
+    ended = hanse("simulate", job, "--out", tmp_path / out)
+    assert ended.status == 2
+    assert ended.err == f"hanse: --out is '{tmp_path / out}'; expected a file in a folder that is there [config]\n"

@@ -13,6 +13,7 @@ from hanse.cli.job_text import job_lines, job_status
 from hanse.cli.logs import show_logs
 from hanse.cli.output import TEXT, Output
 from hanse.cli.progress import JobProgress
+from hanse.errors import ConfigError
 from hanse.ids import JobId
 from hanse.job import JobSpec
 from hanse.messages import JobView
@@ -34,6 +35,9 @@ def simulate(
 ) -> int:
     """Run a job here, with simulated clients; the exit status is as for 'hanse job wait'."""
     show_logs(logging.ERROR, as_json=output.is_json, verbose=output.verbose)
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        # Now, for the model of a long simulation would be lost.
+        raise ConfigError("--out", got=str(out), expected="a file in a folder that is there")
     with _ended_in_order(), JobProgress(is_quiet=output.is_json) as progress:
         progress.add(_not_begun(spec_of_folder(folder)))
         try:
