@@ -125,12 +125,28 @@ def test_ctrl_c_ends_a_command_without_a_traceback(hanse: Hanse, monkeypatch: py
     assert hanse("version").status == 130
 
 
-def test_a_reader_that_has_enough_is_no_error() -> None:
+@pytest.mark.parametrize("arguments", [["version"], ["explain"], ["--help"]], ids=["lines", "a table", "help"])
+def test_a_reader_that_has_enough_is_no_error(arguments: list[str]) -> None:
     ended = python(
         "import os, sys; r, w = os.pipe(); os.dup2(w, 1); os.close(r); os.close(w)\n"
-        "import hanse.cli; status = hanse.cli.main(['version']); print(status, file=sys.stderr)"
+        f"import hanse.cli; status = hanse.cli.main({arguments}); print(status, file=sys.stderr)"
     )
     assert ended.stderr == "0\n"
+
+
+def test_a_command_whose_standard_files_are_closed_does_its_work_and_opens_nothing_in_their_place(
+    tmp_path: Path,
+) -> None:
+    program = (
+        "import os, sys, hanse.cli\n"
+        "status = hanse.cli.main(['version'])\n"
+        "are_null = [os.path.samestat(os.fstat(number), os.stat(os.devnull)) for number in range(3)]\n"
+        "open(sys.argv[1], 'w').write(f'{status} {are_null}')\n"
+    )
+    said = tmp_path / "said"
+    closing = 'exec "$0" -c "$1" "$2" <&- >&- 2>&-'
+    subprocess.run(["sh", "-c", closing, sys.executable, program, str(said)], check=True)
+    assert said.read_text() == "0 [True, True, True]"
 
 
 def test_errors_keep_their_codes_over_the_wire() -> None:

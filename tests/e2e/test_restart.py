@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from benchmarks.deployment import Deployment, deployment
 
@@ -70,6 +71,40 @@ def test_a_killed_server_goes_on_where_it_was_when_it_is_started_again(
     assert (ended["state"], ended["reason"]) == ("completed", "")
     assert ended["result"] == undisturbed
     assert [each["round"] for each in ended["history"]] == list(range(5))
+
+
+@pytest.mark.parametrize(
+    "killed",
+    [
+        "the server",
+        pytest.param(
+            "both", marks=pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is left behind")
+        ),
+    ],
+)
+def test_what_a_run_process_has_started_is_ended_when_their_server_is_killed(
+    running: Deployment, tmp_path: Path, undisturbed: str, killed: str
+) -> None:
+    waiting = gate(tmp_path, "site-1")
+    (tmp_path / "starts").touch()
+    job = running.hanse("job", "submit", str(JOB))["job_id"]
+    with waiting.open("wb"):
+        process = running.job_process("server")
+        (started,) = process.children()
+        if killed == "both":
+            running.process("server").suspend()  # it sees nothing of what happens to the other
+            process.kill()
+        running.kill("server")
+        if killed == "both":
+            assert started.is_running()
+            running.start("server")
+        assert psutil.wait_procs([process, started], timeout=STOPPED_WITHIN_S)[1] == []
+        if killed == "the server":
+            running.start("server")
+    ended = running.hanse("job", "wait", job)
+    assert (ended["state"], ended["reason"]) == ("completed", "")
+    assert ended["result"] == undisturbed
+    assert list((running.workspace("server") / "processes").iterdir()) == []
 
 
 @pytest.mark.parametrize("by", ["its kit", "an administrator"])

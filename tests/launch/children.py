@@ -67,6 +67,10 @@ def main() -> int:
             grandchild = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"])
             say(f"grandchild {grandchild.pid}")
             return 0
+        case ["with-child"]:
+            child = subprocess.Popen(["sleep", "1000"])
+            say(f"child {child.pid}")
+            threading.Event().wait()
         case ["survive", grace_s]:
             # Threads inherit it, so SIGTERM comes to the main one: where coverage is measured it has a handler, which
             # runs in that thread and would not wake it from its wait.

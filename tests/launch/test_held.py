@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hanse.errors import UNKNOWN_STATUS, Conflict
@@ -27,6 +28,27 @@ with open(sys.argv[1], "a") as other:
     elsewhere = subprocess.Popen(["sleep", "1000"], stdout=other, **quiet)
 print(left.pid, elsewhere.pid, file=sys.stderr)
 """
+
+RESTLESS = """
+import os, subprocess
+pipes = [os.pipe() for _ in range(20)]
+for _, theirs in pipes:
+    subprocess.Popen(["sleep", "1000"], pass_fds=[theirs])
+    os.close(theirs)
+for ours, _ in pipes:
+    subprocess.Popen(["sh", "-c", "read line; sleep 1000; :"], stdin=ours)
+"""
+"""Starts processes, and others that each start one more when one of those ends."""
+
+
+def members_of(session: int) -> list[psutil.Process]:
+    """Return the processes of *session* that live."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 @pytest.fixture
@@ -166,11 +188,12 @@ def test_of_a_session_whose_leader_has_ended_those_are_killed_that_write_to_its_
         command = [sys.executable, "-c", BEHIND, str(other)]
         leader = subprocess.Popen(command, stdout=its, stderr=subprocess.PIPE, text=True, start_new_session=True)
         stranger = subprocess.Popen(["sleep", "1000"], stdout=its, stderr=anothers, start_new_session=True)
+        started = started_at(leader.pid)
         _, said = leader.communicate()
     left, elsewhere = (HeldProcess(int(number)) for number in said.split())
     try:
-        kill_session(leader.pid, output=tmp_path / "none.log")
-        kill_session(leader.pid, output=output)
+        kill_session(leader.pid, started=started, output=tmp_path / "none.log")
+        kill_session(leader.pid, started=started, output=output)
 
         assert left.wait(30)
         assert not elsewhere.wait(0), "its output goes to another file"
@@ -182,3 +205,35 @@ def test_of_a_session_whose_leader_has_ended_those_are_killed_that_write_to_its_
             with contextlib.suppress(ProcessLookupError):
                 held.send(signal.SIGKILL)
             held.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has left behind")
+def test_session_whose_leader_has_got_the_number_of_another_is_left_alone(tmp_path: Path) -> None:
+    output = tmp_path / "job.log"
+    with output.open("w") as its:
+        leader = subprocess.Popen(["sleep", "1000"], stdout=its, start_new_session=True)
+    try:
+        kill_session(leader.pid, started=started_at(leader.pid) + 1, output=output)
+        assert leader.poll() is None
+
+        kill_session(leader.pid, started=started_at(leader.pid), output=output)
+        assert leader.wait(30) == -signal.SIGKILL, "one that still lives is killed, too"
+    finally:
+        leader.kill()
+        leader.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has left behind")
+def test_what_is_started_while_a_session_is_killed_is_killed_too(tmp_path: Path) -> None:
+    output = tmp_path / "job.log"
+    with output.open("w") as its:
+        leader = subprocess.Popen([sys.executable, "-c", RESTLESS], stdout=its, start_new_session=True)
+    started = started_at(leader.pid)
+    leader.wait()
+    try:
+        kill_session(leader.pid, started=started, output=output)
+
+        assert psutil.wait_procs(members_of(leader.pid), timeout=30)[1] == []
+    finally:
+        for process in members_of(leader.pid):
+            process.kill()

@@ -165,6 +165,23 @@ async def test_stubborn_process_is_killed_with_its_group(tmp_path: Path) -> None
         assert held.wait(0)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has left behind")
+async def test_what_a_process_has_left_ends_with_it_also_where_the_kernel_cannot_say_whose_the_group_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hanse.launch.held._PROCESS_GROUP", 1 << 20)  # to Linux before 6.9, 1 << 2 is no flag either
+    log = tmp_path / "log"
+    pid, said = left_by_a_dead_parent("with-child", log)
+    with closing(HeldProcess(pid)) as held, closing(HeldProcess(int(said.split()[1]))) as child:
+        survivor = survivor_at(log, name="child")
+        assert survivor is not None
+        survivor.take_over()
+        held.send(signal.SIGKILL)
+        await survivor.wait()
+
+        assert await asyncio.to_thread(child.wait, 30)
+
+
 async def test_what_a_process_forks_does_not_hold_its_lock_and_ends_with_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
     pid, said = left_by_a_dead_parent("fork-and-end", log)

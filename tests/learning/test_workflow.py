@@ -172,11 +172,12 @@ def test_workflow_that_cannot_be_is_refused_with_the_field(
         load(reference, **settings)
 
 
-def test_users_module_that_raises_is_refused_with_its_reason() -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
+def test_users_module_that_raises_is_refused_with_its_reason(kind: type[BaseException]) -> None:
     def raising(module: str) -> ModuleType:
-        raise RuntimeError("no licence for the solver")
+        raise kind("no licence for the solver")
 
-    with pytest.raises(JobInvalid, match="RuntimeError: no licence for the solver"):
+    with pytest.raises(JobInvalid, match=f"{kind.__name__}: no licence for the solver"):
         load_workflow(WorkflowSpec("mine:Flow"), raising)
 
 

@@ -334,19 +334,25 @@ async def test_a_lap_that_is_run_again_with_a_client_that_had_been_lost_takes_no
     assert load_model(last.model, files) == model(123)
 
 
-async def test_what_the_workflows_code_raises_names_workflow_and_round(files: TensorFiles) -> None:
-    with pytest.raises(WorkflowFailed, match="workflow 'fedavg' failed in round 1: KeyError: 'w'") as raised:
-        await driven(Journal(files), Counting(raises=KeyError("w")))
+@pytest.mark.parametrize(
+    ("error", "said"), [(KeyError("w"), "KeyError: 'w'"), (SystemExit("no GPU"), "SystemExit: no GPU")]
+)
+async def test_what_the_workflows_code_raises_names_workflow_and_round(
+    files: TensorFiles, error: BaseException, said: str
+) -> None:
+    with pytest.raises(WorkflowFailed, match=f"workflow 'fedavg' failed in round 1: {said}") as raised:
+        await driven(Journal(files), Counting(raises=error))
 
     assert raised.value.round_number == 1
 
 
-async def test_what_makes_the_initial_model_fails_in_round_0(files: TensorFiles) -> None:
+@pytest.mark.parametrize("error", [OSError("no data"), SystemExit("no data")])
+async def test_what_makes_the_initial_model_fails_in_round_0(files: TensorFiles, error: BaseException) -> None:
     class Broken(Counting):
         def start(self, initial: Model) -> State:
-            raise OSError("no data")
+            raise error
 
-    with pytest.raises(WorkflowFailed, match="in round 0: OSError: no data"):
+    with pytest.raises(WorkflowFailed, match=f"in round 0: {type(error).__name__}: no data"):
         await driven(Journal(files), Broken())
 
 

@@ -396,6 +396,10 @@ BUSY = {
         "rng, part = ctx", "ctx.log({'busy': 1})\n        while True: pass\n        rng, part = ctx"
     ),
     "script": "import hanse.client as h\nh.receive()\nh.log({'busy': 1})\nwhile True: pass\n",
+    "script that starts a process": (
+        "import hanse.client as h, subprocess\n"
+        "h.receive()\nsubprocess.Popen(['sleep', '1000'])\nh.log({'busy': 1})\nwhile True: pass\n"
+    ),
 }
 
 
@@ -434,8 +438,11 @@ def test_interrupt_ends_all_workers_at_once_and_leaves_nothing(tmp_path: Path, s
     assert list((tmp_path / "its").iterdir()) == []
 
 
-def test_workers_end_when_their_simulation_is_killed(tmp_path: Path) -> None:
-    with busy_simulation(tmp_path, "functions") as (process, workers):
+@pytest.mark.parametrize("style", ["functions", "script that starts a process"])
+def test_workers_end_when_their_simulation_is_killed_with_all_that_they_have_started(
+    tmp_path: Path, style: str
+) -> None:
+    with busy_simulation(tmp_path, style) as (process, workers):
         assert workers
         process.kill()
         process.communicate()
@@ -454,6 +461,12 @@ def test_file_that_simulates_itself_when_imported_is_told_how_not_to(tmp_path: P
     ended = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert "expected that call under \"if __name__ == '__main__':\"" in ended.stderr.splitlines()[-1]
+
+
+def test_initial_model_whose_code_exits_fails_the_job_and_not_the_process(tmp_path: Path) -> None:
+    job = write_job(tmp_path / "job", model="import sys\ndef initial(): sys.exit('no data')\n")
+    with pytest.raises(SimulationFailed, match="workflow 'fedavg' failed in round 0: SystemExit: no data"):
+        simulate(job, clients=2, workers=1)
 
 
 async def test_simulate_may_be_called_where_a_loop_runs_but_not_on_the_one_that_it_needs(tmp_path: Path) -> None:

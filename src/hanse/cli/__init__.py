@@ -90,6 +90,7 @@ app: Final = _app()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that *arguments* name (by default the process's) and return the exit status."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
+    _open_standard_files()
     if not wants_log(tokens):
         # gRPC's core writes to standard error by itself, of connections that we tell of in our own words.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -100,13 +101,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return Failure("usage", _sentence(error), USAGE).tell(as_json=wants_json(tokens))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has enough. What is still in the buffer must not be written when Python ends.
+    except (BrokenPipeError, SystemExit) as error:
+        # Whoever read our output has enough; what prints tables and help makes SystemExit of that.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        # What is still in the buffer must not be written when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # noqa: BLE001 - the edge of the process: a sentence for people, a status for scripts
         return failure_of(error, with_traceback=wants_log(tokens)).tell(as_json=wants_json(tokens))
     return status if isinstance(status, int) else 0
+
+
+def _open_standard_files() -> None:
+    """Have the null device where whoever started this process has closed a standard file.
+
+    Python has nothing there to print to; and what libraries write to standard error would go to whatever is opened
+    next and gets its number: a connection, or the database.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))  # the lowest number that is free
 
 
 def _sentence(error: CycloptsError) -> str:

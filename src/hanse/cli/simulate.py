@@ -1,8 +1,11 @@
 """``hanse simulate``."""
 
 import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 from cyclopts import Parameter
 
@@ -10,6 +13,7 @@ from hanse.cli.job_text import job_lines, job_status
 from hanse.cli.logs import show_logs
 from hanse.cli.output import TEXT, Output
 from hanse.cli.progress import JobProgress
+from hanse.errors import ConfigError
 from hanse.ids import JobId
 from hanse.job import JobSpec
 from hanse.messages import JobView
@@ -31,7 +35,10 @@ def simulate(
 ) -> int:
     """Run a job here, with simulated clients; the exit status is as for 'hanse job wait'."""
     show_logs(logging.ERROR, as_json=output.is_json, verbose=output.verbose)
-    with JobProgress(is_quiet=output.is_json) as progress:
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        # Now, for the model of a long simulation would be lost.
+        raise ConfigError("--out", got=str(out), expected="a file in a folder that is there")
+    with _ended_in_order(), JobProgress(is_quiet=output.is_json) as progress:
         progress.add(_not_begun(spec_of_folder(folder)))
         try:
             result = run_simulation(folder, clients, seed=seed, workers=workers, on_event=progress.add)
@@ -46,6 +53,20 @@ def simulate(
     else:
         output.say(*job_lines(view, where=str(out) if out is not None else "--out FILE writes it"))
     return job_status(view.state)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Have SIGTERM end the block as Ctrl-C does: no worker is left, and no file of the simulation's own."""
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _not_begun(spec: JobSpec) -> JobView:

@@ -44,7 +44,7 @@ from hanse.errors import HanseError, JobInvalid, TrainingFailed
 from hanse.identity.tokens import parse_token
 from hanse.ids import Digest, job_cell
 from hanse.launch.log_lines import FieldLogger, log_to_stderr
-from hanse.launch.process import last_lines, logged_before, read_spec
+from hanse.launch.process import end_with_group, last_lines, logged_before, read_spec
 from hanse.launch.surviving import LifeLine
 from hanse.messages import (
     PROTOCOL_VERSIONS,
@@ -296,8 +296,8 @@ class _Ending:
         return self._status or 0
 
     def _force(self) -> None:
-        if self._with_group and os.getpgrp() == os.getpid():  # its own, and not that of whoever runs it by hand
-            os.killpg(0, signal.SIGKILL)
+        if self._with_group:
+            end_with_group(self._status or 0)
         os._exit(self._status or 0)
 
 

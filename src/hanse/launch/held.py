@@ -90,18 +90,25 @@ _EXIT_CODE: Final = 49
 """Fields of ``/proc/<pid>/stat`` behind the name: the third, the sixth, the 22nd and the 52nd of proc(5)."""
 
 
-def kill_session(leader: int, *, output: Path) -> None:
+def kill_session(leader: int, *, started: int, output: Path) -> None:
     """Kill what is left of the session that process *leader* led and writes to the file *output*, where that is told.
 
-    The number alone may be another session's by now; the file is nobody else's output.
+    The leader *started* then (``started_at``), or its number is another's by now, and the session is over. Where it has
+    ended, the number may be another session's; the file is nobody else's output.
     """
-    if not _PROC.is_dir():
+    if not _PROC.is_dir() or started_at(leader) not in (0, started):
         return
-    for pid in [int(path.name) for path in _PROC.iterdir() if path.name.isdigit()]:
-        if _is_of(pid, leader, output):
+    killed: set[int] = set()
+    while left := {pid for pid in _numbers() - killed if _is_of(pid, leader, output)}:  # one may have started another
+        for pid in left:
             with contextlib.suppress(OSError), contextlib.closing(HeldProcess(pid)) as held:
                 if _is_of(pid, leader, output):  # held on to by now, it is the one
                     held.send(signal.SIGKILL)
+        killed |= left
+
+
+def _numbers() -> set[int]:
+    return {int(path.name) for path in _PROC.iterdir() if path.name.isdigit()}
 
 
 def _is_of(pid: int, session: int, output: Path) -> bool:

@@ -25,9 +25,10 @@ import struct
 import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import BinaryIO, Final, NoReturn, Protocol
 
 from hanse.errors import ProtocolError
+from hanse.launch.left_behind import ProcessNotes
 from hanse.launch.memory import first_to_go
 
 MAX_SPEC_BYTES: Final = 64 * 1024 * 1024
@@ -78,15 +79,21 @@ class ProcessLauncher:
     """Starts processes with this interpreter, on this machine; each gets the descriptors *pass_fds*, by their numbers.
 
     Descriptors are for one process: who passes some makes a launcher for it, and closes them here afterwards. The
-    variables *withheld* are not in the processes' environment.
+    variables *withheld* are not in the processes' environment. *notes* are kept of the processes while they live.
     """
 
     def __init__(
-        self, python: str = sys.executable, *, pass_fds: Sequence[int] = (), withheld: Collection[str] = ()
+        self,
+        python: str = sys.executable,
+        *,
+        pass_fds: Sequence[int] = (),
+        withheld: Collection[str] = (),
+        notes: ProcessNotes | None = None,
     ) -> None:
         self._python = python
         self._pass_fds = tuple(pass_fds)
         self._withheld = frozenset(withheld)
+        self._notes = notes
 
     async def launch(
         self, module: str, *, spec: bytes, log_path: Path, env: Mapping[str, str], name: str
@@ -98,7 +105,7 @@ class ProcessLauncher:
         child is killed and reaped before it returns.
 
         Raises:
-            OSError: the interpreter or the log file cannot be opened.
+            OSError: the interpreter or the log file cannot be opened, or the disk does not take the note.
         """
         return await start_process(
             self._python,
@@ -109,6 +116,7 @@ class ProcessLauncher:
             name=name,
             pass_fds=self._pass_fds,
             withheld=self._withheld,
+            notes=self._notes,
         )
 
 
@@ -122,10 +130,11 @@ async def start_process(
     name: str,
     pass_fds: Sequence[int] = (),
     withheld: Collection[str] = (),
+    notes: ProcessNotes | None = None,
     life_line: int | None = None,
     on_started: Callable[[int, int], None] = lambda pid, log_start: None,
 ) -> "RunningProcess":
-    """Start ``python -m module``; see ``ProcessLauncher.launch``.
+    """Start ``python -m module``; see ``ProcessLauncher``.
 
     With a *life_line* of its own, a descriptor that is closed when the process has ended, the pipe of its specification
     is none. *on_started* hears of the process's number, and of where in the log it begins, before it gets its
@@ -158,8 +167,12 @@ async def start_process(
         os.close(child_end)
     ends_with_it = pipe if life_line is None else life_line
     first_to_go(process.pid)
-    running = RunningProcess(process, life_line=ends_with_it, log_path=log_path, log_start=log_start, name=name)
+    running = RunningProcess(
+        process, life_line=ends_with_it, log_path=log_path, log_start=log_start, notes=notes, name=name
+    )
     try:
+        if notes is not None:
+            notes.keep(running.pid, log_path)
         on_started(running.pid, log_start)
         await asyncio.to_thread(_write_spec, pipe, spec)  # blocks while the child has not read a large one
     except BaseException:
@@ -175,12 +188,20 @@ class RunningProcess:
     """A process started by ``ProcessLauncher``; whoever holds it awaits ``wait`` or ``stop``, which reap it."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, *, life_line: int, log_path: Path, log_start: int, name: str
+        self,
+        process: asyncio.subprocess.Process,
+        *,
+        life_line: int,
+        log_path: Path,
+        log_start: int,
+        notes: ProcessNotes | None,
+        name: str,
     ) -> None:
         self._process = process
         self._life_line: int | None = life_line
         self._log_path = log_path
         self._log_start = log_start
+        self._notes = notes
         self.name = name
 
     @property
@@ -196,6 +217,8 @@ class RunningProcess:
             self._kill_group()
             os.close(self._life_line)
             self._life_line = None
+            if self._notes is not None:
+                self._notes.drop(self.pid)
         return status
 
     async def stop(self, grace_s: float = 5.0) -> int:
@@ -255,6 +278,16 @@ async def ask_then_force(
     finally:
         if not has_ended:
             force()
+
+
+def end_with_group(status: int) -> NoReturn:
+    """End this process at once: by SIGKILL with all that it has started, or with *status* where it leads no group.
+
+    For a process whose parent is gone: nobody else ends what it has started.
+    """
+    if os.getpgrp() == os.getpid():  # its own, and not that of whoever runs it by hand
+        os.killpg(0, signal.SIGKILL)
+    os._exit(status)
 
 
 def read_spec(stream: BinaryIO) -> bytes:

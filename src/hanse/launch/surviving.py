@@ -135,6 +135,7 @@ class Survivor:
         self._loop.remove_reader(self._held.fileno())
         status = self._held.exit_status()
         self._held.kill_group()
+        end_left_behind(self._log_path)  # an older kernel does not kill the group of a process that has ended
         self._held.close()
         if self._life_line is not None:
             os.close(self._life_line)
@@ -199,7 +200,7 @@ def end_left_behind(log_path: Path) -> None:
         note = msgspec.json.decode((log_path.parent / LOCK_FILE).read_bytes(), type=_Note)
     except (msgspec.MsgspecError, OSError):
         return
-    kill_session(note.pid, output=log_path)
+    kill_session(note.pid, started=note.started, output=log_path)
 
 
 class LifeLine:

@@ -339,7 +339,7 @@ def _workflow_class(name: str, import_module: Callable[[str], ModuleType]) -> ty
         raise JobInvalid("workflow", got=name, expected=f"'module:Class' or one of {', '.join(sorted(WORKFLOWS))}")
     try:
         module = import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # The module is the job's own code and may raise anything; whoever wrote it needs the cause.
         cause = f"{type(error).__name__}: {error}"
         raise JobInvalid("workflow", got=name, expected=f"a module that can be imported ({cause})") from error

@@ -144,5 +144,5 @@ async def _guarded(spec: JobSpec, number: int, step: Awaitable[T]) -> T:
         return await step
     except HanseError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # which would end the event loop, and the process without a word
         raise WorkflowFailed(spec.workflow.name, number, f"{type(error).__name__}: {error}") from error

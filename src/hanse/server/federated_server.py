@@ -56,6 +56,7 @@ from hanse.identity.private_files import make_private_folder
 from hanse.identity.tokens import CLIENT_SCOPE, parse_token
 from hanse.ids import SERVER, ClientName, Fqcn, JobId, Ssid, split_cell
 from hanse.job import Job, JobRecord, JobSpec
+from hanse.launch.left_behind import ProcessNotes
 from hanse.launch.process import Launcher, ProcessLauncher
 from hanse.messages import (
     Challenge,
@@ -105,6 +106,8 @@ __all__ = ["AdminServer", "BaseServer", "CommandModule", "FederatedServer", "Tas
 
 MAX_SOCKET_PATH: Final = 100
 """Unix socket paths are limited to little more than this; a longer workspace has its socket in the temporary folder."""
+NOTES_FOLDER: Final = "processes"
+"""Where in the workspace notes are kept of the runs' processes while they live."""
 
 _log = logging.getLogger(__name__)
 
@@ -437,6 +440,8 @@ class FederatedServer(BaseServer):
         make_private_folder(where.workspace)
         async with AsyncExitStack() as stack:
             stack.enter_context(only_user_of(where.workspace))
+            notes = ProcessNotes(where.workspace / NOTES_FOLDER)
+            await asyncio.to_thread(notes.end_left_behind)  # when this server was killed with a run's process
             self._clients.identities = identities_of(where, self.project_name, max_reg_duration_s=self.max_reg_duration)
             if (ends_at := self.certificate_ends_at) is not None:
                 await stack.enter_async_context(warning_of_the_end(ends_at, lambda: self.wall()))
@@ -460,7 +465,7 @@ class FederatedServer(BaseServer):
                 workspace=where.workspace,
                 runs=Path(self._settings.runs_folder or where.workspace / "runs"),
                 objects=objects_at(self._settings.bucket) if self._settings.bucket else None,
-                launcher=getattr(args, "launcher", None) or ProcessLauncher(withheld=WITHHELD),
+                launcher=getattr(args, "launcher", None) or ProcessLauncher(withheld=WITHHELD, notes=notes),
                 socket=stack.enter_context(_socket_of(where)),
             )
             stack.push_async_callback(self._primacy.park)

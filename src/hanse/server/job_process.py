@@ -1,7 +1,8 @@
 """The process of one run on the server: started by the server by ``python -m hanse.server.job_process``.
 
 It runs users' code (workflow, aggregation), so it holds no key, no database and no other job's token. It ends with its
-run, or at once when its server is gone: what it had not committed by then, the server's next start has it do again.
+run, or at once when its server is gone, with all that it has started: what it had not committed by then, the server's
+next start has it do again.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from hanse.launch.log_lines import log_to_stderr
-from hanse.launch.process import read_spec
+from hanse.launch.process import end_with_group, read_spec
 from hanse.server.federated_server import FederatedServer
 from hanse.server.run_spec import RunProcessSpec
 
@@ -44,9 +45,10 @@ def main() -> int:
 
 def _end_with_parent() -> None:
     """Wait for the end of the life line, which the server holds; then there is nobody to work for."""
-    while sys.stdin.buffer.read(1024):
+    # Not by ``sys.stdin``, which a thread that waits in it keeps from being closed: Python aborts then when it ends.
+    while os.read(0, 1024):
         continue
-    os._exit(ORPHANED)
+    end_with_group(ORPHANED)
 
 
 if __name__ == "__main__":

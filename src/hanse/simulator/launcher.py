@@ -10,6 +10,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -216,7 +217,9 @@ class _RunProcess:
 
 async def _first_model(spec: JobSpec, code: Path) -> Callable[[], Model]:
     """Make the job's first model now; return what gives it, or raises what making it raised."""
-    making = asyncio.create_task(asyncio.to_thread(initial_model_of, spec, code), name="first model")  # awaited here
+    # No task: code that calls ``sys.exit`` would end the event loop with it.
+    context = copy_context()
+    making = asyncio.get_running_loop().run_in_executor(None, context.run, initial_model_of, spec, code)
     await asyncio.wait({making})
     return making.result
 

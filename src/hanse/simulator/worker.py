@@ -27,7 +27,7 @@ from hanse.client.task import TaskContext
 from hanse.client.trainer import ENDING, MainThreadTrainer, load_app, plain_update, run_function
 from hanse.errors import HanseError, ImportFailed, InternalError, JobInvalid, MissingDependency, TrainingFailed
 from hanse.launch.log_lines import log_to_stderr
-from hanse.launch.process import read_spec
+from hanse.launch.process import end_with_group, read_spec
 from hanse.messages import Metrics, UpdateRef
 from hanse.model import Model, Update
 from hanse.run.loading import importing_from
@@ -243,7 +243,7 @@ def _take_life_line() -> BinaryIO:
 def _end_with_pool(life_line: BinaryIO) -> None:
     while life_line.read(1024):
         continue
-    os._exit(ORPHANED)
+    end_with_group(ORPHANED)
 
 
 if __name__ == "__main__":
