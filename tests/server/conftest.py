@@ -9,9 +9,8 @@ import pytest
 
 from hanse.server import FederatedServer
 
-from .world import PROJECT, Dialler, Project, args
-
-MakeServer = Callable[..., FederatedServer]
+from .job_world import MakeServer, StartServer, Threads
+from .world import PROJECT, Dialler, Project, Recorder, args, settings
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +75,20 @@ def dialler(project: Project, make_server: MakeServer) -> Iterator[Dialler]:
     dialling = Dialler(project)
     yield dialling
     dialling.close()
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    """A handler of a server's events that keeps them."""
+    return Recorder()
+
+
+@pytest.fixture
+def start(deployed: MakeServer, recorder: Recorder, tmp_path: Path) -> StartServer:
+    """``start(**settings)``: a deployed server whose runs are threads."""
+
+    def make(workspace: Path = tmp_path / "ws", launcher: Any = None, **more: Any) -> FederatedServer:
+        arguments = args(workspace, launcher=launcher or Threads(), settings=settings(**more))
+        return deployed(arguments=arguments, handlers=[recorder])
+
+    return make

@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 
 from hanse.cell.cell import Cell
-from hanse.errors import HanseError, SiteRefused
-from hanse.ids import ClientName, JobId
+from hanse.errors import HanseError, NoSpace, SiteRefused
+from hanse.ids import ClientName, Digest, JobId
 from hanse.job import JobRecord, JobSpec, WorkflowSpec
 from hanse.launch.process import Handle
 from hanse.messages import (
@@ -39,6 +39,10 @@ from hanse.storage.packages import build_package
 from hanse.storage.tensors import TensorFiles, digest_of
 
 from .world import Dialler, Wire, args, on_loop, target_of, transferring, wait
+
+MakeServer = Callable[..., FederatedServer]
+StartServer = Callable[..., FederatedServer]
+NO_SPACE = NoSpace("taking space", disk="/disk", folder="/disk/runs", why="No space left on device")
 
 MODEL_CODE = """
 import numpy as np
@@ -398,3 +402,13 @@ class Large:
 
 def refusing(why: str) -> SiteRefused:
     return SiteRefused("site", why)
+
+
+def w(value: float) -> Model:
+    """Return the model of the tiny job with this value everywhere."""
+    return Model({"w": np.full(3, value, np.float32), "b": np.asarray(value, np.float32)})
+
+
+async def tensor_file(server: FederatedServer, job_id: JobId, digest: Digest) -> Path:
+    """Return where *server* has a tensor of a run."""
+    return (await server.jobs.files.result_files(job_id)).path(digest)

@@ -19,8 +19,7 @@ from hanse.server.federated_server import CommandModule
 from hanse.server.overseer import ScriptedOverseer
 from hanse.storage.memory import MemoryStore
 
-from .job_world import ScriptedLauncher, Site, answer, outcome, spec, submit
-from .test_jobs import w
+from .job_world import ScriptedLauncher, Site, answer, outcome, spec, submit, w
 from .world import (
     PROJECT,
     Dialler,
