@@ -33,9 +33,9 @@ from hanse.cell.transfer import Files, Inflow, LocalTransfers, Transfers
 from hanse.cell.transfer_service import MAX_CALLS_PER_PEER
 from hanse.errors import (
     HanseError,
+    NoSpace,
     NotFound,
     ProtocolError,
-    StoreFailed,
     TimedOut,
     Unauthenticated,
     Unauthorized,
@@ -587,23 +587,30 @@ async def test_tries_are_bounded_and_the_last_reason_is_told(here: TensorFiles) 
             await transfers.missing(SCOPE, [digest_of(SMALL)])
 
 
-async def test_what_the_own_disk_does_not_take_is_not_fetched_again(there: TensorFiles, here: TensorFiles) -> None:
-    digest, asked = there.put(BIG), 0
+async def test_what_the_own_disk_does_not_take_is_fetched_on_when_it_does(
+    there: TensorFiles, here: TensorFiles
+) -> None:
+    digest = there.put(BIG)
+    counted = CountingFiles(here)
+    into = Filling(counted, here.begin(digest, len(BIG)))
+    into.times = 2
+    async with moving(there, max_tries=3) as (_, transfers):
+        await transfers.download(SCOPE, digest, len(BIG), into)
+    assert here.map(digest) == BIG
+    assert counted.written == len(BIG)
 
-    def scopes(peer: Peer, scope: str, *, write: bool) -> Files:
-        nonlocal asked
-        asked += 1
-        return there
 
-    class Full(CountingPartial):
-        def write(self, chunk: bytes | memoryview) -> None:
-            raise StoreFailed("receiving a tensor", "the disk is full")
-
-    async with serving(scopes=scopes) as server, transferring(server.target) as transfers:
-        full = Full(CountingFiles(here), here.begin(digest, len(BIG)))
-        with pytest.raises(StoreFailed, match="the disk is full"):
-            await transfers.download(SCOPE, digest, len(BIG), full)
-    assert asked == 1
+async def test_a_disk_that_stays_full_is_told_of_after_as_many_tries_as_a_network(
+    there: TensorFiles, here: TensorFiles
+) -> None:
+    digest = there.put(BIG)
+    into = Filling(CountingFiles(here), here.begin(digest, len(BIG)))
+    into.times = 1000
+    async with moving(there, max_tries=3) as (_, transfers):
+        with pytest.raises(NoSpace, match="receiving a tensor failed: the disk mounted at /disk"):
+            await transfers.download(SCOPE, digest, len(BIG), into)
+    assert into.times == 1000 - 3
+    assert into.offset == CHUNK_BYTES  # and is gone on from
 
 
 async def test_a_connection_that_is_opened_while_the_transfers_are_closed_does_not_stay_open(
@@ -867,3 +874,15 @@ class CountingPartial:
     def close(self) -> None:
         self._partial.close()
         self._files.count(0, closed=True)
+
+
+class Filling(CountingPartial):
+    """A tensor that the own disk does not take the second piece of, *times* times."""
+
+    times = 0
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        if self.offset and self.times:
+            self.times -= 1
+            raise NoSpace("receiving a tensor", disk="/disk", folder="/disk/tensors", why="No space left on device")
+        super().write(chunk)

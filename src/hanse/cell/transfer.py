@@ -32,7 +32,7 @@ from hanse.cell.rpc import (
     metadata_of,
     open_channel,
 )
-from hanse.errors import HanseError, ProtocolError, StoreFailed, TimedOut, Unreachable
+from hanse.errors import HanseError, ProtocolError, TimedOut, Unreachable
 from hanse.ids import Digest
 from hanse.messages import Hello
 
@@ -124,10 +124,14 @@ class Inflow:
         self._writing = asyncio.get_running_loop().run_in_executor(None, self._into.write, chunk)
 
     async def flush(self) -> None:
-        """Return when all that was taken is written."""
-        if self._writing is not None:
-            # Shielded: a cancelled transfer must still know when its thread is done with the file.
-            await asyncio.shield(self._writing)
+        """Return when all that was taken is written; a write that failed is told of once, and may be tried again."""
+        if (writing := self._writing) is None:
+            return
+        try:
+            await asyncio.shield(writing)
+        finally:
+            if writing.done():  # a cancelled transfer must still know when its thread is done with the file
+                self._writing = None
 
     async def finish(self) -> None:
         """Write what is left, verify the tensor and put it in its place."""
@@ -263,9 +267,7 @@ class Transfers:
                 return await attempt()
             except HanseError as error:
                 tries = tries + 1 if moved() == before else 1
-                # What this machine's own disk did not do is nothing to ask for again.
-                is_own = isinstance(error, StoreFailed)
-                if is_own or not error.retryable or tries >= self._max_tries or self._is_closed:
+                if not error.retryable or tries >= self._max_tries or self._is_closed:
                     raise
                 delay_s = backoff.next_s()
                 _log.info("transfer will be tried again", extra={"in_s": delay_s, "reason": error.reason})
