@@ -13,6 +13,7 @@ from types import ModuleType
 
 import msgspec
 import pytest
+from benchmarks.__main__ import ALONE, DEPLOYED, LONG
 
 import hanse.identity.project
 import hanse.settings
@@ -113,6 +114,14 @@ def test_every_workflow_has_an_entry(vocabulary: ModuleType) -> None:
     shown = vocabulary.workflows()
     for name in WORKFLOWS:
         assert f"## `{name}`\n" in shown
+
+
+def test_every_benchmark_has_an_entry() -> None:
+    shown = page("explanation/measured.md")
+    names = [*ALONE, *DEPLOYED, *LONG]
+    assert names
+    for name in names:
+        assert re.search(rf"\| `{name}` \||`python -m benchmarks [a-z_ ]*\b{name}\b", shown), name
 
 
 def test_every_table_that_a_page_asks_for_can_be_made(vocabulary: ModuleType) -> None:
